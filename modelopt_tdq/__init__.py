@@ -1,0 +1,45 @@
+"""Time-step-aware quantization for diffusion models: a plugin to NVIDIA ModelOpt.
+
+Importing this package registers the calibration algorithm ``{"method": "tdq"}`` with ModelOpt. It has
+to be imported before a model quantized with it is restored.
+"""
+
+from modelopt_tdq.calibration.mode import register as _register
+from modelopt_tdq.config import RECIPES, TdqCalibConfig, make_config, recipe
+from modelopt_tdq.errors import MissingExtraError, TdqError
+from modelopt_tdq.model_table import scale_table, set_scale_table, temporal_quantizers
+from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.table import ScaleTable
+
+__version__ = "0.1.0"
+
+_register()
+
+TDQ_INT8_CFG = recipe("int8")
+TDQ_FP8_CFG = recipe("fp8")
+TDQ_W8A4_CFG = recipe("w8a4")
+TDQ_W4A8_CFG = recipe("w4a8")
+TDQ_W4A4_CFG = recipe("w4a4")
+TDQ_W3A3_CFG = recipe("w3a3")
+TDQ_CONFIG = TDQ_INT8_CFG
+
+__all__ = [
+    "RECIPES",
+    "TDQ_CONFIG",
+    "TDQ_FP8_CFG",
+    "TDQ_INT8_CFG",
+    "TDQ_W3A3_CFG",
+    "TDQ_W4A4_CFG",
+    "TDQ_W4A8_CFG",
+    "TDQ_W8A4_CFG",
+    "MissingExtraError",
+    "ScaleTable",
+    "TdqCalibConfig",
+    "TdqError",
+    "TemporalQuantizer",
+    "make_config",
+    "recipe",
+    "scale_table",
+    "set_scale_table",
+    "temporal_quantizers",
+]

@@ -1,0 +1,1 @@
+"""Calibration: from one pass over the data to a table of scales."""

@@ -1,0 +1,82 @@
+"""Rows whose static scales predict better take those: decided at the model's output, on replayed inputs.
+
+For given inputs, the prediction at one time depends on that time's row alone, so rows can be decided
+one by one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modelopt_tdq.calibration.distributed import all_reduce
+from modelopt_tdq.calibration.output_error import full_precision
+from modelopt_tdq.calibration.replay import Replay, first_tensor
+from modelopt_tdq.quantizer import TemporalQuantizer
+
+__all__ = ["Columns", "install", "prediction_error", "protected_rows"]
+
+#: Scale [K] and offset [K] (or None) of each quantizer.
+Columns = dict[str, tuple[Tensor, "Tensor | None"]]
+
+
+def install(quantizers: dict[str, TemporalQuantizer], times: Tensor, columns: Columns, device: torch.device) -> None:
+    """Give each quantizer its column."""
+    for name, (scale, offset) in columns.items():
+        quantizers[name].set_rows(times.to(device), scale.to(device), None if offset is None else offset.to(device))
+
+
+def prediction_error(
+    model: nn.Module,
+    replay: Replay,
+    times: list[float],
+    references: dict[int, Tensor],
+    description: str,
+    progress: bool,
+) -> Tensor:
+    """[K] float64 squared error of the model's output against ``references``, which is filled where empty."""
+    error = torch.zeros(len(times), dtype=torch.float64)
+    with torch.no_grad():
+        for row, call in tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step"):
+            if row not in references:
+                with full_precision(model):
+                    references[row] = first_tensor(model(**call)).float()
+            error[row] = (first_tensor(model(**call)).float() - references[row]).double().square().sum().cpu()
+    return all_reduce(error, "sum")
+
+
+def protected_rows(
+    model: nn.Module,
+    quantizers: dict[str, TemporalQuantizer],
+    replay: Replay,
+    times: list[float],
+    temporal: Columns,
+    static: Columns,
+    progress: bool,
+) -> tuple[Columns, Tensor]:
+    """``temporal`` with some of its rows replaced by those of ``static``.
+
+    Returns:
+        The columns, and [K] bool: the rows that were replaced.
+    """
+    rows = torch.tensor(times, dtype=torch.float32)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    references: dict[int, Tensor] = {}
+    errors = []
+    for columns, description in ((static, "static scales"), (temporal, "scales over time")):
+        install(quantizers, rows, columns, device)
+        errors.append(prediction_error(model, replay, times, references, description, progress))
+    worse = errors[1] > errors[0]
+
+    def merged(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+        if new is None and old is None:
+            return None
+        zero = torch.zeros(len(times))
+        return torch.where(worse, zero if old is None else old, zero if new is None else new)
+
+    columns = {}
+    for name, (scale, offset) in temporal.items():
+        static_scale, static_offset = static[name]
+        columns[name] = (torch.where(worse, static_scale, scale), merged(offset, static_offset))
+    return columns, worse

@@ -1,0 +1,167 @@
+"""What one pass over the calibration data leaves behind: per quantizer and time, a histogram and the exact range.
+
+Histograms use bins whose width is a power of two. A range that grows doubles the width by merging
+pairs of bins, which is exact; so the result does not depend on the order of the samples, on the batch
+size, or on how the samples were spread over processes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from modelopt.torch.quantization.calib.calibrator import _Calibrator
+from torch import Tensor
+
+from modelopt_tdq.calibration.distributed import all_reduce
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.timestep import CurrentTimestep
+
+__all__ = ["BINS", "ActivationStatistics", "StepStatistics"]
+
+#: Bins of a histogram, half of them on each side of zero.
+BINS = 2048
+
+
+@dataclass
+class _Row:
+    """Histogram of one quantizer's input at one time, over [-2^exponent, 2^exponent)."""
+
+    exponent: int
+    counts: Tensor  # [BINS] float64
+    low: float
+    high: float
+
+    def widen(self, exponent: int) -> None:
+        for _ in range(exponent - self.exponent):
+            quarter = BINS // 4
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[quarter : 3 * quarter] = merged
+            self.exponent += 1
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """Statistics of one quantizer's input over K times.
+
+    Attributes:
+        counts: [K, BINS] float64, over [-2^exponent, 2^exponent).
+        exponent: Common to all rows.
+        low, high: [K] float32, exact minimum and maximum.
+    """
+
+    counts: Tensor
+    exponent: int
+    low: Tensor
+    high: Tensor
+
+    @property
+    def amax(self) -> Tensor:
+        """[K] float32, exact maximum of the magnitude."""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+        return float(2.0 ** (self.exponent + 1) / BINS)
+
+    @property
+    def centers(self) -> Tensor:
+        """[BINS] float32, middle of each bin."""
+        return (torch.arange(BINS, dtype=torch.float32) - BINS / 2 + 0.5) * self.width
+
+
+class StepStatistics(_Calibrator):  # type: ignore[misc]
+    """ModelOpt calibrator that keeps one histogram per time; memory is times x BINS, whatever the number of samples."""
+
+    def __init__(self, name: str, timestep: CurrentTimestep, max_steps: int) -> None:
+        super().__init__()
+        self._name = name
+        self._timestep = timestep
+        self._max_steps = max_steps
+        self._rows: dict[float, _Row] = {}
+
+    @property
+    def times(self) -> set[float]:
+        """The times seen so far."""
+        return set(self._rows)
+
+    @torch.no_grad()
+    def collect(self, x: Tensor) -> None:
+        """Add an activation [B, ...] to the histograms of the current time, or of each sample's own time.
+
+        Raises:
+            TdqError: The activation holds NaN or infinity; there are more times than ``max_steps``.
+        """
+        time = self._timestep.value
+        if time is None:
+            raise TdqError(
+                "forward_loop", self._name, "a layer ran outside of any call of the model", "Call the model itself"
+            )
+        times = time.tolist()
+        if len(set(times)) == 1:
+            self._add(times[0], x)
+            return
+        if x.shape[0] % len(times):
+            raise TdqError(
+                "timestep",
+                tuple(time.shape),
+                f"{len(times)} times cannot be matched with the input of {self._name}, of shape {tuple(x.shape)}",
+                "Pass one time for the whole batch, or exclude this quantizer with a `quant_cfg` rule",
+            )
+        samples = x.reshape(len(times), -1)
+        for value in sorted(set(times)):
+            self._add(value, samples[[i for i, t in enumerate(times) if t == value]])
+
+    def _add(self, time: float, x: Tensor) -> None:
+        x = x.detach().to(torch.float32)
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise TdqError(
+                "forward_loop",
+                self._name,
+                f"the input of this quantizer held NaN or infinity at time {time:g}",
+                "Calibrate on inputs for which the full-precision model is finite",
+            )
+        magnitude = max(abs(low), abs(high))
+        # frexp: magnitude < 2^exponent, strictly
+        exponent = math.frexp(magnitude)[1] if magnitude > 0 else -126
+        row = self._rows.get(time)
+        if row is None:
+            if len(self._rows) == self._max_steps:
+                raise TdqError(
+                    "max_steps",
+                    self._max_steps,
+                    "forward_loop visits more different times than this",
+                    "Calibrate on the times of a sampling schedule, or raise `max_steps`",
+                )
+            row = self._rows[time] = _Row(exponent, torch.zeros(BINS, dtype=torch.float64, device=x.device), low, high)
+        row.widen(exponent)
+        bound = math.ldexp(1.0, row.exponent)
+        row.counts += torch.histc(x, BINS, -bound, bound).to(row.counts)
+        row.low, row.high = min(row.low, low), max(row.high, high)
+
+    def statistics(self, times: list[float]) -> ActivationStatistics:
+        """All rows on a common bin width, on the CPU, in the order of ``times``; summed over processes."""
+        empty = _Row(-126, torch.zeros(BINS, dtype=torch.float64), math.inf, -math.inf)
+        rows = [self._rows.get(time, empty) for time in times]
+        device = next((row.counts.device for row in rows if row is not empty), torch.device("cpu"))
+        exponent = all_reduce(torch.tensor([max(row.exponent for row in rows)], device=device), "max")
+        for row in self._rows.values():
+            row.widen(int(exponent))
+        counts = all_reduce(torch.stack([row.counts.to(device) for row in rows]), "sum")
+        low = all_reduce(torch.tensor([row.low for row in rows], dtype=torch.float32, device=device), "min")
+        high = all_reduce(torch.tensor([row.high for row in rows], dtype=torch.float32, device=device), "max")
+        return ActivationStatistics(counts.cpu(), int(exponent), low.cpu(), high.cpu())
+
+    def compute_amax(self, *args: object, **kwargs: object) -> Tensor | None:
+        """[] float32: maximum over all times, ModelOpt's contract; None if nothing was collected."""
+        if not self._rows:
+            return None
+        return torch.tensor(max(max(abs(row.low), abs(row.high)) for row in self._rows.values()))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._rows.clear()

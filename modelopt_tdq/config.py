@@ -1,0 +1,207 @@
+"""Presets for ``mtq.quantize``, and the configuration of the ``tdq`` algorithm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any, ClassVar, Literal
+
+import yaml
+from modelopt.torch.opt.config import ModeloptField
+from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.fake_quant import SUPPORTED_BITS, NumBits
+
+__all__ = ["HIGH_PRECISION", "RECIPES", "TdqCalibConfig", "make_config", "recipe"]
+
+#: Layers whose weights ModelOpt can quantize per channel, by its registry's names; weight axis per kind.
+_LAYERS = {
+    **{f"nn.{name}": 0 for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")},
+    **{f"nn.ConvTranspose{n}d": 1 for n in (1, 2, 3)},
+}
+
+#: Kept in high precision by every preset (TDQ, section 4.1: time embedding, first and last layer; and the
+#: modulation of adaptive norms, which is a temporal feature). Globs over quantizer names.
+HIGH_PRECISION = (
+    "*time_emb*",
+    "*timestep_embedder*",
+    "*time_text_embed*",
+    "*time_proj*",
+    "*_embedder*",
+    "*add_embedding*",
+    "*class_embedding*",
+    "*caption_projection*",
+    "*adaln_single*",
+    "*pos_embed*",
+    "*norm*.linear.*",
+    "*norm_out*",
+    "conv_in.*",
+    "conv_out.*",
+    "proj_in.*",
+    "proj_out.*",
+    "proj_out_*",
+)
+
+
+class TdqCalibConfig(QuantizeAlgorithmConfig):  # type: ignore[misc]
+    """Algorithm ``{"method": "tdq", ...}``: an activation scale per calibrated time, from one pass of ``forward_loop``."""
+
+    _mutates_weights: ClassVar[bool] = False
+
+    method: Literal["tdq"] = ModeloptField("tdq")
+    statistic: Literal["max", "mse", "percentile", "entropy", "output"] = ModeloptField(
+        default="output",
+        title="What a scale minimises",
+        description=(
+            "max: no clipping; percentile: clips the rest; entropy: KL divergence of the histograms; mse: the squared "
+            "error of the activation; output: the squared error of the layer's output, over its real inputs and its "
+            "quantized weights."
+        ),
+    )
+    percentile: float = ModeloptField(
+        default=99.99, gt=50.0, le=100.0, title="Coverage of `statistic: percentile`, in %"
+    )
+    bins: Literal["per_step", "optimal"] | int = ModeloptField(
+        default="per_step",
+        title="Intervals per quantizer",
+        description=(
+            "per_step: one per calibrated time; N: N contiguous groups of equal size (S_N of the paper; 1 is static); "
+            "optimal: at most `max_bins` contiguous groups with the least squared error, by dynamic programming."
+        ),
+    )
+    max_bins: int = ModeloptField(default=8, ge=1, title="Budget of `bins: optimal`, per quantizer")
+    keep_static_below: float | None = ModeloptField(
+        default=None,
+        ge=0.0,
+        title="dB",
+        description="A quantizer whose best single scale loses less than this against its scales over time is static.",
+    )
+    smoothing: float = ModeloptField(
+        default=0.05,
+        ge=0.0,
+        le=1.0,
+        title="Smoothing along time, as a fraction of the calibrated schedule",
+        description=(
+            "Neighbouring rows share their evidence with a Gaussian of this standard deviation (max: the envelope over "
+            "two standard deviations), so that a row seen on few samples does not clip the outliers of unseen ones."
+        ),
+    )
+    asymmetric: bool | Literal["auto"] = ModeloptField(
+        default=False,
+        title="Offset per step",
+        description="auto: for those quantizers whose squared error falls by at least 1 dB (outputs of SiLU, say).",
+    )
+    weights: Literal["max", "mse", "keep"] = ModeloptField(
+        default="mse", title="ModelOpt's calibration of the weights; keep: they are calibrated already"
+    )
+    temporal: list[str] = ModeloptField(
+        default=["*"], title="Globs over quantizer names: these follow time, the other activations get one scale"
+    )
+    timestep_argument: str = ModeloptField(
+        default="timestep", title="Argument of the model's forward that holds the time"
+    )
+    protect_steps: bool = ModeloptField(
+        default=True,
+        title="Fall back to static scales per row",
+        description="A row whose static scales predict better, on replayed calibration inputs, takes those.",
+    )
+    replay_samples: int = ModeloptField(
+        default=8, ge=1, title="Samples per time kept for `statistic: output` and `protect_steps`"
+    )
+    max_steps: int = ModeloptField(default=1024, ge=2, title="Most different times that a calibration may visit")
+    expected_calls: int | None = ModeloptField(
+        default=None, ge=1, title="Model calls in one `forward_loop`; lets the progress bar tell the time left"
+    )
+    progress: bool = ModeloptField(default=True, title="Show progress bars")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[TdqCalibConfig]) -> TdqCalibConfig:
+        try:
+            config = handler(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"][:1]) or "algorithm"
+            cure = f"Known fields: {', '.join(cls.model_fields)}"
+            if field in cls.model_fields:
+                cure = f"Allowed: {_allowed(cls, field)}"
+            raise TdqError(field, first.get("input"), first["msg"], cure) from error
+        if isinstance(config.bins, int) and config.bins < 1:
+            raise TdqError(
+                "bins", config.bins, "not a positive number", "Use 'per_step', 'optimal', or a number of bins"
+            )
+        return config
+
+
+def _allowed(config: type[TdqCalibConfig], field: str) -> str:
+    info = config.model_fields[field]
+    bounds = "".join(f", {bound!r}" for bound in info.metadata)
+    return f"{str(info.annotation).replace('typing.', '')}{bounds}"
+
+
+def _check_bits(field: str, bits: NumBits) -> None:
+    if bits not in SUPPORTED_BITS or isinstance(bits, bool):
+        raise TdqError(field, bits, "no supported number format", f"Use one of {SUPPORTED_BITS}")
+
+
+def make_config(
+    weight_bits: NumBits = 8,
+    activation_bits: NumBits = 8,
+    *,
+    high_precision: Sequence[str] = HIGH_PRECISION,
+    **algorithm: Any,
+) -> dict[str, Any]:
+    """A config for ``mtq.quantize``: weights per channel, activations per tensor and per step.
+
+    Args:
+        weight_bits: Bits of an integer, or ``(4, 3)`` for FP8 E4M3.
+        activation_bits: Likewise.
+        high_precision: Globs of quantizers to leave alone.
+        **algorithm: Fields of :class:`TdqCalibConfig`.
+
+    Raises:
+        TdqError: A format or a field is not known.
+    """
+    weight_bits = tuple(weight_bits) if isinstance(weight_bits, list) else weight_bits
+    activation_bits = tuple(activation_bits) if isinstance(activation_bits, list) else activation_bits
+    _check_bits("weight_bits", weight_bits)
+    _check_bits("activation_bits", activation_bits)
+    TdqCalibConfig(method="tdq", **algorithm)
+    rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for layer, axis in _LAYERS.items():
+        weights = {"num_bits": weight_bits, "axis": axis}
+        activations = {"num_bits": activation_bits, "axis": None}
+        rules.append({"quantizer_name": "*weight_quantizer", "parent_class": layer, "cfg": weights})
+        rules.append({"quantizer_name": "*input_quantizer", "parent_class": layer, "cfg": activations})
+    rules += [{"quantizer_name": pattern, "enable": False} for pattern in high_precision]
+    return {"quant_cfg": rules, "algorithm": {"method": "tdq", **algorithm}}
+
+
+#: Names of the bundled recipes.
+RECIPES = ("int8", "fp8", "w8a4", "w4a8", "w4a4", "w3a3")
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The config of a bundled recipe, or of a YAML file with the arguments of :func:`make_config`.
+
+    Raises:
+        TdqError: There is no such recipe or file, or it does not hold arguments of :func:`make_config`.
+    """
+    source = resources.files("modelopt_tdq.recipes") / f"{name}.yaml"
+    if name not in RECIPES:
+        from pathlib import Path
+
+        source = Path(name)
+        if not source.is_file():
+            raise TdqError("recipe", name, "neither a bundled recipe nor a file", f"Bundled: {', '.join(RECIPES)}")
+    arguments = yaml.safe_load(source.read_text())
+    if not isinstance(arguments, dict):
+        raise TdqError("recipe", name, "not a mapping", "See modelopt_tdq/recipes for the form")
+    algorithm = arguments.pop("algorithm", None) or {}
+    known = {"weight_bits", "activation_bits", "high_precision"}
+    if unknown := set(arguments) - known:
+        raise TdqError("recipe", sorted(unknown), "unknown keys", f"Known: {', '.join(sorted(known | {'algorithm'}))}")
+    return copy.deepcopy(make_config(**arguments, **algorithm))

@@ -1,0 +1,1 @@
+"""The presets as files: arguments of ``modelopt_tdq.make_config``."""

@@ -1,0 +1,38 @@
+"""From a time to a row of the table.
+
+A table has one row per calibrated time. A time between two rows takes the nearest row, a time
+exactly half-way takes the earlier (smaller) one, a time outside the table takes the end row. The
+same rule, written as "count the edges below t", runs in PyTorch, in ONNX and in the plugin.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["edges", "row_index"]
+
+
+def edges(timesteps: Tensor) -> Tensor:
+    """Half-way points between neighbouring rows.
+
+    Args:
+        timesteps: [K] float32, strictly ascending, in the model's own time units.
+
+    Returns:
+        [K - 1] float32.
+    """
+    return (timesteps[1:] + timesteps[:-1]) * 0.5
+
+
+def row_index(timestep: Tensor, timesteps: Tensor) -> Tensor:
+    """Row of the table for each time: the number of edges strictly below it.
+
+    Args:
+        timestep: [B], any real dtype, in the model's own time units.
+        timesteps: [K] float32, strictly ascending.
+
+    Returns:
+        [B] int64 in [0, K - 1].
+    """
+    return torch.bucketize(timestep.to(torch.float32), edges(timesteps))

@@ -1,0 +1,196 @@
+"""ScaleTable: what every way of learning ends in, and every way of deploying starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.schedule import row_index
+
+__all__ = ["SCHEMA_VERSION", "ScaleTable"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleTable:
+    """Scales of Q activation quantizers at K times.
+
+    Attributes:
+        timesteps: [K] float32, strictly ascending, in the model's own time units.
+        scale: [K, Q] float32, positive.
+        names: [Q] names of the quantizers, as in ``model.named_modules()``.
+        offset: [K, Q] float32, the value of code 0; None if all quantizers are symmetric.
+        dequant_scale: [K, Q] float32 where it differs from ``scale``, else None.
+        metadata: JSON-serialisable facts about where the table comes from.
+
+    Raises:
+        TdqError: A shape does not fit, times are unsorted, a value is NaN or infinite, a scale is not positive.
+    """
+
+    timesteps: Tensor
+    scale: Tensor
+    names: Sequence[str]
+    offset: Tensor | None = None
+    dequant_scale: Tensor | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("timesteps", "scale", "offset", "dequant_scale"):
+            value = getattr(self, name)
+            if value is not None:
+                tensor = torch.as_tensor(value).detach().to("cpu", torch.float32).contiguous()
+                object.__setattr__(self, name, tensor)
+        object.__setattr__(self, "names", tuple(self.names))
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.timesteps.dim() != 1 or self.timesteps.numel() == 0:
+            raise TdqError(
+                "timesteps", tuple(self.timesteps.shape), "not of shape [K], K >= 1", "Pass one time per row"
+            )
+        if len(set(self.names)) != len(self.names):
+            raise TdqError("names", self.names, "a quantizer is named twice", "Name each quantizer once")
+        expected = (self.timesteps.numel(), len(self.names))
+        for name in ("timesteps", "scale", "offset", "dequant_scale"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name != "timesteps" and tuple(value.shape) != expected:
+                raise TdqError(
+                    name,
+                    tuple(value.shape),
+                    f"not of shape [K, Q] = {expected}",
+                    "Pass one row per time, one column per name",
+                )
+            if not torch.isfinite(value).all():
+                raise TdqError(
+                    name, value[~torch.isfinite(value)], "holds NaN or infinity", "Calibrate again on finite data"
+                )
+            if "scale" in name and not (value > 0).all():
+                raise TdqError(name, value[value <= 0], "a scale is not positive", "Use scales above zero")
+        if not (self.timesteps[1:] > self.timesteps[:-1]).all():
+            raise TdqError(
+                "timesteps", self.timesteps.tolist(), "not strictly ascending", "Sort the rows by time, each time once"
+            )
+
+    def __len__(self) -> int:
+        return self.timesteps.numel()
+
+    @property
+    def is_static(self) -> Tensor:
+        """[Q] bool: the quantizers whose rows are all the same, which deploy as plain static ones."""
+        static = (self.scale == self.scale[:1]).all(0)
+        for other in (self.offset, self.dequant_scale):
+            if other is not None:
+                static &= (other == other[:1]).all(0)
+        return static
+
+    def resample(self, timesteps: Tensor | Sequence[float]) -> ScaleTable:
+        """The table for another schedule: each new row is the one that the lookup would have taken.
+
+        Args:
+            timesteps: [K'] in the same units, any order.
+        """
+        times = torch.unique(torch.as_tensor(timesteps, dtype=torch.float32))
+        if times.numel() == 0 or not torch.isfinite(times).all():
+            raise TdqError("timesteps", timesteps, "empty or not finite", "Pass the times of the new schedule")
+        rows = row_index(times, self.timesteps)
+
+        def pick(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[rows]
+
+        return ScaleTable(
+            times, self.scale[rows], self.names, pick(self.offset), pick(self.dequant_scale), dict(self.metadata)
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``<stem>.safetensors`` (the arrays) and ``<stem>.json`` (names, schema version, checksum).
+
+        Returns:
+            The path of the safetensors file.
+        """
+        arrays, sidecar = _files(path)
+        tensors = {n: getattr(self, n) for n in ("timesteps", "scale", "offset", "dequant_scale")}
+        data = save_tensors({n: t for n, t in tensors.items() if t is not None})
+        description = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "modelopt_tdq.ScaleTable",
+            "names": list(self.names),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "metadata": dict(self.metadata),
+        }
+        text = json.dumps(description, indent=1)
+        arrays.parent.mkdir(parents=True, exist_ok=True)
+        for target, content in ((arrays, data), (sidecar, text.encode())):
+            partial = target.with_name(target.name + ".partial")
+            partial.write_bytes(content)
+            os.replace(partial, target)
+        return arrays
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ScaleTable:
+        """Read a table written by :meth:`save`; ``path`` is either of its two files.
+
+        Raises:
+            TdqError: A file is missing or no table, the schema is newer, the checksum or the content is wrong.
+        """
+        arrays, sidecar = _files(path)
+        for file in (arrays, sidecar):
+            if not file.is_file():
+                raise TdqError(
+                    "path", str(file), "no such file", "A saved table is a .safetensors and a .json file side by side"
+                )
+        try:
+            description = json.loads(sidecar.read_text())
+            version = int(description["schema_version"])
+            names, digest, metadata = description["names"], description["sha256"], description.get("metadata", {})
+        except (ValueError, KeyError, TypeError) as error:
+            raise TdqError(
+                "path", str(sidecar), f"no description of a scale table ({error!r})", "Save the table again"
+            ) from error
+        if version > SCHEMA_VERSION:
+            raise TdqError(
+                "schema_version", version, f"newer than this version reads ({SCHEMA_VERSION})", "Upgrade modelopt-tdq"
+            )
+        data = arrays.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise TdqError(
+                "sha256",
+                digest,
+                f"{arrays.name} does not match the checksum in {sidecar.name}",
+                "Copy or save both files again",
+            )
+        try:
+            tensors = load_tensors(data)
+            return cls(
+                tensors["timesteps"],
+                tensors["scale"],
+                names,
+                tensors.get("offset"),
+                tensors.get("dequant_scale"),
+                metadata,
+            )
+        except (SafetensorError, KeyError) as error:
+            raise TdqError(
+                "path", str(arrays), f"not the arrays of a scale table ({error!r})", "Save the table again"
+            ) from error
+
+
+def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    stem = Path(path)
+    if stem.suffix in (".safetensors", ".json"):
+        stem = stem.with_suffix("")
+    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
