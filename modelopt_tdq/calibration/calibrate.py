@@ -121,7 +121,7 @@ def _run(
 ) -> Replay:
     """Run ``forward_loop`` once in full precision, collecting."""
     replay = Replay(model, timestep, config.replay_samples)
-    quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m._if_quant]
+    quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and m._if_quant]
     calibrated = [model.get_submodule(name) for name in statistics] + others
     calls = 0
     with tqdm(total=config.expected_calls, desc="calibrate", unit="call", disable=not config.progress) as bar:

@@ -31,7 +31,7 @@ _PROBE_ELEMENTS = 1 << 23
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """All quantizers of ``model`` pass their input on (ModelOpt's pre-quantization scales stay active)."""
-    changed = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m._if_quant]
+    changed = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and m._if_quant]
     for quantizer in changed:
         quantizer.disable_quant()
     try:
