@@ -1,0 +1,7 @@
+"""Analysis of a model before anyone invests in quantizing it."""
+
+from modelopt_tdq.analysis.analyze import Analysis, analyze
+from modelopt_tdq.analysis.headroom import LayerHeadroom
+from modelopt_tdq.analysis.sensitivity import LayerSensitivity, Proposal
+
+__all__ = ["Analysis", "LayerHeadroom", "LayerSensitivity", "Proposal", "analyze"]

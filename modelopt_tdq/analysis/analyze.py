@@ -1,0 +1,154 @@
+"""``analyze``: will time-dependent scales help a model, and which of its layers need high precision?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from torch import nn
+
+from modelopt_tdq.analysis.headroom import LayerHeadroom, headroom, median
+from modelopt_tdq.analysis.sensitivity import LayerSensitivity, Probe, Proposal, propose, sensitivity
+from modelopt_tdq.calibration.collect import Calibration, collect
+from modelopt_tdq.calibration.columns import columns
+from modelopt_tdq.calibration.protect import Columns, install, prediction_error
+from modelopt_tdq.config import TdqCalibConfig, make_config
+from modelopt_tdq.errors import TdqError
+
+__all__ = ["Analysis", "analyze"]
+
+#: Gain of the model's output in dB from which temporal scales are called worth it, or worth a try.
+_CLEAR_GAIN, _SMALL_GAIN = 1.0, 0.3
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Result of :func:`analyze`; see the parts' own documentation.
+
+    Attributes:
+        times: [K] calibrated times.
+        layers: Headroom per quantizer, largest first.
+        static_db: [K] SQNR of the model's output with the best single scales, on calibration inputs, in dB.
+        temporal_db: [K] likewise with scales over time.
+        max_db: [K] likewise with single scales from the largest magnitude, ModelOpt's default.
+        probe_times: [T] times of the sensitivity analysis.
+        sensitivity: ``{"static": [...], "temporal": [...]}``, most harmful layer first.
+        proposals: Likewise, where a target was given.
+    """
+
+    times: tuple[float, ...]
+    layers: list[LayerHeadroom]
+    static_db: tuple[float, ...]
+    temporal_db: tuple[float, ...]
+    max_db: tuple[float, ...]
+    probe_times: tuple[float, ...] = ()
+    sensitivity: dict[str, list[LayerSensitivity]] = field(default_factory=dict)
+    proposals: dict[str, Proposal] = field(default_factory=dict)
+
+    @property
+    def gain_db(self) -> float:
+        """Mean over time of what scales over time gain at the model's output against the best single ones."""
+        return float((torch.tensor(self.temporal_db) - torch.tensor(self.static_db)).mean())
+
+    @property
+    def verdict(self) -> str:
+        """One line: will temporal scales help this model at this bit width."""
+        gain = self.gain_db
+        against_max = float((torch.tensor(self.temporal_db) - torch.tensor(self.max_db)).mean())
+        move = median([layer.spread_ratio for layer in self.layers])
+        largest = max((layer.spread_ratio for layer in self.layers), default=1.0)
+        word = (
+            "will help clearly"
+            if gain >= _CLEAR_GAIN
+            else "will help a little"
+            if gain >= _SMALL_GAIN
+            else "will not help"
+        )
+        return (
+            f"Temporal scales {word}: {gain:+.1f} dB at the model's output against the best static scales "
+            f"({against_max:+.1f} dB against static max); activation spread moves by a factor of {move:.1f} over time "
+            f"at the median layer, {largest:.1f} at most."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"verdict": self.verdict, "gain_db": self.gain_db, **asdict(self)}
+
+
+def _single(pass_: Calibration, config: TdqCalibConfig) -> Columns:
+    return {name: columns(evidence, config, False) for name, evidence in pass_.evidence.items()}
+
+
+def analyze(
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], Any],
+    config: dict[str, Any] | None = None,
+    *,
+    target: float | None = None,
+    probes: int = 3,
+    progress: bool = True,
+) -> Analysis:
+    """Headroom and sensitivity of ``model``; the model itself is not changed.
+
+    Args:
+        model: In full precision, not quantized yet.
+        forward_loop: As for ``mtq.quantize``: calls the model over whole sampling trajectories.
+        config: As for ``mtq.quantize``; default :data:`modelopt_tdq.TDQ_CONFIG`.
+        target: SQNR of the output in dB; if given, the smallest sets of layers to keep in high precision.
+        probes: Times to look at for sensitivity, spread over the schedule; 0 leaves it out.
+        progress: Show progress bars.
+
+    Raises:
+        TdqError: As in calibration; or ``target`` without probes, or a negative number of probes.
+    """
+    if probes < 0 or (target is not None and probes == 0):
+        raise TdqError("probes", probes, "a target needs at least one probed time", "Use probes=3")
+    config = make_config() if config is None else config
+    algorithm = config.get("algorithm")
+    if not isinstance(algorithm, dict) or algorithm.get("method") != "tdq":
+        raise TdqError(
+            "algorithm", algorithm, "not the tdq algorithm", "Use a config of modelopt_tdq, such as TDQ_CONFIG"
+        )
+    settings = TdqCalibConfig(**{**algorithm, "statistic": "output", "progress": progress})
+    copied = copy.deepcopy(model).eval()
+    mtq.quantize(copied, {"quant_cfg": config["quant_cfg"], "algorithm": None})
+    calibration = collect(copied, forward_loop, settings)
+    times, quantizers = calibration.times, calibration.quantizers
+    variants = {
+        "max": _single(calibration, settings.model_copy(update={"statistic": "max"})),
+        "static": _single(calibration, settings),
+        "temporal": {name: columns(evidence, settings, True) for name, evidence in calibration.evidence.items()},
+    }
+    rows = torch.tensor(times)
+    device = next((p.device for p in copied.parameters()), torch.device("cpu"))
+    references: dict[int, torch.Tensor] = {}
+    decibels = {}
+    for name, variant in variants.items():
+        install(quantizers, rows, variant, device)
+        noise = prediction_error(copied, calibration.replay, times, references, f"{name} scales", progress)
+        energy = torch.stack([references[k].double().square().sum().cpu() for k in range(len(times))])
+        decibels[name] = tuple((10.0 * torch.log10(energy / noise)).tolist())
+    found: dict[str, list[LayerSensitivity]] = {}
+    proposals: dict[str, Proposal] = {}
+    chosen = sorted({round(i * (len(times) - 1) / max(probes - 1, 1)) for i in range(probes)})
+    if probes:
+        probe = Probe(copied, [call for row, call in calibration.replay.batches(times) if row in chosen])
+        for name in ("static", "temporal"):
+            install(quantizers, rows, variants[name], device)
+            found[name] = sensitivity(probe, progress, f"sensitivity, {name}")
+            if target is not None:
+                proposals[name] = propose(probe, found[name], target)
+    return Analysis(
+        tuple(times),
+        headroom(calibration),
+        decibels["static"],
+        decibels["temporal"],
+        decibels["max"],
+        tuple(times[row] for row in chosen),
+        found,
+        proposals,
+    )

@@ -1,0 +1,76 @@
+"""Headroom: what the best single scale of each quantizer loses against its best scale per step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelopt_tdq.calibration.choose import Evidence
+from modelopt_tdq.calibration.collect import Calibration
+
+__all__ = ["LayerHeadroom", "headroom", "spread"]
+
+
+@dataclass(frozen=True)
+class LayerHeadroom:
+    """Headroom of one quantizer.
+
+    Attributes:
+        name: Of the quantizer.
+        loss_db: What the best single scale loses against the best scale per step, in dB of squared error
+            (of the layer's output where that was measured, else of the activation).
+        sqnr_db: Signal to quantization noise of the layer with the best scale per step, in dB.
+        spread_ratio: Largest over smallest standard deviation of the activation over time.
+        spread: [K] standard deviation of the activation at each time.
+        scale: [K] best scale at each time.
+    """
+
+    name: str
+    loss_db: float
+    sqnr_db: float
+    spread_ratio: float
+    spread: tuple[float, ...]
+    scale: tuple[float, ...]
+
+
+def spread(evidence: Evidence) -> Tensor:
+    """[K] float64 standard deviation of the activation at each time, from its histogram."""
+    counts, centers = evidence.statistics.counts, evidence.statistics.centers.double()
+    number = counts.sum(1).clamp(min=1.0)
+    mean = counts @ centers / number
+    return (counts @ centers.square() / number - mean.square()).clamp(min=0.0).sqrt()
+
+
+def _db(ratio: float) -> float:
+    return 10.0 * math.log10(ratio) if ratio > 0 else -math.inf
+
+
+def headroom(calibration: Calibration) -> list[LayerHeadroom]:
+    """Headroom of every quantizer, largest loss first."""
+    layers = []
+    for name, evidence in calibration.evidence.items():
+        error = evidence.curves.error
+        per_step, single = float(error.amin(1).sum()), float(error.sum(0).min())
+        energy = float(evidence.curves.energy.sum())
+        deviation = spread(evidence)
+        moving = deviation[deviation > 0]
+        ratio = float(moving.max() / moving.min()) if moving.numel() else 1.0
+        layers.append(
+            LayerHeadroom(
+                name,
+                loss_db=_db(single / per_step) if per_step > 0 else 0.0,
+                sqnr_db=_db(energy / per_step) if per_step > 0 else math.inf,
+                spread_ratio=ratio,
+                spread=tuple(deviation.tolist()),
+                scale=tuple(evidence.curves.scale[error.argmin(1)].tolist()),
+            )
+        )
+    return sorted(layers, key=lambda layer: -layer.loss_db)
+
+
+def median(values: list[float]) -> float:
+    """Median of a list; 0 if it is empty."""
+    return float(torch.tensor(values).median()) if values else 0.0

@@ -1,0 +1,174 @@
+"""One pass over the calibration data, in full precision: the evidence for every scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.model_calib import max_calibrate, mse_calibrate
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import nn
+from tqdm import tqdm
+
+from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
+from modelopt_tdq.calibration.choose import Evidence
+from modelopt_tdq.calibration.distributed import union
+from modelopt_tdq.calibration.output_error import output_curves
+from modelopt_tdq.calibration.replay import Replay
+from modelopt_tdq.calibration.select import activation_quantizers, temporal_names
+from modelopt_tdq.calibration.statistics import StepStatistics
+from modelopt_tdq.config import TdqCalibConfig
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.timestep import CurrentTimestep, deliver_timestep
+
+__all__ = ["Calibration", "collect"]
+
+#: `asymmetric: auto` takes an offset where it lowers the squared error by this factor (1 dB).
+_ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
+
+
+@dataclass
+class Calibration:
+    """What one pass over the calibration data gives.
+
+    Attributes:
+        quantizers: The temporal quantizers that saw data, by name.
+        times: [K] ascending.
+        evidence: By quantizer name.
+        replay: A sample of the calls.
+    """
+
+    quantizers: dict[str, TemporalQuantizer]
+    times: list[float]
+    evidence: dict[str, Evidence]
+    replay: Replay
+
+
+def _calibrate_weights(model: nn.Module, method: str) -> None:
+    if method != "keep":
+        {"max": max_calibrate, "mse": mse_calibrate}[method](model, forward_loop=None)
+
+
+def _run(
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], Any],
+    timestep: CurrentTimestep,
+    config: TdqCalibConfig,
+    statistics: dict[str, StepStatistics],
+    others: list[TensorQuantizer],
+) -> Replay:
+    """Run ``forward_loop`` once in full precision, collecting."""
+    replay = Replay(model, timestep, config.replay_samples)
+    quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and m._if_quant]
+    calibrated = [model.get_submodule(name) for name in statistics] + others
+    calls = 0
+    with tqdm(total=config.expected_calls, desc="calibrate", unit="call", disable=not config.progress) as bar:
+
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            nonlocal calls
+            calls += 1
+            bar.update()
+
+        handles = [
+            model.register_forward_pre_hook(replay.record, with_kwargs=True),
+            model.register_forward_hook(count),
+        ]
+        try:
+            for quantizer in quantizers:
+                quantizer.disable_quant()
+            for quantizer in calibrated:
+                quantizer.enable_calib()
+            with torch.no_grad():
+                forward_loop(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for quantizer in calibrated:
+                quantizer.disable_calib()
+            for quantizer in quantizers:
+                quantizer.enable_quant()
+    if not calls:
+        raise TdqError(
+            "forward_loop", forward_loop, "it never called the model", "Call the model on calibration data in it"
+        )
+    for quantizer in others:
+        if quantizer._calibrator is not None and quantizer._calibrator.compute_amax() is not None:
+            quantizer.load_calib_amax()
+    return replay
+
+
+def _filled(statistics: StepStatistics, times: list[float]) -> Any:
+    """Statistics over all times; a time at which this quantizer saw nothing takes the nearest one's."""
+    collected = statistics.statistics(times)
+    seen = collected.counts.sum(1) > 0
+    if bool(seen.all()):
+        return collected
+    known = seen.nonzero().squeeze(1)
+    nearest = known[(torch.arange(len(times)).unsqueeze(1) - known.unsqueeze(0)).abs().argmin(1)]
+    return type(collected)(
+        collected.counts[nearest], collected.exponent, collected.low[nearest], collected.high[nearest]
+    )
+
+
+def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, config: TdqCalibConfig) -> Calibration:
+    """Promote the activation quantizers, calibrate the weights, and gather the evidence for every scale.
+
+    Raises:
+        TdqError: See :func:`tdq_calibrate`. The caller restores the model.
+    """
+    if forward_loop is None:
+        raise TdqError(
+            "forward_loop", None, "time-dependent scales need calibration data", "Pass a forward_loop to mtq.quantize"
+        )
+    per_tensor, others = activation_quantizers(model)
+    temporal_names(config.temporal, list(per_tensor))
+    timestep = deliver_timestep(model, config.timestep_argument)
+    _calibrate_weights(model, config.weights)
+    calibrators = {name: quantizer._calibrator for name, quantizer in per_tensor.items()}
+    statistics = {name: StepStatistics(name, timestep, config.max_steps) for name in per_tensor}
+    for name, quantizer in per_tensor.items():
+        quantizer._calibrator = statistics[name]
+    replay = _run(model, forward_loop, timestep, config, statistics, others)
+    times = union(set().union(*(s.times for s in statistics.values())))
+    if len(times) < 2 and config.bins != 1:
+        raise TdqError(
+            "forward_loop",
+            times,
+            "it visited a single time",
+            'Run whole sampling trajectories in it, or ask for static scales with `"bins": 1`',
+        )
+    quantizers, evidence = {}, {}
+    for name, quantizer in tqdm(per_tensor.items(), "errors", disable=not config.progress, unit="layer"):
+        quantizer._calibrator = calibrators[name]
+        if not statistics[name].times:
+            quantizer.disable()  # a layer that the model does not run has nothing to quantize
+            continue
+        quantizers[name] = TemporalQuantizer.from_tensor_quantizer(quantizer, timestep)
+        evidence[name] = _activation_evidence(statistics[name], times, quantizer, config)
+    if config.statistic == "output":
+        for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
+            known = evidence[name]
+            evidence[name] = Evidence(known.statistics, curves, known.num_bits, known.asymmetric)
+    return Calibration(quantizers, times, evidence, replay)
+
+
+def _activation_evidence(
+    statistics: StepStatistics, times: list[float], quantizer: TemporalQuantizer, config: TdqCalibConfig
+) -> Evidence:
+    rows = _filled(statistics, times)
+    options = []
+    for asymmetric in (False, True) if config.asymmetric == "auto" else (bool(config.asymmetric),):
+        if asymmetric and not isinstance(quantizer.num_bits, int):
+            continue  # FP8 has a sign of its own
+        grid = candidate_grid(rows, quantizer.num_bits, asymmetric)
+        options.append(Evidence(rows, histogram_error(rows, *grid, quantizer.num_bits), quantizer.num_bits, asymmetric))
+    if not options:
+        grid = candidate_grid(rows, quantizer.num_bits, False)
+        options.append(Evidence(rows, histogram_error(rows, *grid, quantizer.num_bits), quantizer.num_bits, False))
+    if len(options) == 2:
+        plain, shifted = (float(option.curves.error.amin(1).sum()) for option in options)
+        return options[1] if shifted < plain * _ASYMMETRIC_GAIN else options[0]
+    return options[0]
