@@ -9,6 +9,8 @@ from modelopt_tdq.config import RECIPES, TdqCalibConfig, make_config, recipe
 from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.model_table import scale_table, set_scale_table, temporal_quantizers
 from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.runtime.build import build_engine
+from modelopt_tdq.runtime.engine_report import EngineReport
 from modelopt_tdq.table import ScaleTable
 
 __version__ = "0.1.0"
@@ -32,11 +34,13 @@ __all__ = [
     "TDQ_W4A4_CFG",
     "TDQ_W4A8_CFG",
     "TDQ_W8A4_CFG",
+    "EngineReport",
     "MissingExtraError",
     "ScaleTable",
     "TdqCalibConfig",
     "TdqError",
     "TemporalQuantizer",
+    "build_engine",
     "make_config",
     "recipe",
     "scale_table",

@@ -1,0 +1,1 @@
+"""Running an exported model: ONNX Runtime, OpenVINO, TensorRT-RTX, TensorRT."""

@@ -1,0 +1,158 @@
+"""The process that builds one engine: ``python _build_worker.py request.json``.
+
+A native builder can crash, so it runs in a process of its own. This file is started as a script and
+imports nothing of the package: importing torch would take longer than most builds.
+
+The request names ``backend``, ``onnx``, ``engine``, ``log``, ``answer``, ``compute_capabilities`` and
+``profile``; the answer is ``{"version", "layers"}``, or ``{"error"}`` with the arguments of a TdqError.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+class BuildError(Exception):
+    """The four arguments of a TdqError."""
+
+
+def make_logger(trt: Any, file: Any) -> Any:
+    """A logger that writes every message to ``file`` at once, and keeps errors and the list of layers."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.layers = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            print(f"[{severity.name}] {message}", file=file, flush=True)
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            if message.startswith("Layers:"):
+                self.layers = message
+
+    return Logger()
+
+
+def make_network(trt: Any, builder: Any) -> Any:
+    """A strongly typed network: Q/DQ nodes decide the precision. TensorRT 11 knows no other kind."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return builder.create_network(0 if flag is None else 1 << int(flag))
+
+
+def parse(trt: Any, network: Any, logger: Any, onnx: str) -> Any:
+    """Fill ``network`` from the ONNX file; external data is looked for beside it."""
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(onnx):
+        reasons = []
+        for index in range(parser.num_errors):
+            error = parser.get_error(index)
+            place = " ".join(part for part in (error.node_operator(), error.node_name()) if part)
+            reasons.append(f"{place}: {error.desc()}" if place else error.desc())
+        raise BuildError(
+            "onnx_path", onnx, "the ONNX parser refuses it: " + "; ".join(reasons or logger.errors), "Change the model"
+        )
+    return parser
+
+
+def add_profile(builder: Any, config: Any, network: Any, profile: dict[str, list[list[int]]]) -> None:
+    """Ranges of the inputs with dynamic shapes: name to smallest, most likely and largest shape."""
+    if not profile:
+        return
+    optimization = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if tensor.name in profile:
+            optimization.set_shape(tensor.name, *profile[tensor.name])
+    config.add_optimization_profile(optimization)
+
+
+def rtx_targets(trt: Any, capabilities: list[str]) -> list[Any]:
+    """TensorRT-RTX's constants for compute capabilities given as "8.9"."""
+    if not capabilities:
+        return []
+    known = {
+        f"{name[2:-1]}.{name[-1]}": value
+        for name, value in trt.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    for capability in capabilities:
+        if capability not in known:
+            raise BuildError(
+                "compute_capabilities",
+                capability,
+                f"TensorRT-RTX {trt.__version__} has no such target",
+                f"Use {', '.join(known)}",
+            )
+    return [known[capability] for capability in capabilities]
+
+
+def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
+    """Build the engine that ``request`` describes and write it."""
+    backend = request["backend"]
+    try:
+        trt = import_module(backend)
+    except ImportError as error:
+        raise BuildError("missing", str(error)) from error
+    release = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    if backend == "tensorrt" and release < (10, 13):
+        raise BuildError(
+            "tensorrt",
+            trt.__version__,
+            "too old",
+            "Install TensorRT 10.13 or later: pip install 'modelopt-tdq[tensorrt]'",
+        )
+    targets = rtx_targets(trt, request["compute_capabilities"])
+    logger = make_logger(trt, log)  # stays referenced until the builder is gone
+    try:
+        builder = trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:
+        raise BuildError(
+            "backend",
+            backend,
+            "it cannot start here: " + "; ".join([*logger.errors, str(error)]),
+            "TensorRT builds only on a machine with an NVIDIA GPU; build with backend='tensorrt_rtx' elsewhere",
+        ) from error
+    network = make_network(trt, builder)
+    parser = parse(trt, network, logger, request["onnx"])
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if targets:  # TensorRT-RTX compiles ahead of time for these; TensorRT for the GPU that is here
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(target, index)
+    add_profile(builder, config, network, request["profile"])
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise BuildError(
+            "onnx_path",
+            request["onnx"],
+            "the builder failed: " + "; ".join(logger.errors[-2:] or ["no reason given"]),
+            "Change the model or the compute capabilities",
+        )
+    Path(request["engine"]).write_bytes(engine)
+    del engine, config, parser, network, builder
+    return {"version": trt.__version__, "layers": logger.layers}
+
+
+def main() -> None:
+    """Build, and answer."""
+    # Started as a script, the folder of this file heads the path; its modules are named like the libraries they wrap.
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [entry for entry in sys.path if entry != here]
+    request = json.loads(Path(sys.argv[1]).read_text())
+    with open(request["log"], "a", encoding="utf-8", errors="replace") as log:
+        try:
+            answer = build(request, log)
+        except BuildError as error:
+            answer = {"error": error.args}
+    Path(request["answer"]).write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

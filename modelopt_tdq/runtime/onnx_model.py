@@ -1,0 +1,107 @@
+"""What has to be known of an ONNX file before it is built: its inputs, types and quantized layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelopt_tdq.errors import TdqError, require
+
+__all__ = ["OnnxFacts", "quantized_layers", "read_onnx"]
+
+_MATRIX_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+# What may stand between a DequantizeLinear and the operator that uses its result.
+_MOVES = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Flatten"})
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """Facts of an ONNX file.
+
+    Attributes:
+        inputs: Name to shape; an open dimension is its name, or ``"?"``.
+        quantized: Nodes with two quantized operands, name to operator; see :func:`quantized_layers`.
+        quantized_types: ``INT8``, ``FP8`` or others, those that some QuantizeLinear produces.
+        external_data: Files with weights stored beside the model.
+    """
+
+    inputs: Mapping[str, tuple[int | str, ...]]
+    quantized: Mapping[str, str]
+    quantized_types: frozenset[str]
+    external_data: tuple[Path, ...]
+
+
+def read_onnx(path: Path) -> OnnxFacts:
+    """Read an ONNX file, without the weights it stores elsewhere.
+
+    Raises:
+        TdqError: There is no such file, or it holds no ONNX model.
+        MissingExtraError: ``onnx`` is not installed.
+    """
+    onnx = require("onnx", "onnx")
+    if not path.is_file():
+        raise TdqError("onnx_path", str(path), "no such file", "Write it with modelopt_tdq.export_onnx")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except require("google.protobuf.message", "onnx").DecodeError as error:
+        raise TdqError("onnx_path", str(path), f"not an ONNX model ({error})", "Pass an .onnx file") from error
+    if not model.graph.node:
+        raise TdqError("onnx_path", str(path), "an empty graph, or no ONNX model at all", "Pass an .onnx file")
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    inputs = {value.name: _shape(value) for value in model.graph.input if value.name not in initializers}
+    files = {
+        path.parent / entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    existing = tuple(sorted(file for file in files if file.is_file()))
+    return OnnxFacts(inputs, quantized_layers(model), _quantized_types(onnx, model), existing)
+
+
+def quantized_layers(model: Any) -> dict[str, str]:
+    """Convolutions and products whose two operands are both codes (they come from a DequantizeLinear).
+
+    Returns:
+        Name of the node (``node_of_<output>`` where it has none, as TensorRT's parser calls it) to operator.
+    """
+    producer = {output: node for node in model.graph.node for output in node.output}
+
+    def dequantized(name: str) -> bool:
+        node = producer.get(name)
+        while node is not None and node.op_type in _MOVES:
+            node = producer.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
+
+    return {
+        node.name or f"node_of_{node.output[0]}": node.op_type
+        for node in model.graph.node
+        if node.op_type in _MATRIX_OPERATORS and all(dequantized(name) for name in node.input[:2])
+    }
+
+
+def _shape(value: Any) -> tuple[int | str, ...]:
+    return tuple(
+        size.dim_value if size.HasField("dim_value") else size.dim_param or "?"
+        for size in value.type.tensor_type.shape.dim
+    )
+
+
+def _quantized_types(onnx: Any, model: Any) -> frozenset[str]:
+    """Types of the zero points of all QuantizeLinear nodes, which are the types of their results."""
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                types[node.output[0]] = attribute.t.data_type
+    names = set()
+    for node in model.graph.node:
+        if node.op_type != "QuantizeLinear":
+            continue
+        declared = [attribute.i for attribute in node.attribute if attribute.name == "output_dtype" and attribute.i]
+        code = declared[0] if declared else types.get(node.input[2]) if len(node.input) > 2 else None
+        name = onnx.TensorProto.DataType.Name(onnx.TensorProto.UINT8 if code is None else code)
+        names.add("FP8" if name.startswith("FLOAT8") else name)
+    return frozenset(names)
