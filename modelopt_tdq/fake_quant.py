@@ -1,6 +1,6 @@
 """The arithmetic of activation quantization: the one definition that everything else is checked against.
 
-    q = clip(rne((x - o) / s), qmin, qmax)          integer formats, o = 0 where symmetric
+    q = rne(clip((x - o) / s, qmin, qmax))          integer formats, o = 0 where symmetric
     q = e4m3(clip((x - o) / s, -448, 448))          FP8 E4M3
     x_hat = q * s + o
 
@@ -9,7 +9,8 @@ ModelOpt's own fake quantizer multiplies by qmax/amax in the dtype of ``x`` inst
 about one code in a million in float32 and one in a hundred in float16.
 
 The gradient is the straight-through estimate: rounding passes it on, clipping stops it, and the
-gradient of ``s`` and ``o`` follows from the formula (LSQ, Esser et al. 2020, without its gradient scale).
+gradient of ``s`` and ``o`` follows from the formula (LSQ, Esser et al. 2020, eq. 3, without its gradient
+scale; a value exactly on the first or last code counts as not clipped).
 """
 
 from __future__ import annotations
@@ -59,12 +60,9 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, num_bits: NumBits)
     v = v / scale
     low, high = code_range(num_bits)
     if not (torch.is_grad_enabled() and v.requires_grad):
-        if isinstance(num_bits, int):
-            return torch.round(v).clamp_(low, high)
         return _round(v.clamp_(low, high), num_bits)
-    # v + (round(v) - v) is round(v) to the last bit: the difference is exact in float32
-    if isinstance(num_bits, int):
-        return (v + (torch.round(v) - v).detach()).clamp(low, high)
+    # v + (round(v) - v) is round(v): the difference is exact in float32. Clamped before it is rounded, so that
+    # the gradient stops at the last code and not half a step beyond it, as in LSQ.
     v = v.clamp(low, high)
     return v + (_round(v, num_bits) - v).detach()
 

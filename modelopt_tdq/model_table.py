@@ -44,7 +44,7 @@ def scale_table(model: nn.Module) -> ScaleTable:
     rows = timesteps.numel()
     scale, offset = [], []
     for name, quantizer in quantizers.items():
-        if quantizer._scale.numel() not in (1, rows):
+        if quantizer._scale.numel() > 1 and not torch.equal(quantizer._timesteps.detach().cpu(), timesteps):
             raise TdqError("model", name, "its rows are not those of the other quantizers", "Calibrate the model again")
         scale.append(quantizer._scale.detach().cpu().expand(rows))
         offset.append(torch.zeros(rows) if quantizer.offset is None else quantizer.offset.detach().cpu().expand(rows))
@@ -63,8 +63,9 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
     """Give every enabled temporal quantizer of ``model`` its column of ``table``.
 
     Raises:
-        TdqError: The names in the table are not those of the model's quantizers, or the table has a
-            ``dequant_scale``, which fake quantization in PyTorch does not use. Nothing is changed then.
+        TdqError: The names in the table are not those of the model's quantizers, the table was made for
+            other number formats, or it has a ``dequant_scale``, which fake quantization in PyTorch does
+            not use. Nothing is changed then.
     """
     quantizers = _require_temporal_quantizers(model)
     unknown, missing = set(table.names) - set(quantizers), set(quantizers) - set(table.names)
@@ -82,10 +83,22 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
             "a separate dequantize scale is not supported here yet",
             "Leave it out",
         )
+    formats = table.metadata.get("num_bits", {})
+    for name, quantizer in quantizers.items():
+        made_for = formats.get(name, quantizer.num_bits)
+        made_for = tuple(made_for) if isinstance(made_for, list) else made_for  # JSON has no tuples
+        if made_for != quantizer.num_bits:
+            raise TdqError(
+                "num_bits",
+                made_for,
+                f"the table was made for this format, but {name} has {quantizer.num_bits}",
+                "Use a table made for this quant_cfg",
+            )
     for column, name in enumerate(table.names):
         offset = None if table.offset is None else table.offset[:, column]
         if offset is not None and not bool(offset.any()):
             offset = None
-        quantizer = quantizers[name]
-        device = quantizer._scale.device if quantizer.has_table else None
-        quantizer.set_rows(table.timesteps.to(device), table.scale[:, column].to(device), offset)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+        scale = table.scale[:, column].to(device)
+        quantizers[name].set_rows(table.timesteps.to(device), scale, None if offset is None else offset.to(device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,14 @@ from modelopt_tdq.timestep import CurrentTimestep
 
 __all__ = ["TemporalQuantizer"]
 
-_TABLE_BUFFERS = ("_timesteps", "_scale", "_offset")
+_TABLE_BUFFERS = ("_timesteps_bits", "_scale_bits", "_offset_bits")
+
+#: A float32 NaN as an integer: what a restored quantizer computes with until its scales are loaded.
+_NAN_BITS = 0x7FC00000
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.view(torch.float32)
 
 
 class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
@@ -25,15 +31,15 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     Made in place from a ``TensorQuantizer``, as ModelOpt does for its own ``StaticBlockScaleQuantizer``,
     so the quantizer keeps its name, its place in the module tree and ModelOpt's save and restore.
 
-    Buffers, all float32 whatever ``.half()`` or ``.to(dtype)`` the model goes through:
-        ``_timesteps`` [K], ``_scale`` [K], and ``_offset`` [K] where the quantizer is asymmetric.
+    Buffers: ``_timesteps_bits`` [K], ``_scale_bits`` [K], and ``_offset_bits`` [K] where the quantizer is
+    asymmetric: the bits of float32 numbers, kept as int32. ``.half()``, ``.to(dtype)``, diffusers'
+    ``from_pretrained(torch_dtype=...)`` and the like convert floating point buffers and leave integers
+    alone, so the scales stay exact. ``_timesteps`` and ``_scale`` read them as float32.
     """
 
     _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {"_timestep"}
 
     _timestep: CurrentTimestep
-    _timesteps: Tensor
-    _scale: Tensor
 
     @classmethod
     def from_tensor_quantizer(cls, quantizer: TensorQuantizer, timestep: CurrentTimestep) -> TemporalQuantizer:
@@ -47,13 +53,23 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     @property
     def has_table(self) -> bool:
         """Whether the quantizer is calibrated."""
-        return "_scale" in self._buffers
+        return all(name in self._buffers for name in ("_timesteps_bits", "_scale_bits"))
+
+    @property
+    def _timesteps(self) -> Tensor:
+        """[K] float32, ascending, in the model's own time units."""
+        return _floats(self._timesteps_bits)
+
+    @property
+    def _scale(self) -> Tensor:
+        """[K] float32."""
+        return _floats(self._scale_bits)
 
     @property
     def offset(self) -> Tensor | None:
         """[K] float32, the value of code 0 per row; None where symmetric."""
-        offset: Tensor | None = self._buffers.get("_offset")
-        return offset
+        bits: Tensor | None = self._buffers.get("_offset_bits")
+        return None if bits is None else _floats(bits)
 
     def set_rows(self, timesteps: Tensor, scale: Tensor, offset: Tensor | None = None) -> None:
         """Set the quantizer's column of a table.
@@ -62,6 +78,8 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
             timesteps: [K] float32, strictly ascending.
             scale: [K] float32, positive.
             offset: [K] float32 or None.
+
+        The rows stay on the device of those that they replace, if any.
         """
         device = self._scale.device if self.has_table else None
         for name in (*_TABLE_BUFFERS, "_amax"):
@@ -70,15 +88,13 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         for name, value in zip(_TABLE_BUFFERS, (timesteps, scale, offset), strict=True):
             if value is not None:
                 rows = value.detach().to(dtype=torch.float32, device=device or value.device).clone()
-                self.register_buffer(name, rows)
+                self.register_buffer(name, rows.contiguous().view(torch.int32))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemporalQuantizer:
-        exact = {name: self._buffers[name] for name in _TABLE_BUFFERS if name in self._buffers}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            device = self._buffers[name].device
-            self._buffers[name] = value if value.device == device else value.to(device)
-        return self
+    def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
+        super()._reset_pytorch_state_from_metadata(metadata)
+        for name in _TABLE_BUFFERS:
+            if name in self._buffers:
+                self._buffers[name].fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
 
     def _rows(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and offset for each sample: [1] for one time, [B, 1, ...] for a time per sample."""
@@ -89,6 +105,12 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 "it has no scales yet",
                 'Calibrate the model: mtq.quantize with a forward_loop and algorithm {"method": "tdq"}',
             )
+        # ModelOpt places quantizers on the first device of a model that is spread over several
+        device = inputs.device
+        scale, offset = self._scale.to(device), self.offset
+        offset = None if offset is None else offset.to(device)
+        if scale.numel() == 1:
+            return scale, offset
         time = self._timestep.value
         if time is None:
             raise TdqError(
@@ -97,23 +119,20 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 "a quantizer ran before any call of the model told it the time",
                 "Call the quantized model itself rather than one of its parts",
             )
-        scale, offset = self._scale, self.offset
-        if scale.numel() == 1:
-            return scale, offset
-        rows = row_index(time.to(scale.device), self._timesteps)
+        rows = row_index(time.to(device), self._timesteps.to(device))
         scale = scale[rows]
         offset = None if offset is None else offset[rows]
         if time.numel() == 1:
             return scale, offset
         samples, batch = time.numel(), inputs.shape[0] if inputs.dim() else 0
-        if batch % samples:
+        if batch == 0 or batch % samples:
             raise TdqError(
                 "timestep",
                 tuple(time.shape),
                 f"{samples} times cannot be matched with an activation of shape {tuple(inputs.shape)}",
                 "Pass one time for the whole batch, or exclude this quantizer with a `quant_cfg` rule",
             )
-        shape = (batch,) + (1,) * (inputs.dim() - 1)
+        shape = (batch, *(1,) * (inputs.dim() - 1))
 
         def spread(value: Tensor) -> Tensor:
             # [B] -> [B * n, 1, ...]: video models fold frames, some attentions fold heads, into the batch
@@ -143,7 +162,8 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 'Run the per-channel method first: algorithm = ["smoothquant", {"method": "tdq"}]',
             )
         scale = value.detach().to(torch.float32).reshape(1) / code_range(self._num_bits)[1]
-        self.set_rows(torch.zeros(1, device=scale.device), scale)
+        scale = torch.where(scale == 0, 1.0, scale)  # nothing but zeros was seen
+        self.set_rows(torch.zeros_like(scale), scale)
 
     def _get_amax(self, inputs: Tensor) -> Tensor:
         amax = self.amax

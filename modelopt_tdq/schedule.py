@@ -20,16 +20,20 @@ def edges(timesteps: Tensor) -> Tensor:
         timesteps: [K] float32, strictly ascending, in the model's own time units.
 
     Returns:
-        [K - 1] float32.
+        [K - 1] float32. Where the exact half-way point is no float32 number, the one just below it: a
+        float32 time then lies above the edge exactly where it lies above the half-way point.
     """
-    return (timesteps[1:] + timesteps[:-1]) * 0.5
+    exact = (timesteps[1:].to(torch.float64) + timesteps[:-1].to(torch.float64)) * 0.5
+    rounded = exact.to(torch.float32)
+    below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    return torch.where(rounded.to(torch.float64) > exact, below, rounded)
 
 
 def row_index(timestep: Tensor, timesteps: Tensor) -> Tensor:
     """Row of the table for each time: the number of edges strictly below it.
 
     Args:
-        timestep: [B], any real dtype, in the model's own time units.
+        timestep: [B], any real dtype, in the model's own time units; taken as float32.
         timesteps: [K] float32, strictly ascending.
 
     Returns:

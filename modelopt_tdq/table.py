@@ -51,8 +51,7 @@ class ScaleTable:
         for name in ("timesteps", "scale", "offset", "dequant_scale"):
             value = getattr(self, name)
             if value is not None:
-                tensor = torch.as_tensor(value).detach().to("cpu", torch.float32).contiguous()
-                object.__setattr__(self, name, tensor)
+                object.__setattr__(self, name, _own(name, value))
         object.__setattr__(self, "names", tuple(self.names))
         self._validate()
 
@@ -61,6 +60,8 @@ class ScaleTable:
             raise TdqError(
                 "timesteps", tuple(self.timesteps.shape), "not of shape [K], K >= 1", "Pass one time per row"
             )
+        if not all(isinstance(name, str) for name in self.names):
+            raise TdqError("names", self.names, "not names of quantizers", "Pass one string per column")
         if len(set(self.names)) != len(self.names):
             raise TdqError("names", self.names, "a quantizer is named twice", "Name each quantizer once")
         expected = (self.timesteps.numel(), len(self.names))
@@ -119,8 +120,13 @@ class ScaleTable:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``<stem>.safetensors`` (the arrays) and ``<stem>.json`` (names, schema version, checksum).
 
+        Files that are there already are replaced only when both new ones are complete.
+
         Returns:
             The path of the safetensors file.
+
+        Raises:
+            TdqError: ``metadata`` cannot be written as JSON, or ``path`` names no file.
         """
         arrays, sidecar = _files(path)
         tensors = {n: getattr(self, n) for n in ("timesteps", "scale", "offset", "dequant_scale")}
@@ -132,12 +138,25 @@ class ScaleTable:
             "sha256": hashlib.sha256(data).hexdigest(),
             "metadata": dict(self.metadata),
         }
-        text = json.dumps(description, indent=1)
+        try:
+            text = json.dumps(description, indent=1)
+        except (TypeError, ValueError) as error:
+            raise TdqError(
+                "metadata",
+                self.metadata,
+                f"cannot be written as JSON ({error})",
+                "Use plain numbers, strings and lists",
+            ) from error
         arrays.parent.mkdir(parents=True, exist_ok=True)
-        for target, content in ((arrays, data), (sidecar, text.encode())):
-            partial = target.with_name(target.name + ".partial")
-            partial.write_bytes(content)
-            os.replace(partial, target)
+        partial = [target.with_name(target.name + ".partial") for target in (arrays, sidecar)]
+        try:
+            for target, content in zip(partial, (data, text.encode()), strict=True):
+                target.write_bytes(content)
+            for source, target in zip(partial, (arrays, sidecar), strict=True):
+                os.replace(source, target)
+        finally:
+            for source in partial:
+                source.unlink(missing_ok=True)
         return arrays
 
     @classmethod
@@ -156,7 +175,8 @@ class ScaleTable:
         try:
             description = json.loads(sidecar.read_text())
             version = int(description["schema_version"])
-            names, digest, metadata = description["names"], description["sha256"], description.get("metadata", {})
+            names, digest = tuple(description["names"]), str(description["sha256"])
+            metadata = dict(description.get("metadata", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise TdqError(
                 "path", str(sidecar), f"no description of a scale table ({error!r})", "Save the table again"
@@ -189,8 +209,18 @@ class ScaleTable:
             ) from error
 
 
+def _own(name: str, value: Any) -> Tensor:
+    """A float32 copy on the CPU, which nobody else can change."""
+    try:
+        return torch.as_tensor(value).detach().to("cpu", torch.float32).clone().contiguous()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TdqError(name, value, f"not an array of numbers ({error})", "Pass a tensor") from error
+
+
 def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     stem = Path(path)
+    if not stem.name:
+        raise TdqError("path", str(path), "names no file", "Pass a path such as 'scales.safetensors'")
     if stem.suffix in (".safetensors", ".json"):
         stem = stem.with_suffix("")
     return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")

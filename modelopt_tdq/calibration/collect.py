@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
 from modelopt_tdq.calibration.choose import Evidence
-from modelopt_tdq.calibration.distributed import union
+from modelopt_tdq.calibration.distributed import together, union
 from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.replay import Replay
 from modelopt_tdq.calibration.select import activation_quantizers, temporal_names
@@ -131,7 +131,9 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
     statistics = {name: StepStatistics(name, timestep, config.max_steps) for name in per_tensor}
     for name, quantizer in per_tensor.items():
         quantizer._calibrator = statistics[name]
-    replay = _run(model, forward_loop, timestep, config, statistics, others)
+    with together():
+        replay = _run(model, forward_loop, timestep, config, statistics, others)
+    replay.agree()
     times = union(set().union(*(s.times for s in statistics.values())))
     if len(times) < 2 and config.bins != 1:
         raise TdqError(
@@ -140,10 +142,11 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
             "it visited a single time",
             'Run whole sampling trajectories in it, or ask for static scales with `"bins": 1`',
         )
+    seen = union({name for name, s in statistics.items() if s.times})
     quantizers, evidence = {}, {}
     for name, quantizer in tqdm(per_tensor.items(), "errors", disable=not config.progress, unit="layer"):
         quantizer._calibrator = calibrators[name]
-        if not statistics[name].times:
+        if name not in seen:
             quantizer.disable()  # a layer that the model does not run has nothing to quantize
             continue
         quantizers[name] = TemporalQuantizer.from_tensor_quantizer(quantizer, timestep)

@@ -1,7 +1,8 @@
 """A bounded sample of the model's own calls, to run some of them again after the one pass over ``forward_loop``.
 
-Per time, the samples with the smallest hash of their content are kept: the choice does not depend on
-the order of the samples or on the batch size. Memory is times x samples x the model's inputs.
+Per time, the samples with the smallest hash of their content are kept: the choice does not depend on the
+order of the samples, on the batch size, or on how they were spread over processes. Memory is
+times x samples x the model's inputs.
 """
 
 from __future__ import annotations
@@ -9,17 +10,24 @@ from __future__ import annotations
 import heapq
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modelopt_tdq.calibration.distributed import gather
+from modelopt_tdq.errors import TdqError
 from modelopt_tdq.timestep import CurrentTimestep
 
 __all__ = ["Replay", "first_tensor"]
 
+#: (minus its priority, order of arrival, keyword arguments of a call with this sample alone)
 _Sample = tuple[float, int, dict[str, Any]]
+
+#: Elements of each tensor that the hash of a sample reads.
+_HASHED = 512
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -29,14 +37,12 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
-def _priority(sample: Tensor) -> float:
-    """In [0, 1), from the content; moves little when the content moves by a rounding error."""
-    value = float(sample.reshape(-1)[:64].double().sum())
-    return (value * 1024.0 * 0.6180339887498949) % 1.0
-
-
 class Replay:
     """Keeps and re-runs samples of a model's calls.
+
+    A tensor argument belongs to the samples if its first dimension is the batch size, which is that of the
+    first tensor argument; other arguments are kept as they are. (A tensor without a batch dimension whose
+    first dimension happens to equal the batch size would be taken apart: calibrate with another batch size.)
 
     Args:
         model: The root whose calls are recorded.
@@ -45,57 +51,106 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, timestep: CurrentTimestep, samples: int) -> None:
-        self._model, self._timestep, self._limit = model, timestep, samples
+        self._timestep, self._limit = timestep, samples
         self._signature = inspect.signature(model.forward)
-        self._heaps: dict[float, list[_Sample]] = {}
+        self._heaps: dict[float, list[_Sample]] = defaultdict(list)
         self._order = itertools.count()
-        self._time_dtype, self._device = torch.float32, torch.device("cpu")
+        unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+        self._unnamed = [name for name, p in self._signature.parameters.items() if p.kind in unnamed]
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: look at a call, keep what belongs to the sample."""
-        bound = self._signature.bind(*args, **kwargs)
-        arguments = dict(bound.arguments)
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(name, {}))
-        time = self._timestep.value
-        argument = self._timestep.argument
-        data = [v for k, v in arguments.items() if isinstance(v, Tensor) and v.dim() > 0 and k != argument]
-        if time is None or not data:
+        if self._unnamed:
             return
-        raw = arguments.get(argument)
-        self._time_dtype = raw.dtype if isinstance(raw, Tensor) else torch.float32
-        self._device = time.device
+        arguments = self._by_name(args, kwargs)
+        name = self._timestep.argument
+        time = arguments.pop(name, None)
+        data = [v for v in arguments.values() if isinstance(v, Tensor) and v.dim() > 0]
+        if self._timestep.value is None or not data:
+            return
         batch = data[0].shape[0]
-        times = time.tolist() * (batch if time.numel() == 1 else 1)
+        times = self._timestep.value.tolist()
         for i in range(batch):
-            sample_time = times[i] if i < len(times) else times[0]
-            heap = self._heaps.setdefault(sample_time, [])
-            priority = -_priority(data[0][i])
+            own = i * len(times) // batch
+            sample = {k: _take(v, i, batch) for k, v in arguments.items()}
+            heap, priority = self._heaps[times[own]], -_priority(sample)
             if len(heap) == self._limit and priority <= heap[0][0]:
                 continue
-            sample = {k: _take(v, i, batch) for k, v in arguments.items() if k != argument}
+            sample = {k: _cloned(v) for k, v in sample.items()}
+            sample[name] = _cloned(_take(time, own, len(times)))
             item = (priority, next(self._order), sample)
             (heapq.heappush if len(heap) < self._limit else heapq.heapreplace)(heap, item)
 
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        for name, value in self._signature.bind(*args, **kwargs).arguments.items():
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(value)
+            else:
+                arguments[name] = value
+        return arguments
+
+    def agree(self) -> None:
+        """Keep, over all processes of torch.distributed, what one process that saw all samples would have kept."""
+        priorities: dict[float, list[float]] = defaultdict(list)
+        for other in gather({time: [priority for priority, _, _ in heap] for time, heap in self._heaps.items()}):
+            for time, values in other.items():
+                priorities[time] += values
+        for time, heap in self._heaps.items():
+            least = heapq.nlargest(self._limit, priorities[time])[-1]
+            self._heaps[time] = [item for item in heap if item[0] >= least]
+
     def batches(self, times: list[float]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(row, keyword arguments of one call) for each time that has samples, in order."""
-        for row, time in enumerate(times):
-            heap = sorted(self._heaps.get(time, []), reverse=True)
-            if not heap:
-                continue
-            samples = [sample for _, _, sample in heap]
-            call = {k: _stack([sample[k] for sample in samples]) for k in samples[0]}
-            call[self._timestep.argument] = torch.full(
-                (len(samples),), time, dtype=self._time_dtype, device=self._device
+        """(row, keyword arguments of one call) for each time that has samples, in order.
+
+        Samples that do not fit into one batch (other shapes, other flags) are left out: the largest group stays.
+
+        Raises:
+            TdqError: The model's forward takes arguments that cannot be passed by name.
+        """
+        if self._unnamed:
+            raise TdqError(
+                "model",
+                self._unnamed,
+                "its forward takes arguments that cannot be passed by name, so its calls cannot be repeated",
+                'Name them, or use another "statistic" than "output" and "protect_steps": False',
             )
-            yield row, call
+        for row, time in enumerate(times):
+            groups: dict[Hashable, list[dict[str, Any]]] = defaultdict(list)
+            for _, _, sample in sorted(self._heaps.get(time, []), key=lambda item: item[:2], reverse=True):
+                groups[_layout(sample)].append(sample)
+            if groups:
+                samples = max(groups.values(), key=len)
+                yield row, {k: _stack([sample[k] for sample in samples]) for k in samples[0]}
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _leaves(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _leaves(v)
+
+
+def _priority(sample: dict[str, Any]) -> float:
+    """In [0, 1), from the content; moves little when the content moves by a rounding error."""
+    total = 0.0
+    for number, tensor in enumerate(_leaves(sample), 1):
+        flat = tensor.reshape(-1)
+        part = flat[:: max(1, flat.numel() // _HASHED)].double()
+        # weights that no two positions share, so that neither a shift nor an exchange goes unnoticed
+        weights = torch.arange(part.numel(), dtype=torch.float64, device=part.device).mul_(number).cos_()
+        total += float(part @ weights)
+    return (total * 1024.0 * 0.6180339887498949) % 1.0
 
 
 def _take(value: Any, index: int, batch: int) -> Any:
+    """Sample ``index`` of a tensor with ``batch`` samples, as a batch of one; anything else as it is."""
     if isinstance(value, Tensor):
-        value = value.detach()
-        return value[index : index + 1].clone() if value.dim() and value.shape[0] == batch else value
+        return value[index : index + 1] if value.dim() and value.shape[0] == batch else value
     if isinstance(value, dict):
         return {k: _take(v, index, batch) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -103,10 +158,31 @@ def _take(value: Any, index: int, batch: int) -> Any:
     return value
 
 
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: _cloned(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cloned(v) for v in value)
+    return value
+
+
+def _layout(value: Any) -> Hashable:
+    """What samples of one batch have in common: the names, the shapes and dtypes, all that is no tensor."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return tuple((k, _layout(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_layout(v) for v in value)
+    return repr(value)
+
+
 def _stack(values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
-        return torch.cat(values) if first.dim() and first is not values[-1] and first.shape[0] == 1 else first
+        return torch.cat(values) if first.dim() and first.shape[0] == 1 else first
     if isinstance(first, dict):
         return {k: _stack([v[k] for v in values]) for k in first}
     if isinstance(first, (list, tuple)):

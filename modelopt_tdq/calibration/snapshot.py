@@ -2,38 +2,91 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from torch import nn
+from torch import Tensor, nn
+
+from modelopt_tdq.timestep import find_timestep
 
 __all__ = ["restored_on_error"]
 
 
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    copied = dict(attributes)
-    copied["_buffers"] = {k: None if v is None else v.clone() for k, v in attributes["_buffers"].items()}
-    copied["_parameters"] = dict(attributes["_parameters"])
-    copied["_non_persistent_buffers_set"] = set(attributes["_non_persistent_buffers_set"])
-    return copied
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, (dict, list, set, np.ndarray)) else value
+
+
+class _Attributes:
+    """The attributes of one object: which objects they are, and what was in those that can change in place."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner, self._class = owner, type(owner)
+        self._objects = dict(vars(owner))
+        self._contents = {name: copy.copy(v) for name, v in self._objects.items() if isinstance(v, (dict, list, set))}
+
+    def restore(self) -> None:
+        if type(self._owner) is not self._class:
+            self._owner.__class__ = self._class
+        attributes = vars(self._owner)
+        attributes.clear()
+        attributes.update(self._objects)
+        for name, content in self._contents.items():
+            # refilled rather than replaced: handles of hooks refer to these very dicts
+            container = self._objects[name]
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+class _Calibrator:
+    """What a ModelOpt calibrator has collected."""
+
+    def __init__(self, calibrator: Any) -> None:
+        self._calibrator = calibrator
+        self._state = {name: _cloned(value) for name, value in vars(calibrator).items()}
+
+    def restore(self) -> None:
+        vars(self._calibrator).clear()
+        vars(self._calibrator).update(self._state)
+
+
+class _Buffers:
+    """The values of a quantizer's buffers, restored in place: ModelOpt ties some of them to each other."""
+
+    def __init__(self, quantizer: TensorQuantizer) -> None:
+        self._values = [(v, v.detach().clone()) for v in quantizer._buffers.values() if v is not None]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, value in self._values:
+            buffer.copy_(value)
 
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Undo changes to the quantizers of ``model`` and to the hooks on its root, if the body raises."""
-    quantizers = [(m, type(m), _copied(m.__dict__)) for m in model.modules() if isinstance(m, TensorQuantizer)]
-    hooks = {name: dict(getattr(model, name)) for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")}
+    """If the body raises, give every module its attributes, submodules and hooks, and every quantizer its values, back.
+
+    Weights are not copied: calibration reads them only.
+    """
+    states: list[_Attributes | _Calibrator | _Buffers] = []
+    for module in model.modules():
+        states.append(_Attributes(module))
+        if isinstance(module, TensorQuantizer):
+            states.append(_Buffers(module))
+            if module._calibrator is not None:
+                states.append(_Calibrator(module._calibrator))
+    timestep = find_timestep(model)
+    if timestep is not None:
+        states.append(_Attributes(timestep))
     try:
         yield
     except BaseException:
-        for quantizer, kind, attributes in quantizers:
-            quantizer.__class__ = kind
-            quantizer.__dict__.clear()
-            quantizer.__dict__.update(attributes)
-        for name, saved in hooks.items():
-            current = getattr(model, name)
-            current.clear()
-            current.update(saved)
+        for state in states:
+            state.restore()
         raise

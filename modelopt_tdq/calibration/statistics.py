@@ -23,6 +23,25 @@ __all__ = ["BINS", "ActivationStatistics", "StepStatistics"]
 #: Bins of a histogram, half of them on each side of zero.
 BINS = 2048
 
+#: Exponent of the narrowest histogram; smaller activations all fall into its two middle bins.
+_SMALLEST = -100
+
+#: ``torch.histc`` counts in float32, which is exact up to this number.
+_EXACT_COUNT = 1 << 24
+
+
+def _histogram(x: Tensor, exponent: int) -> Tensor:
+    """[BINS] float64 counts of float32 ``x`` in [-2^exponent, 2^exponent), each in its exact bin.
+
+    Scaling by a power of two and rounding down are exact, so a value falls into the same bin whatever
+    the histogram was widened from; ``torch.histc`` alone rounds values near the edge of a bin.
+    """
+    bins = (x.flatten() * math.ldexp(BINS / 2, -exponent)).floor_()
+    counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
+    for part in torch.split(bins, _EXACT_COUNT):
+        counts += torch.histc(part, BINS, -BINS / 2, BINS / 2)
+    return counts
+
 
 @dataclass
 class _Row:
@@ -93,7 +112,8 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
         """Add an activation [B, ...] to the histograms of the current time, or of each sample's own time.
 
         Raises:
-            TdqError: The activation holds NaN or infinity; there are more times than ``max_steps``.
+            TdqError: The activation holds NaN or infinity; there are more times than ``max_steps``; there are
+                several times, and their number does not divide B.
         """
         time = self._timestep.value
         if time is None:
@@ -101,16 +121,16 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
                 "forward_loop", self._name, "a layer ran outside of any call of the model", "Call the model itself"
             )
         times = time.tolist()
-        if len(set(times)) == 1:
-            self._add(times[0], x)
-            return
-        if x.shape[0] % len(times):
+        if len(times) > 1 and (x.dim() == 0 or x.shape[0] % len(times)):
             raise TdqError(
                 "timestep",
                 tuple(time.shape),
                 f"{len(times)} times cannot be matched with the input of {self._name}, of shape {tuple(x.shape)}",
                 "Pass one time for the whole batch, or exclude this quantizer with a `quant_cfg` rule",
             )
+        if len(set(times)) == 1:
+            self._add(times[0], x)
+            return
         samples = x.reshape(len(times), -1)
         for value in sorted(set(times)):
             self._add(value, samples[[i for i, t in enumerate(times) if t == value]])
@@ -127,7 +147,7 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
             )
         magnitude = max(abs(low), abs(high))
         # frexp: magnitude < 2^exponent, strictly
-        exponent = math.frexp(magnitude)[1] if magnitude > 0 else -126
+        exponent = max(math.frexp(magnitude)[1], _SMALLEST) if magnitude > 0 else _SMALLEST
         row = self._rows.get(time)
         if row is None:
             if len(self._rows) == self._max_steps:
@@ -139,13 +159,12 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
                 )
             row = self._rows[time] = _Row(exponent, torch.zeros(BINS, dtype=torch.float64, device=x.device), low, high)
         row.widen(exponent)
-        bound = math.ldexp(1.0, row.exponent)
-        row.counts += torch.histc(x, BINS, -bound, bound).to(row.counts)
+        row.counts += _histogram(x, row.exponent).to(row.counts.device)
         row.low, row.high = min(row.low, low), max(row.high, high)
 
     def statistics(self, times: list[float]) -> ActivationStatistics:
         """All rows on a common bin width, on the CPU, in the order of ``times``; summed over processes."""
-        empty = _Row(-126, torch.zeros(BINS, dtype=torch.float64), math.inf, -math.inf)
+        empty = _Row(_SMALLEST, torch.zeros(BINS, dtype=torch.float64), math.inf, -math.inf)
         rows = [self._rows.get(time, empty) for time in times]
         device = next((row.counts.device for row in rows if row is not empty), torch.device("cpu"))
         exponent = all_reduce(torch.tensor([max(row.exponent for row in rows)], device=device), "max")
