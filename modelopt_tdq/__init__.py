@@ -7,6 +7,7 @@ to be imported before a model quantized with it is restored.
 from modelopt_tdq.calibration.mode import register as _register
 from modelopt_tdq.config import RECIPES, TdqCalibConfig, make_config, recipe
 from modelopt_tdq.errors import MissingExtraError, TdqError
+from modelopt_tdq.export import ExportReport, export_onnx
 from modelopt_tdq.model_table import scale_table, set_scale_table, temporal_quantizers
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.runtime.build import build_engine
@@ -35,12 +36,14 @@ __all__ = [
     "TDQ_W4A8_CFG",
     "TDQ_W8A4_CFG",
     "EngineReport",
+    "ExportReport",
     "MissingExtraError",
     "ScaleTable",
     "TdqCalibConfig",
     "TdqError",
     "TemporalQuantizer",
     "build_engine",
+    "export_onnx",
     "make_config",
     "recipe",
     "scale_table",

@@ -1,0 +1,81 @@
+"""What a lowering works on, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.export.graph import GraphEditor
+from modelopt_tdq.export.lookup import Lookup
+from modelopt_tdq.export.markers import ACTIVATION_MARKER, DOMAIN
+from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
+from modelopt_tdq.export.weights import LoweredWeight, marker_name
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["LoweringContext"]
+
+
+@dataclass
+class LoweringContext:
+    """A marker graph whose weights are lowered already.
+
+    Attributes:
+        editor: Of the graph.
+        spec: The quantizers.
+        lookup: Their scales.
+        weights: The quantized weight behind a value.
+        shapes: That each marker saw in the sample run, by quantizer name.
+        samples: Times per call in the sample run.
+    """
+
+    editor: GraphEditor
+    spec: QuantizationSpec
+    lookup: Lookup
+    weights: dict[ir.Value, LoweredWeight]
+    shapes: dict[str, tuple[int, ...]]
+    samples: int
+    low_precision: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def markers(self) -> list[ir.Node]:
+        """The activation markers, in graph order."""
+        return [n for n in self.editor.graph if n.domain == DOMAIN and n.op_type == ACTIVATION_MARKER]
+
+    def activation(self, marker: ir.Node) -> ActivationSpec:
+        """The quantizer of a marker."""
+        return self.spec.activations[marker_name(marker)]
+
+    def fold(self, marker: ir.Node) -> int:
+        """Rows of the marker's activation per sample.
+
+        Raises:
+            TdqError: Times are per sample, and the activation's rows are no multiple of the samples.
+        """
+        name = marker_name(marker)
+        shape = self.shapes.get(name, ())
+        if not self.lookup.per_sample or not any(
+            self.lookup.is_temporal(name, quantity) for quantity in ("scale", "offset")
+        ):
+            return 1
+        if not shape or shape[0] % self.samples:
+            raise TdqError(
+                "sample_inputs",
+                name,
+                f"{self.samples} times cannot be matched with an activation of shape {shape}",
+                "Pass one time for the whole batch, or leave this quantizer out with a quant_cfg rule",
+            )
+        return shape[0] // self.samples
+
+    def quantized(self, name: str) -> None:
+        """Report a quantizer as deployed in low precision."""
+        if name not in self.low_precision and name not in self.skipped:
+            self.low_precision.append(name)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Report a quantizer as not deployed in low precision."""
+        self.skipped.setdefault(name, reason)
+        if name in self.low_precision:
+            self.low_precision.remove(name)

@@ -1,0 +1,95 @@
+"""Editing an ONNX graph. Uses onnx-ir, the graph library that torch.onnx itself is built on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from modelopt_tdq.errors import require
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["GraphEditor"]
+
+
+class GraphEditor:
+    """Inserts nodes and constants into a graph, with unique, findable names.
+
+    Args:
+        graph: Edited in place.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.ir = require("onnx_ir", "onnx")
+        self.graph = graph
+        self._names: set[str] = {v.name for v in graph.inputs if v.name} | set(graph.initializers)
+        self._constants: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
+        for node in graph:
+            self._names.update(v.name for v in node.outputs if v.name)
+
+    def unique(self, name: str) -> str:
+        """``name``, numbered if it is taken."""
+        candidate, count = name, 0
+        while candidate in self._names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self._names.add(candidate)
+        return candidate
+
+    def constant(self, name: str, array: Any) -> ir.Value:
+        """An initializer that holds ``array``; equal small arrays are stored once."""
+        array = np.asarray(array)
+        key = (str(array.dtype), array.tobytes(), array.shape) if array.size <= 64 else None
+        if key is not None and key in self._constants:
+            return self._constants[key]
+        value = self.ir.Value(name=self.unique(name))
+        tensor = self.ir.tensor(array, name=value.name)
+        value.const_value, value.dtype, value.shape = tensor, tensor.dtype, tensor.shape
+        self.graph.register_initializer(value)
+        if key is not None:
+            self._constants[key] = value
+        return cast("ir.Value", value)
+
+    def ints(self, values: Sequence[int]) -> ir.Value:
+        """A [n] int64 constant."""
+        return self.constant("ints_" + "_".join(str(v) for v in values), np.array(values, dtype=np.int64))
+
+    def before(
+        self,
+        anchor: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        dtype: Any = None,
+        shape: Any = None,
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> Any:
+        """Insert a node before ``anchor``.
+
+        Returns:
+            Its output, or the list of its outputs where ``outputs`` is not 1.
+        """
+        node = self.ir.node(op_type, inputs, attributes, num_outputs=outputs, name=self.unique(f"node/{name}"))
+        for value in node.outputs:
+            value.name = self.unique(name)
+            value.dtype = self.ir.DataType.FLOAT if dtype is None else dtype
+            if shape is not None:
+                value.shape = self.ir.Shape(shape)
+        self.graph.insert_before(anchor, node)
+        return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def cast(self, anchor: ir.Node, value: ir.Value, dtype: Any, name: str) -> ir.Value:
+        """``value`` in ``dtype``; itself if it is already."""
+        if value.dtype == dtype:
+            return value
+        result: ir.Value = self.before(anchor, "Cast", [value], name, dtype=dtype, shape=value.shape, to=int(dtype))
+        return result
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let every use of ``old``, graph outputs included, take ``new``."""
+        self.ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

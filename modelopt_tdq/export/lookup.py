@@ -1,0 +1,130 @@
+"""The time of the call, as a row of the table: one Gather for the whole graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelopt_tdq.export.graph import GraphEditor
+from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["Lookup", "reference_scale"]
+
+_Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def reference_scale(spec: ActivationSpec) -> np.float32:
+    """s_ref: the smallest scale of the column, so that ``s / s_ref >= 1`` and nothing overflows before it."""
+    return np.float32(spec.scale.min())
+
+
+class Lookup:
+    """Scales, ratios and offsets of all activation quantizers, as values of the graph.
+
+    Quantities that do not depend on time are constants. The others are columns of one packed table
+    [K, M, 1, 1], of which one Gather takes the row of each time (the number of edges strictly below
+    float32(t)), and one Split makes M tensors [T, 1, 1, 1]; T is 1, or the batch where every sample has
+    its own time.
+
+    Args:
+        editor: Of the graph; the lookup is inserted before its first node.
+        spec: The quantizers.
+        timestep: Graph input that holds the time, or None if nothing depends on it.
+        times: Number of times per call; None if that is the dynamic batch.
+        ratios: Whether ``s / s_ref`` is wanted too.
+    """
+
+    def __init__(
+        self,
+        editor: GraphEditor,
+        spec: QuantizationSpec,
+        timestep: ir.Value | None,
+        times: int | None,
+        *,
+        ratios: bool,
+    ) -> None:
+        self._editor = editor
+        self._shaped: dict[tuple[str, int, int], ir.Value] = {}
+        self.per_sample = times != 1
+        columns: dict[str, _Array] = {}
+        for name, activation in spec.activations.items():
+            columns[f"{name}/scale"] = activation.scale
+            if ratios:
+                columns[f"{name}/ratio"] = activation.scale / reference_scale(activation)
+            if activation.offset is not None:
+                columns[f"{name}/offset"] = activation.offset
+        self._constant = {name: column for name, column in columns.items() if column.size == 1}
+        temporal = {name: column for name, column in columns.items() if column.size > 1}
+        self._temporal: dict[str, ir.Value] = {}
+        self._anchor = editor.graph[0]
+        if temporal and timestep is not None:
+            self._temporal = self._gather(temporal, spec.edges, timestep, times)
+
+    def _gather(
+        self, columns: dict[str, _Array], edges: _Array, timestep: ir.Value, times: int | None
+    ) -> dict[str, ir.Value]:
+        editor, anchor, types = self._editor, self._anchor, self._editor.ir.DataType
+        time = editor.cast(anchor, timestep, types.FLOAT, "time/float32")
+        time = editor.before(anchor, "Reshape", [time, editor.ints([-1, 1])], "time/column")
+        below = editor.before(
+            anchor, "Greater", [time, editor.constant("time/edges", edges[None])], "time/below", dtype=types.BOOL
+        )
+        # counted in float: every backend reduces floats, not every one reduces integers
+        below = editor.cast(anchor, below, types.FLOAT, "time/below_float")
+        count = editor.before(anchor, "ReduceSum", [below, editor.ints([1])], "time/count", keepdims=0)
+        row = editor.cast(anchor, count, types.INT64, "time/row")
+        packed = np.stack(list(columns.values()), axis=1)[:, :, None, None]
+        shape = [times if times is not None else "batch", packed.shape[1], 1, 1]
+        table = editor.constant("time/table", np.ascontiguousarray(packed))
+        values = editor.before(anchor, "Gather", [table, row], "time/table_row", shape=shape, axis=0)
+        if len(columns) == 1:
+            return {next(iter(columns)): values}
+        split = editor.before(
+            anchor,
+            "Split",
+            [values, editor.ints([1] * len(columns))],
+            "time/column_value",
+            outputs=len(columns),
+            shape=[shape[0], 1, 1, 1],
+            axis=1,
+        )
+        return dict(zip(columns, split, strict=True))
+
+    def is_temporal(self, quantizer: str, quantity: str) -> bool:
+        """Whether this quantity depends on time."""
+        return f"{quantizer}/{quantity}" in self._temporal
+
+    def constant(self, quantizer: str, quantity: str) -> np.float32:
+        """The value of a quantity that does not depend on time."""
+        return np.float32(self._constant[f"{quantizer}/{quantity}"][0])
+
+    def value(self, quantizer: str, quantity: str, rank: int, fold: int = 1) -> ir.Value:
+        """A quantity that broadcasts against an activation of ``rank`` dimensions.
+
+        Args:
+            quantizer: Its name.
+            quantity: "scale", "ratio" or "offset".
+            rank: Of the activation.
+            fold: How many rows of the activation belong to one sample: video models fold frames, some
+                attentions fold heads, into the batch.
+        """
+        name = f"{quantizer}/{quantity}"
+        if name in self._constant:
+            return self._editor.constant(name, self._constant[name].reshape(()))
+        value = self._temporal[name]
+        fold = fold if self.per_sample else 1
+        if rank == 4 and fold == 1:
+            return value
+        key = (name, rank, fold)
+        if key not in self._shaped:
+            editor, anchor = self._editor, self._anchor
+            if fold > 1:
+                value = editor.before(anchor, "Reshape", [value, editor.ints([-1, 1])], f"{name}/column")
+                value = editor.before(anchor, "Expand", [value, editor.ints([1, fold])], f"{name}/folded")
+            shape = editor.ints([-1] + [1] * (rank - 1)) if rank else editor.ints([])
+            self._shaped[key] = editor.before(anchor, "Reshape", [value, shape], f"{name}/rank{rank}")
+        return self._shaped[key]

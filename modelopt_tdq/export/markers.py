@@ -1,0 +1,149 @@
+"""A copy of the model in which every enabled quantizer is a marker, one node of the exported graph.
+
+The graph that torch exports then has standard operators only, except for ``tdq::FakeQuantize`` where an
+activation is quantized and ``tdq::QuantizedWeight`` where a weight is; the lowerings replace those.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modelopt_tdq.export.spec import weight_quantizers
+from modelopt_tdq.timestep import _DeliveryHook
+
+__all__ = ["ACTIVATION_MARKER", "DOMAIN", "WEIGHT_MARKER", "Marker", "with_markers"]
+
+DOMAIN = "tdq"
+ACTIVATION_MARKER = "FakeQuantize"
+WEIGHT_MARKER = "QuantizedWeight"
+
+
+class Marker(nn.Module):
+    """Stands for one quantizer.
+
+    Outside of an export it passes its input on and remembers its shape.
+    """
+
+    pre_quant_scale: Tensor | None
+
+    def __init__(self, name: str, op_type: str, pre_quant_scale: Tensor | None) -> None:
+        super().__init__()
+        self.name, self.op_type = name, op_type
+        self.register_buffer("pre_quant_scale", pre_quant_scale)
+        self.seen: tuple[int, ...] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The marker node, with the shape and dtype of the (smoothed) input."""
+        if self.pre_quant_scale is not None:
+            x = x * self.pre_quant_scale
+        if not torch.compiler.is_exporting():
+            self.seen = tuple(x.shape)
+            return x
+        marked: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{self.op_type}", (x,), {"quantizer": self.name}, dtype=x.dtype, shape=x.shape, version=1
+        )
+        return marked
+
+
+class _PreQuantScale(nn.Module):
+    """What is left of a disabled quantizer."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` of a module that ModelOpt quantized, as two plain products.
+
+    ModelOpt's own (FP8SDPA) is one opaque function, for another exporter.
+    """
+    query, key, value = module.q_bmm_quantizer(query), module.k_bmm_quantizer(key), module.v_bmm_quantizer(value)
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = torch.matmul(query, key.transpose(-2, -1)) * factor
+    if is_causal:
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~causal, -math.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    attended: Tensor = module.bmm2_output_quantizer(torch.matmul(torch.softmax(scores, -1), value))
+    return attended
+
+
+def _export_functionals(self: Any) -> Iterator[tuple[ModuleType, str, Callable[..., Any]]]:
+    for package, name, quantized in super(type(self), self).functionals_to_replace:
+        if package is functional and name == "scaled_dot_product_attention":
+            if any(isinstance(m, Marker) for m in self.children()):
+                yield package, name, partial(_attention, self)
+        else:
+            yield package, name, quantized
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(parent)
+    # past ModelOpt's __setattr__, which watches attributes of dynamic modules
+    owner._modules[attribute] = module
+
+
+def with_markers(model: nn.Module) -> nn.Module:
+    """A deep copy of ``model`` for export: quantizers are markers, attention is plain, nothing delivers the time."""
+    prepared = copy.deepcopy(model).eval()
+    for key, hook in list(prepared._forward_pre_hooks.items()):
+        if isinstance(hook, _DeliveryHook):
+            prepared._forward_pre_hooks.pop(key)
+            prepared._forward_pre_hooks_with_kwargs.pop(key, None)
+    weights = weight_quantizers(prepared)
+    done: list[str] = []
+    for name, module in list(prepared.named_modules()):
+        if any(name.startswith(f"{outer}.") for outer in done):
+            continue  # inside a SequentialQuantizer that was replaced
+        if not isinstance(module, (TensorQuantizer, SequentialQuantizer)):
+            continue
+        if isinstance(module, SequentialQuantizer) and id(module) not in weights:
+            continue
+        scale = getattr(module, "pre_quant_scale", None)
+        if id(module) in weights:
+            # its scale is part of the weight's codes
+            replacement: nn.Module = Marker(name, WEIGHT_MARKER, None)
+        elif module.is_enabled:
+            replacement = Marker(name, ACTIVATION_MARKER, scale)
+        else:
+            replacement = nn.Identity() if scale is None else _PreQuantScale(scale)
+        _replace(prepared, name, replacement)
+        done.append(name)
+    for module in prepared.modules():
+        if isinstance(module, _QuantFunctionalMixin) and hasattr(module, "q_bmm_quantizer"):
+            kind = type(module)
+            plain = {"functionals_to_replace": property(_export_functionals), "__module__": kind.__module__}
+            module.__class__ = type(kind.__name__, (kind,), plain)
+    return prepared

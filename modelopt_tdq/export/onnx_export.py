@@ -1,0 +1,165 @@
+"""``export_onnx``: from a quantized torch model to an ONNX file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.export.context import LoweringContext
+from modelopt_tdq.export.graph import GraphEditor
+from modelopt_tdq.export.lookup import Lookup
+from modelopt_tdq.export.markers import DOMAIN, with_markers
+from modelopt_tdq.export.ratio import lower_ratio
+from modelopt_tdq.export.reference import lower_reference
+from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
+from modelopt_tdq.export.trace import flatten_inputs, trace
+from modelopt_tdq.export.weights import lower_weights
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["ExportReport", "export_onnx"]
+
+_LOWERINGS = {"ratio": lower_ratio, "reference": lower_reference}
+
+#: A protobuf file ends at 2 GiB; larger weights go into a file beside it.
+_EXTERNAL_DATA_ABOVE = 1 << 30
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        path: The ONNX file. Weights of more than 1 GiB lie beside it, in ``<name>.data``.
+        lowering: "ratio" or "reference".
+        quantized: Names of the quantizers that are deployed in low precision.
+        skipped: The other enabled quantizers, each with the reason: their numbers are those of the torch
+            model, but the operator computes in floating point.
+    """
+
+    path: Path
+    lowering: str
+    quantized: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    sample_inputs: Mapping[str, Any],
+    *,
+    lowering: Literal["ratio", "reference"] = "ratio",
+    dynamic_batch: bool = False,
+) -> ExportReport:
+    """Write a quantized model as an ONNX file (opset 21, standard operators only).
+
+    The model is not changed. The file appears when it is complete and has passed ONNX's checker.
+
+    Args:
+        model: The module that ``mtq.quantize`` was called with.
+        path: Of the file to write.
+        sample_inputs: Arguments of the model's ``forward`` by name. Tensors become graph inputs of the same
+            name (``outer.inner`` inside a mapping), everything else becomes part of the graph. The time may be
+            of any dtype and of shape [], [1], or [B] for a time per sample, and keeps that shape.
+        lowering: "ratio" divides by the scale in front of a quantizer with a constant scale, and multiplies
+            behind the operator, so that backends keep their low-precision kernels. "reference" is
+            QuantizeLinear with the scale looked up by time: for ONNX Runtime, as the numeric yardstick.
+        dynamic_batch: Leave dimension 0 of all inputs that share the sample batch (2 or more) open.
+
+    Returns:
+        What was written, and which quantizers are deployed in low precision.
+
+    Raises:
+        TdqError: An argument cannot be used, the model is not calibrated, or it holds something that cannot
+            be exported. No file is written then.
+        MissingExtraError: The extra ``onnx`` is not installed.
+    """
+    if lowering not in _LOWERINGS:
+        raise TdqError("lowering", lowering, "no such lowering", f"Use one of {sorted(_LOWERINGS)}")
+    require("onnx", "onnx")
+    target = Path(path)
+    if target.is_dir() or not target.name:
+        raise TdqError("path", str(target), "not the name of a file", "Name the file to write, e.g. 'model.onnx'")
+    spec = read_quantization(model)
+    if not spec.activations and not spec.weights and not spec.folded:
+        raise TdqError(
+            "model",
+            type(model).__name__,
+            "it has no enabled quantizer",
+            "Quantize it first: mtq.quantize(model, modelopt_tdq.TDQ_CONFIG, forward_loop)",
+        )
+    inputs = flatten_inputs(sample_inputs, spec.timestep)
+    time = None if spec.timestep is None else inputs.tensors[inputs.names.index(spec.timestep)]
+    exported, shapes = trace(with_markers(model), inputs, spec.timestep, dynamic_batch)
+    editor = GraphEditor(exported.graph)
+    graph_time = next((v for v in exported.graph.inputs if v.name == spec.timestep), None)
+    samples = 1 if time is None else time.numel()
+    lookup = Lookup(
+        editor,
+        spec,
+        graph_time,
+        samples if samples == 1 or not dynamic_batch else None,
+        ratios=lowering == "ratio",
+    )
+    context = LoweringContext(editor, spec, lookup, lower_weights(editor, spec), shapes, samples)
+    _LOWERINGS[lowering](context)
+    _finish(exported, lowering)
+    _write(exported, target)
+    return _report(context, spec, target, lowering)
+
+
+def _finish(model: ir.Model, lowering: str) -> None:
+    passes = require("onnx_ir.passes.common", "onnx")
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+    left = [node.name for node in model.graph if node.domain == DOMAIN]
+    if left:
+        raise TdqError("lowering", lowering, f"these markers were left in the graph: {left}", "Report this")
+    model.opset_imports.pop(DOMAIN, None)
+    model.producer_name = "modelopt_tdq"
+    model.metadata_props["modelopt_tdq.lowering"] = lowering
+
+
+def _write(model: ir.Model, target: Path) -> None:
+    """Write into a folder beside the target, check, and move into place."""
+    ir, onnx = require("onnx_ir", "onnx"), require("onnx", "onnx")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    data = f"{target.name}.data" if size > _EXTERNAL_DATA_ABOVE else None
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        partial = Path(folder) / target.name
+        ir.save(model, partial, external_data=data)
+        try:
+            onnx.checker.check_model(str(partial), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise TdqError(
+                "path", str(target), f"the graph did not pass ONNX's checker ({error})", "Report this"
+            ) from error
+        if data is not None:
+            shutil.move(Path(folder) / data, target.parent / data)
+        os.replace(partial, target)
+
+
+def _report(context: LoweringContext, spec: QuantizationSpec, path: Path, lowering: str) -> ExportReport:
+    present = set(context.low_precision) | set(context.skipped)
+    stored = {weight.spec.name for weight in context.weights.values()}
+    quantized, skipped = [], []
+    for name in [*spec.activations, *spec.weights, *spec.folded]:
+        if name in context.skipped:
+            skipped.append((name, context.skipped[name]))
+        elif name in context.low_precision or name in stored:
+            quantized.append(name)
+        elif name in spec.folded:
+            skipped.append((name, f"the weight has {spec.folded[name][1]}; its values are stored as floats"))
+        elif name not in present:
+            skipped.append((name, "the model does not run this layer on these sample inputs"))
+    return ExportReport(path, lowering, tuple(quantized), tuple(skipped))

@@ -1,0 +1,129 @@
+"""Where a quantized activation goes: the products that can take its codes.
+
+A quantized value may pass through operators that commute with a scale (transpositions, reshapes, a
+constant factor) before it reaches a convolution or a matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modelopt_tdq.errors import require
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = [
+    "CONVOLUTIONS",
+    "PRODUCTS",
+    "Path",
+    "constant_of",
+    "offset_problem",
+    "paths_to_products",
+    "per_sample_problem",
+]
+
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+PRODUCTS = (*CONVOLUTIONS, "MatMul", "Gemm")
+
+#: Only move values around; a constant stays one.
+_LAYOUT = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
+
+
+@dataclass(frozen=True)
+class Path:
+    """From a marker to one operand of a product.
+
+    Attributes:
+        product: The node.
+        index: Of the operand.
+        chain: The nodes in between.
+    """
+
+    product: ir.Node
+    index: int
+    chain: tuple[ir.Node, ...]
+
+
+def constant_of(value: ir.Value | None) -> Any | None:
+    """The constant in ``value`` as a NumPy array, or None."""
+    if value is None:
+        return None
+    tensor = require("onnx_ir", "onnx").convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def _commutes_with_scale(node: ir.Node, index: int) -> bool:
+    if node.op_type in _LAYOUT:
+        return index == 0
+    if node.op_type == "Mul":
+        factor = constant_of(node.inputs[1 - index])
+        return factor is not None and factor.size == 1
+    if node.op_type == "Pad" and index == 0:
+        fill = constant_of(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0
+        return fill is not None and not fill
+    return False
+
+
+def paths_to_products(value: ir.Value, chain: tuple[ir.Node, ...] = ()) -> list[Path] | str:
+    """All paths from ``value`` to products, or why it does not only go into products."""
+    if value.is_graph_output():
+        return "it is an output of the model"
+    paths: list[Path] = []
+    for node, index in value.uses():
+        if node.domain == "" and node.op_type in PRODUCTS and index < 2:
+            paths.append(Path(node, index, chain))
+        elif node.domain == "" and _commutes_with_scale(node, index):
+            further = paths_to_products(node.outputs[0], (*chain, node))
+            if isinstance(further, str):
+                return further
+            paths += further
+        else:
+            return f"it goes into {node.op_type}, which is neither a convolution nor a matrix product"
+    return paths
+
+
+def _keeps_batch(node: ir.Node) -> bool:
+    before, after = node.inputs[0], node.outputs[0]
+    if node.op_type == "Transpose":
+        return bool(node.attributes["perm"].as_ints()[0] == 0)
+    if before is None or before.shape is None or after.shape is None or not len(before.shape) or not len(after.shape):
+        return False
+    # a row-major reshape that keeps the size of dimension 0 keeps what belongs to each of its rows
+    return bool(before.shape[0] == after.shape[0])
+
+
+def per_sample_problem(path: Path) -> str | None:
+    """Why a factor per sample cannot move from the operand to the output of the product, if so."""
+    product, operand, output = path.product, path.product.inputs[path.index], path.product.outputs[0]
+    if not all(_keeps_batch(node) for node in path.chain):
+        return "the batch does not stay in front between it and its product, and times are per sample"
+    if product.op_type in CONVOLUTIONS:
+        return None
+    smallest = 2 + path.index  # of a matrix [in, out], the rows are no samples
+    if operand is None or operand.shape is None or output.shape is None or len(operand.shape) < smallest:
+        return "the rows of its product's output are not the samples, and times are per sample"
+    if len(operand.shape) != len(output.shape) or operand.shape[0] != output.shape[0]:
+        return "the rows of its product's output are not the samples, and times are per sample"
+    return None
+
+
+def offset_problem(path: Path, is_constant: Callable[[ir.Value | None], bool]) -> str | None:
+    """Why ``offset * sum(weights)`` cannot take the place of the offset, if so."""
+    product = path.product
+    if product.op_type == "ConvTranspose":
+        return "it has an offset, and the weights that an output of ConvTranspose sees differ along the borders"
+    if path.index != 0 or not is_constant(product.inputs[1]):
+        return "it has an offset, and the other operand of its product is no weight"
+    if any(node.op_type not in _LAYOUT for node in path.chain):
+        return f"it has an offset, and passes through {path.chain[-1].op_type} before its product"
+    transposed: int = product.attributes.get_int("transA", 0)
+    if product.op_type == "Gemm" and transposed:
+        return "it has an offset, and its product transposes it"
+    if product.op_type == "Conv" and path.chain and any(product.attributes.get_ints("pads", [])):
+        return "it has an offset, and is moved around before a convolution that pads"
+    if product.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        return "it has an offset, and the padding of its convolution is automatic"
+    return None

@@ -1,0 +1,223 @@
+"""What export reads from the quantizers of a model: plain NumPy arrays, no torch, no ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
+from torch import Tensor, nn
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range
+from modelopt_tdq.model_table import scale_table, temporal_quantizers
+from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.schedule import edges
+from modelopt_tdq.timestep import find_timestep
+
+__all__ = ["ActivationSpec", "QuantizationSpec", "WeightSpec", "read_quantization", "weight_quantizers"]
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """One activation quantizer.
+
+    Attributes:
+        name: As in ``model.named_modules()``.
+        num_bits: Number format of the codes.
+        scale: [K] float32, or [1] where it does not depend on time.
+        offset: [K] or [1] float32, the value of code 0; None where symmetric.
+    """
+
+    name: str
+    num_bits: NumBits
+    scale: np.ndarray[Any, np.dtype[np.float32]]
+    offset: np.ndarray[Any, np.dtype[np.float32]] | None
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """Smallest and largest code."""
+        return code_range(self.num_bits)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether codes are FP8 E4M3 rather than integers."""
+        return self.num_bits == FP8_E4M3
+
+    @property
+    def needs_clip(self) -> bool:
+        """Whether the code range is smaller than that of the tensor that holds the codes."""
+        return not self.is_fp8 and self.num_bits != 8
+
+    @property
+    def zero_has_a_code(self) -> bool:
+        """Whether zero is represented exactly in every row, as explicit zero padding needs.
+
+        True if every offset is a multiple of its scale up to float32 rounding, within the code range.
+        """
+        if self.offset is None:
+            return True
+        code = -self.offset.astype(np.float64) / self.scale.astype(np.float64)
+        low, high = self.code_range
+        nearest = np.clip(np.round(code), low, high)
+        return bool((np.abs(code - nearest) <= 1e-6 * np.maximum(1.0, np.abs(code))).all())
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One weight quantizer.
+
+    Attributes:
+        name: As in ``model.named_modules()``.
+        codes: The weight's shape; int8, or the bytes of FP8 E4M3 values as uint8.
+        is_fp8: Whether the codes are FP8 E4M3.
+        scale: float32, [C] along ``axis``, or [] per tensor.
+        axis: Of the channels, or None per tensor.
+        values: float32, the fake-quantized weight itself.
+    """
+
+    name: str
+    codes: np.ndarray[Any, np.dtype[Any]]
+    is_fp8: bool
+    scale: np.ndarray[Any, np.dtype[np.float32]]
+    axis: int | None
+    values: np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class QuantizationSpec:
+    """All that the graph needs to know about the quantizers of one model.
+
+    Attributes:
+        activations: By quantizer name.
+        weights: By quantizer name.
+        folded: Weight quantizers whose format ONNX cannot hold per channel, with the reason; their
+            fake-quantized weights are deployed as floats.
+        edges: [K - 1] float32, half-way points between the rows of the table.
+        timestep: Name of the model's argument that holds the time; None if no scale depends on it.
+    """
+
+    activations: dict[str, ActivationSpec]
+    weights: dict[str, WeightSpec]
+    folded: dict[str, tuple[np.ndarray[Any, np.dtype[np.float32]], str]]
+    edges: np.ndarray[Any, np.dtype[np.float32]]
+    timestep: str | None
+
+
+def weight_quantizers(model: nn.Module) -> dict[int, Tensor]:
+    """The weight of each enabled weight quantizer of ``model``, by the quantizer's id."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            for weight, quantizer in module.iter_weights_for_calibration():
+                if quantizer.is_enabled:
+                    found[id(quantizer)] = weight
+    return found
+
+
+def _constant(rows: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    values: np.ndarray[Any, np.dtype[np.float32]] = rows.detach().cpu().to(torch.float32).numpy()
+    return values[:1] if (values == values[0]).all() else values
+
+
+def _unsupported(name: str, value: Any, problem: str) -> TdqError:
+    return TdqError(
+        name,
+        value,
+        f"{problem} cannot be exported",
+        f"Leave it out with the quant_cfg rule {{'quantizer_name': '{name}', 'enable': False}}",
+    )
+
+
+def _static_activation(name: str, quantizer: TensorQuantizer) -> ActivationSpec:
+    if quantizer.num_bits not in SUPPORTED_BITS or quantizer.unsigned:
+        raise _unsupported(name, quantizer.num_bits, "an activation format other than signed integers and FP8 E4M3")
+    amax = torch.tensor(448.0) if quantizer._use_constant_amax else quantizer.amax
+    if quantizer.block_sizes is not None or quantizer._dynamic or quantizer.bias_calibrator is not None:
+        raise _unsupported(name, type(quantizer).__name__, "a block-wise, dynamic or affine activation quantizer")
+    if amax is None or amax.numel() != 1:
+        raise _unsupported(name, amax, "an activation quantizer without one calibrated amax per tensor")
+    scale = amax.detach().float().cpu().reshape(1) / quantizer.maxbound
+    return ActivationSpec(name, quantizer.num_bits, scale.numpy(), None)
+
+
+def _weight(name: str, quantizer: nn.Module, weight: Tensor) -> WeightSpec | tuple[Any, str]:
+    """The codes of one weight, or its fake-quantized values and why they have no codes."""
+    values = quantizer(weight.detach().float()).detach().float().cpu()
+    if not isinstance(quantizer, TensorQuantizer) or isinstance(quantizer, SequentialQuantizer):
+        return values.numpy(), "several quantizers in a row"
+    bits, axis = quantizer.num_bits, quantizer.axis
+    axes = (axis,) if isinstance(axis, int) else tuple(axis or ())
+    if quantizer.block_sizes is not None or bits not in SUPPORTED_BITS or quantizer.unsigned or len(axes) > 1:
+        return values.numpy(), f"no per-channel weight format of ONNX: {quantizer.extra_repr()}"
+    amax = quantizer.amax
+    if amax is None:
+        return values.numpy(), "no calibrated amax"
+    channel = axes[0] % weight.dim() if axes else None
+    scale = amax.detach().float().cpu() / quantizer.maxbound
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if amax.numel() != (1 if channel is None else weight.shape[channel]):
+        return values.numpy(), f"its amax has shape {tuple(amax.shape)}"
+    shape = [1] * weight.dim()
+    if channel is not None:
+        shape[channel] = -1
+    codes = values / scale.reshape(shape)
+    codes = codes.to(torch.float8_e4m3fn) if bits == FP8_E4M3 else torch.round(codes)
+    if not torch.allclose(codes.float() * scale.reshape(shape), values, rtol=1e-5, atol=0.0):
+        return values.numpy(), "its values are no multiples of its scale"
+    stored = codes.view(torch.uint8) if bits == FP8_E4M3 else codes.to(torch.int8)
+    scale = scale.reshape(()) if channel is None else scale.reshape(-1)
+    return WeightSpec(name, stored.numpy(), bits == FP8_E4M3, scale.numpy(), channel, values.numpy())
+
+
+def read_quantization(model: nn.Module) -> QuantizationSpec:
+    """Read the enabled quantizers of ``model``.
+
+    Raises:
+        TdqError: A quantizer is not calibrated or has a form that cannot be exported; scales depend on
+            time but the model does not receive the time.
+    """
+    temporal = temporal_quantizers(model)
+    activations: dict[str, ActivationSpec] = {}
+    rows, argument = torch.zeros(1), None
+    if temporal:
+        table = scale_table(model)
+        for column, name in enumerate(table.names):
+            offset = None if table.offset is None else _constant(table.offset[:, column])
+            activations[name] = ActivationSpec(
+                name,
+                temporal[name].num_bits,
+                _constant(table.scale[:, column]),
+                offset if offset is not None and offset.any() else None,
+            )
+        if not bool(table.is_static.all()):
+            rows = table.timesteps
+            delivery = find_timestep(model)
+            if delivery is None:
+                raise TdqError(
+                    "model",
+                    type(model).__name__,
+                    "its scales depend on time, but it is not the module that was calibrated",
+                    "Pass the module that mtq.quantize was called with",
+                )
+            argument = delivery.argument
+    weights: dict[str, WeightSpec] = {}
+    folded: dict[str, tuple[Any, str]] = {}
+    found = weight_quantizers(model)
+    for name, module in model.named_modules():
+        if id(module) in found:
+            spec = _weight(name, module, found[id(module)])
+            if isinstance(spec, WeightSpec):
+                weights[name] = spec
+            else:
+                folded[name] = spec
+        elif isinstance(module, TensorQuantizer) and module.is_enabled and not isinstance(module, TemporalQuantizer):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if id(parent) in found:
+                continue
+            if isinstance(parent, SequentialQuantizer):
+                raise _unsupported(name, "SequentialQuantizer", "several activation quantizers in a row")
+            activations[name] = _static_activation(name, module)
+    return QuantizationSpec(activations, weights, folded, edges(rows).numpy(), argument)
