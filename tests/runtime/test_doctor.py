@@ -1,0 +1,107 @@
+import sys
+from io import StringIO
+
+import pytest
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+
+from modelopt_tdq.runtime import doctor as module
+from modelopt_tdq.runtime.doctor import Backend, Diagnosis, Extra, Package, doctor, render
+
+
+@pytest.fixture(scope="module")
+def diagnosis() -> Diagnosis:
+    return doctor()
+
+
+def text(diagnosis: Diagnosis, width: int = 200) -> str:
+    console = Console(file=StringIO(), width=width)
+    console.print(render(diagnosis))
+    return console.file.getvalue()
+
+
+def test_it_reads_the_ranges_of_this_package(diagnosis: Diagnosis) -> None:
+    core = {package.name: package for package in diagnosis.core}
+    assert core["torch"].ok
+    assert core["nvidia-modelopt"].ok
+    assert "0.46" not in SpecifierSet(core["nvidia-modelopt"].required)
+    assert diagnosis.ok
+    extras = {extra.name: {package.name for package in extra.packages} for extra in diagnosis.extras}
+    assert {"diffusers", "onnx", "openvino", "tensorrt-rtx", "tensorrt", "compare", "report", "dev"} <= set(extras)
+    assert {"onnx", "openvino"} <= extras["openvino"]
+    assert "torch" not in extras["openvino"]
+
+
+def test_a_backend_is_ready_exactly_when_it_imports(diagnosis: Diagnosis) -> None:
+    modules = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt_rtx": "TensorRT-RTX"}
+    backends = {backend.name: backend for backend in diagnosis.backends}
+    for name, shown in modules.items():
+        assert backends[shown].build == (module._import_problem(name) is None)
+        assert bool(backends[shown].cure) != backends[shown].run
+    if not diagnosis.gpus:
+        assert not backends["TensorRT-RTX"].run
+        assert not backends["TensorRT"].build
+
+
+def test_what_is_missing_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("openvino", "polygraphy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    backends = {backend.name: backend for backend in module._backends((), ())}
+    assert not backends["OpenVINO"].run
+    assert backends["OpenVINO"].cure == "pip install 'modelopt-tdq[openvino]'"
+    assert backends["Polygraphy"].cure == "pip install 'modelopt-tdq[compare]'"
+
+
+def test_ranges() -> None:
+    assert Package("p", ">=1,<2", "1.5").ok
+    assert Package("p", ">=1,<2", "1.5+cpu").ok
+    assert not Package("p", ">=1,<2", "2.0").ok
+    assert not Package("p", ">=1,<2", None).ok
+    assert Extra("e", (Package("p", ">=1", "1"),)).ready
+    assert not Extra("e", (Package("p", ">=1", "1"), Package("q", "", None))).ready
+
+
+def test_the_tables_name_versions_cures_and_notes() -> None:
+    shown = text(
+        Diagnosis(
+            python="3.12.0",
+            system="Linux x86_64",
+            cuda=None,
+            gpus=("NVIDIA L4, 8.9",),
+            int8_instructions=("AVX512-VNNI",),
+            core=(Package("torch", ">=2.9", "2.8.0"),),
+            extras=(
+                Extra("onnx", (Package("onnx", ">=1.18", None),)),
+                Extra("all", (Package("onnx", ">=1.18", None),)),
+            ),
+            backends=(Backend("OpenVINO", False, False, "No module named 'openvino'", "pip install 'x[openvino]'"),),
+            warnings=("diffusers without onnx",),
+        )
+    )
+    for expected in (
+        "torch 2.8.0 (needs >=2.9)",
+        "NVIDIA L4, 8.9",
+        "AVX512-VNNI",
+        "onnx missing (needs >=1.18)",
+        "pip install 'modelopt-tdq[onnx]'",
+        "pip install 'x[openvino]'",
+        "Note: diffusers without onnx",
+    ):
+        assert expected in shown
+
+
+def test_the_real_tables_can_be_drawn(diagnosis: Diagnosis) -> None:
+    shown = text(diagnosis)
+    assert "all of the above" in shown or "missing" in shown
+    assert diagnosis.python in shown
+
+
+def test_a_gpu_is_found_without_cuda_in_torch(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA L4, 8.9'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert module._gpus() == ("NVIDIA L4, 8.9",)
+    assert any("CUDA build" in warning for warning in module._warnings(module._gpus(), False))
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert module._gpus() == ()
