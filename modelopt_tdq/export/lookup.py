@@ -18,8 +18,12 @@ _Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def reference_scale(spec: ActivationSpec) -> np.float32:
-    """s_ref: the smallest scale of the column, so that ``s / s_ref >= 1`` and nothing overflows before it."""
-    return np.float32(spec.scale.min())
+    """s_ref: the power of two at or below the smallest scale of the column.
+
+    ``s / s_ref`` is at least 1, so that nothing overflows in front of it that would not behind it; and it is
+    exact in float32, so that the lowering adds no rounding of its own to any scale.
+    """
+    return np.float32(2.0 ** np.floor(np.log2(spec.scale.min())))
 
 
 class Lookup:
