@@ -60,7 +60,7 @@ class TdqCalibConfig(QuantizeAlgorithmConfig):  # type: ignore[misc]
 
     method: Literal["tdq"] = ModeloptField("tdq")
     statistic: Literal["max", "mse", "percentile", "entropy", "output"] = ModeloptField(
-        default="output",
+        default="mse",
         title="What a scale minimises",
         description=(
             "max: no clipping; percentile: clips the rest; entropy: KL divergence of the histograms; mse: the squared "

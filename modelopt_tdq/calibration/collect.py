@@ -17,7 +17,7 @@ from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.distributed import together, union
 from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.replay import Replay
-from modelopt_tdq.calibration.select import activation_quantizers, temporal_names
+from modelopt_tdq.calibration.select import activation_quantizers, temporal_names, weight_quantizers
 from modelopt_tdq.calibration.statistics import StepStatistics
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.errors import TdqError
@@ -48,8 +48,16 @@ class Calibration:
 
 
 def _calibrate_weights(model: nn.Module, method: str) -> None:
-    if method != "keep":
-        {"max": max_calibrate, "mse": mse_calibrate}[method](model, forward_loop=None)
+    if method == "keep":
+        return
+    weights = [m for q in weight_quantizers(model) for m in q.modules() if isinstance(m, TensorQuantizer)]
+    calibrators = [quantizer._calibrator for quantizer in weights]
+    {"max": max_calibrate, "mse": mse_calibrate}[method](model, forward_loop=None)
+    # ModelOpt's mse leaves spent calibrators behind, which the next calibration would trip over
+    for quantizer, calibrator in zip(weights, calibrators, strict=True):
+        quantizer._calibrator = calibrator
+        if calibrator is not None:
+            calibrator.reset()
 
 
 def _run(

@@ -10,21 +10,22 @@ from torch import nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.fake_quant import SUPPORTED_BITS
 
-__all__ = ["activation_quantizers", "temporal_names"]
+__all__ = ["activation_quantizers", "temporal_names", "weight_quantizers"]
 
 
-def _weight_quantizers(model: nn.Module) -> set[int]:
-    return {
-        id(quantizer)
+def weight_quantizers(model: nn.Module) -> list[nn.Module]:
+    """ModelOpt's weight quantizers, plain or sequential."""
+    return [
+        quantizer
         for module in model.modules()
         if isinstance(module, QuantModule)
         for _, quantizer in module.iter_weights_for_calibration()
-    }
+    ]
 
 
 def activation_quantizers(model: nn.Module) -> tuple[dict[str, TensorQuantizer], list[TensorQuantizer]]:
     """Enabled per-tensor activation quantizers, and those of other kinds that ModelOpt calibrates itself."""
-    weights = _weight_quantizers(model)
+    weights = {id(quantizer) for quantizer in weight_quantizers(model)}
     per_tensor, others = {}, []
     for name, module in model.named_modules():
         if not isinstance(module, TensorQuantizer) or not module.is_enabled or id(module) in weights:
@@ -56,6 +57,11 @@ def activation_quantizers(model: nn.Module) -> tuple[dict[str, TensorQuantizer],
 
 
 def temporal_names(patterns: list[str], names: list[str]) -> set[str]:
+    """Those of ``names`` that some glob of ``patterns`` matches.
+
+    Raises:
+        TdqError: A pattern matches none of them.
+    """
     matched: set[str] = set()
     for pattern in patterns:
         found = fnmatch.filter(names, pattern)
