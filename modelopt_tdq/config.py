@@ -54,7 +54,7 @@ HIGH_PRECISION = (
 
 
 class TdqCalibConfig(QuantizeAlgorithmConfig):  # type: ignore[misc]
-    """Algorithm ``{"method": "tdq", ...}``: an activation scale per calibrated time, from one pass of ``forward_loop``."""
+    """Algorithm ``{"method": "tdq", ...}``: an activation scale per calibrated time, from one ``forward_loop``."""
 
     _mutates_weights: ClassVar[bool] = False
 
