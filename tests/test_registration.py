@@ -1,0 +1,77 @@
+"""What importing the package does to ModelOpt: a mode more in its registry, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+from modelopt.torch.quantization.mode import CalibrateModeRegistry
+
+import modelopt_tdq
+from modelopt_tdq.calibration.mode import register
+
+_ATTRIBUTES = """
+import sys, types
+
+def attributes():
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in ("modelopt", "torch", "diffusers") or name.startswith("torch._inductor"):
+            continue
+        if type(module) is not types.ModuleType:
+            continue
+        for key, value in list(vars(module).items()):
+            if not name.startswith("modelopt") and not callable(value):
+                continue  # torch counts and caches in its modules
+            found[name, key] = id(value)
+            if isinstance(value, type) and value.__module__ == name and name.startswith("modelopt"):
+                found.update({(name, key, k): id(v) for k, v in vars(value).items()})
+    return found
+
+import diffusers, torch
+import modelopt.torch.opt, modelopt.torch.quantization
+from modelopt.torch.quantization.mode import CalibrateModeRegistry
+from modelopt.torch.quantization.nn import QuantModuleRegistry
+from modelopt.torch.quantization.nn.modules.tensor_quantizer import _QUANT_FUNCTIONAL_BACKENDS
+
+before, modules = attributes(), set(sys.modules)
+modes, backends = set(CalibrateModeRegistry._name2descriptor), dict(_QUANT_FUNCTIONAL_BACKENDS)
+layers = dict(QuantModuleRegistry._registry)
+import modelopt_tdq
+after = attributes()
+changed = [key for key, value in before.items() if after.get(key) != value]
+# importing a submodule sets it as an attribute of its package; anything else that is new is ours
+new = [
+    key for key in set(after) - set(before)
+    if key[0] in modules and ".".join(key[:2]) not in sys.modules and not key[1].startswith("__")
+]
+assert len(before) > 10_000, len(before)
+assert not changed, changed
+assert not [key for key in new if key[0].startswith("modelopt")], new
+assert set(CalibrateModeRegistry._name2descriptor) - modes == {"tdq_calibrate"}
+assert dict(_QUANT_FUNCTIONAL_BACKENDS) == backends
+assert dict(QuantModuleRegistry._registry) == layers
+print("unchanged")
+"""
+
+
+def test_nothing_of_modelopt_is_changed() -> None:
+    result = subprocess.run([sys.executable, "-c", _ATTRIBUTES], capture_output=True, text=True, check=False)
+    assert result.stdout.strip().endswith("unchanged"), result.stdout + result.stderr
+
+
+def test_importing_and_registering_again_is_harmless() -> None:
+    mode = CalibrateModeRegistry["tdq_calibrate"]
+    register()
+    register()
+    importlib.reload(modelopt_tdq)
+    assert CalibrateModeRegistry["tdq_calibrate"] is mode
+
+
+@pytest.mark.parametrize("preset", [name for name in dir(modelopt_tdq) if name.startswith("TDQ_")])
+def test_every_preset_is_a_config_of_modelopt(preset: str) -> None:
+    from modelopt.torch.quantization.config import QuantizeConfig
+
+    QuantizeConfig(**getattr(modelopt_tdq, preset))
