@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.collect import Calibration
+from modelopt_tdq.calibration.statistics import BINS
 
 __all__ = ["LayerHeadroom", "headroom", "spread"]
 
@@ -38,7 +39,8 @@ class LayerHeadroom:
 
 def spread(evidence: Evidence) -> Tensor:
     """[K] float64 standard deviation of the activation at each time, from its histogram."""
-    counts, centers = evidence.statistics.counts, evidence.statistics.centers.double()
+    counts, width = evidence.statistics.on_common_bins()
+    centers = (torch.arange(BINS, dtype=torch.float64) - BINS / 2 + 0.5) * width
     number = counts.sum(1).clamp(min=1.0)
     mean = counts @ centers / number
     return (counts @ centers.square() / number - mean.square()).clamp(min=0.0).sqrt()

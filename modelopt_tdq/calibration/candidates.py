@@ -13,8 +13,8 @@ from modelopt_tdq.fake_quant import NumBits, code_range, fake_quantize
 
 __all__ = ["ErrorCurves", "affine_offset", "candidate_grid", "histogram_error", "symmetric_scale"]
 
-#: Ratio of neighbouring candidate scales. The error is flat near its minimum: 5% costs below 0.02 dB.
-_RATIO = 1.05
+#: Ratio of neighbouring candidate scales: the best of them loses less than a tenth of a dB.
+_RATIO = 1.03
 
 #: How far below the range of the smallest row candidates go; 3 bits on heavy tails clip at about a fifth.
 _SMALLEST = 0.12
@@ -89,15 +89,36 @@ def candidate_grid(statistics: ActivationStatistics, num_bits: NumBits, asymmetr
     return table[:, 0].contiguous(), table[:, 1].contiguous()
 
 
-def histogram_error(statistics: ActivationStatistics, scale: Tensor, offset: Tensor, num_bits: NumBits) -> ErrorCurves:
-    """Squared error of the activation itself, from the histograms.
+def _rounding_integral(u: Tensor, num_bits: int) -> Tensor:
+    """Antiderivative of ``(u - clip(rne(u)))^2``: 1/12 per whole step, cubes in the rest and beyond the last code."""
+    code = torch.round(u).clamp_(*code_range(num_bits))
+    return code / 12.0 + (u - code).pow(3) / 3.0
 
-    Each bin is uniform: the squared error of its middle plus the variance within the bin, width^2/12,
-    at most that within a quantization step, scale^2/12.
+
+def _bin_error(edges: Tensor, scale: Tensor, offset: Tensor, num_bits: NumBits) -> Tensor:
+    """[BINS, C] float64 mean squared error of values that are uniform within each bin.
+
+    Args:
+        edges: [BINS + 1] float64.
+        scale: [C].
+        offset: [C].
+        num_bits: Number format.
     """
-    used = statistics.counts.sum(0).nonzero().squeeze(1)
-    centers, counts = statistics.centers[used], statistics.counts[:, used]
-    x = centers.unsqueeze(1)
-    error = (fake_quantize(x, scale, offset, num_bits) - x).double().square()
-    error += torch.minimum(scale, torch.tensor(statistics.width)).double().square() / 12.0
-    return ErrorCurves(scale, offset, counts @ error, counts @ centers.double().square())
+    if isinstance(num_bits, int):
+        s = scale.double()
+        integral = _rounding_integral((edges.unsqueeze(1) - offset.double()) / s, num_bits)
+        return integral.diff(dim=0) * s.pow(3) / edges.diff().unsqueeze(1)
+    middle = ((edges[1:] + edges[:-1]) * 0.5).float().unsqueeze(1)
+    return (fake_quantize(middle, scale, offset, num_bits) - middle).double().square()
+
+
+def histogram_error(statistics: ActivationStatistics, scale: Tensor, offset: Tensor, num_bits: NumBits) -> ErrorCurves:
+    """Squared error of the activation itself, from the histograms: exact if values are uniform within a bin."""
+    error = torch.zeros(len(statistics.low), len(scale), dtype=torch.float64)
+    energy = torch.zeros(len(statistics.low), dtype=torch.float64)
+    for exponent in statistics.exponent.unique().tolist():
+        rows = (statistics.exponent == exponent).nonzero().squeeze(1)
+        edges, counts = statistics.bin_edges(int(rows[0])), statistics.counts[rows]
+        error[rows] = counts @ _bin_error(edges, scale, offset, num_bits)
+        energy[rows] = counts @ (edges.pow(3).diff() / (3.0 * edges.diff()))
+    return ErrorCurves(scale, offset, error, energy)

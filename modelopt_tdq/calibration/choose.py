@@ -42,11 +42,12 @@ def _pooled_range(statistics: ActivationStatistics, pooling: Tensor) -> tuple[Te
 def _percentile_range(statistics: ActivationStatistics, pooling: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Range [R] that leaves (100 - percentile) % outside: on both sides together, as bounds of bins."""
     low, high = _pooled_range(statistics, pooling)
-    counts = pooling @ statistics.counts
+    counts, width = statistics.on_common_bins()
+    counts = pooling @ counts
     half = BINS // 2
     folded = counts[:, half:] + counts[:, :half].flip(1)
     share = folded.cumsum(1) / folded.sum(1, keepdim=True).clamp(min=1e-300)
-    bound = ((share < percentile / 100.0).sum(1) + 1).float() * statistics.width
+    bound = ((share < percentile / 100.0).sum(1) + 1).float() * width
     return torch.maximum(low, -bound), torch.minimum(high, bound)
 
 
@@ -72,7 +73,8 @@ def choose_rows(evidence: Evidence, pooling: Tensor, statistic: str, percentile:
     elif statistic == "percentile":
         low, high = _percentile_range(statistics, pooling, percentile)
     else:
-        amax = entropy_amax(pooling @ statistics.counts, statistics.width, num_bits)
+        counts, width = statistics.on_common_bins()
+        amax = entropy_amax(pooling @ counts, width, num_bits)
         low, high = _pooled_range(statistics, pooling)
         low, high = torch.maximum(low, -amax), torch.minimum(high, amax)
     if not evidence.asymmetric:

@@ -117,7 +117,7 @@ def _filled(statistics: StepStatistics, times: list[float]) -> Any:
     known = seen.nonzero().squeeze(1)
     nearest = known[(torch.arange(len(times)).unsqueeze(1) - known.unsqueeze(0)).abs().argmin(1)]
     return type(collected)(
-        collected.counts[nearest], collected.exponent, collected.low[nearest], collected.high[nearest]
+        collected.counts[nearest], collected.exponent[nearest], collected.low[nearest], collected.high[nearest]
     )
 
 

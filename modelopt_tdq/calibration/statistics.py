@@ -43,6 +43,15 @@ def _histogram(x: Tensor, exponent: int) -> Tensor:
     return counts
 
 
+def _widened(counts: Tensor, doublings: int) -> Tensor:
+    """[BINS] counts over a range that is 2^doublings times as wide: pairs of bins merge."""
+    for _ in range(doublings):
+        merged = counts.reshape(-1, 2).sum(1)
+        counts = torch.zeros_like(counts)
+        counts[BINS // 4 : 3 * BINS // 4] = merged
+    return counts
+
+
 @dataclass
 class _Row:
     """Histogram of one quantizer's input at one time, over [-2^exponent, 2^exponent)."""
@@ -53,12 +62,9 @@ class _Row:
     high: float
 
     def widen(self, exponent: int) -> None:
-        for _ in range(exponent - self.exponent):
-            quarter = BINS // 4
-            merged = self.counts.reshape(-1, 2).sum(1)
-            self.counts = torch.zeros_like(self.counts)
-            self.counts[quarter : 3 * quarter] = merged
-            self.exponent += 1
+        if exponent > self.exponent:
+            self.counts = _widened(self.counts, exponent - self.exponent)
+            self.exponent = exponent
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,13 @@ class ActivationStatistics:
     """Statistics of one quantizer's input over K times.
 
     Attributes:
-        counts: [K, BINS] float64, over [-2^exponent, 2^exponent).
-        exponent: Common to all rows.
+        counts: [K, BINS] float64, row k over [-2^exponent_k, 2^exponent_k).
+        exponent: [K] int64; each row has the finest bins that hold its range.
         low, high: [K] float32, exact minimum and maximum.
     """
 
     counts: Tensor
-    exponent: int
+    exponent: Tensor
     low: Tensor
     high: Tensor
 
@@ -82,14 +88,20 @@ class ActivationStatistics:
         return torch.maximum(self.low.abs(), self.high.abs())
 
     @property
-    def width(self) -> float:
-        """Width of a bin."""
-        return float(2.0 ** (self.exponent + 1) / BINS)
+    def width(self) -> Tensor:
+        """[K] float64, width of a row's bins."""
+        return torch.ldexp(torch.full((), 2.0 / BINS, dtype=torch.float64), self.exponent)
 
-    @property
-    def centers(self) -> Tensor:
-        """[BINS] float32, middle of each bin."""
-        return (torch.arange(BINS, dtype=torch.float32) - BINS / 2 + 0.5) * self.width
+    def bin_edges(self, row: int) -> Tensor:
+        """[BINS + 1] float64, edges of the bins of one row."""
+        return (torch.arange(BINS + 1, dtype=torch.float64) - BINS / 2) * self.width[row]
+
+    def on_common_bins(self) -> tuple[Tensor, float]:
+        """Counts [K, BINS] of all rows on the widest row's bins, and the width of those."""
+        widest = int(self.exponent.max())
+        rows = zip(self.counts, self.exponent.tolist(), strict=True)
+        counts = torch.stack([_widened(row, widest - exponent) for row, exponent in rows])
+        return counts, float(self.width.max())
 
 
 class StepStatistics(_Calibrator):  # type: ignore[misc]
@@ -163,17 +175,18 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
         row.low, row.high = min(row.low, low), max(row.high, high)
 
     def statistics(self, times: list[float]) -> ActivationStatistics:
-        """All rows on a common bin width, on the CPU, in the order of ``times``; summed over processes."""
+        """All rows, on the CPU, in the order of ``times``; summed over processes."""
         empty = _Row(_SMALLEST, torch.zeros(BINS, dtype=torch.float64), math.inf, -math.inf)
         rows = [self._rows.get(time, empty) for time in times]
         device = next((row.counts.device for row in rows if row is not empty), torch.device("cpu"))
-        exponent = all_reduce(torch.tensor([max(row.exponent for row in rows)], device=device), "max")
-        for row in self._rows.values():
-            row.widen(int(exponent))
+        exponent = all_reduce(torch.tensor([row.exponent for row in rows], device=device), "max")
+        for time, common in zip(times, exponent.tolist(), strict=True):
+            if time in self._rows:
+                self._rows[time].widen(common)
         counts = all_reduce(torch.stack([row.counts.to(device) for row in rows]), "sum")
         low = all_reduce(torch.tensor([row.low for row in rows], dtype=torch.float32, device=device), "min")
         high = all_reduce(torch.tensor([row.high for row in rows], dtype=torch.float32, device=device), "max")
-        return ActivationStatistics(counts.cpu(), int(exponent), low.cpu(), high.cpu())
+        return ActivationStatistics(counts.cpu(), exponent.cpu(), low.cpu(), high.cpu())
 
     def compute_amax(self, *args: object, **kwargs: object) -> Tensor | None:
         """[] float32: maximum over all times, ModelOpt's contract; None if nothing was collected."""
