@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Static against time-dependent scales, for every preset and statistic, on held-out trajectories of the bundled model.
+
+Same weights, same calibration data, same statistic; SQNR of the noise prediction per step, in dB.
+usage: python calibration_quality.py [--presets int8,w4a4] [--statistics max,mse] [--samples 16] [--steps 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from record import write
+from trajectories import HeldOut, load_model, sample
+
+import modelopt_tdq as tdq
+
+
+def quantized(
+    model: torch.nn.Module, config: dict[str, Any], samples: int, steps: int
+) -> tuple[torch.nn.Module, float]:
+    """A quantized copy, and the seconds that calibration took."""
+    start = time.perf_counter()
+    copied = copy.deepcopy(model)
+    mtq.quantize(copied, config, lambda m: sample(m, samples, 0, steps))
+    return copied, time.perf_counter() - start
+
+
+def main() -> None:
+    """Run, print a table, write results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--presets", default=",".join(tdq.RECIPES))
+    parser.add_argument("--statistics", default="max,percentile,entropy,mse,output")
+    parser.add_argument("--samples", type=int, default=16, help="calibration trajectories")
+    parser.add_argument("--held-out", type=int, default=16, help="trajectories to judge on")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--name", default="calibration_quality")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="further algorithm fields")
+    arguments = parser.parse_args()
+    fields: dict[str, Any] = dict(item.split("=", 1) for item in arguments.set)
+    model = load_model()
+    held_out = HeldOut(model, arguments.held_out, 1, arguments.steps)
+    rows = []
+    for preset in arguments.presets.split(","):
+        for statistic in arguments.statistics.split(","):
+            config = tdq.recipe(preset)
+            config["algorithm"] |= {"statistic": statistic, "progress": False, **fields}
+            static = {**config, "algorithm": {**config["algorithm"], "bins": 1}}
+            sqnr, seconds = {}, {}
+            for kind, chosen in (("static", static), ("tdq", config)):
+                found, seconds[kind] = quantized(model, chosen, arguments.samples, arguments.steps)
+                sqnr[kind] = held_out.sqnr_db(found)
+            gain = sqnr["tdq"] - sqnr["static"]
+            rows.append(
+                {
+                    "preset": preset,
+                    "statistic": statistic,
+                    "static_db": sqnr["static"].tolist(),
+                    "tdq_db": sqnr["tdq"].tolist(),
+                    "gain_mean_db": float(gain.mean()),
+                    "gain_min_db": float(gain.min()),
+                    "seconds": seconds["tdq"],
+                }
+            )
+            print(f"{preset} {statistic}: gain {gain.mean():+.2f}, least {gain.min():+.2f}", flush=True)
+    lines = [
+        "| preset | statistic | static mean / worst | TDQ mean / worst | gain mean | gain, least of all steps | calibration |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        static, ours = torch.tensor(row["static_db"]), torch.tensor(row["tdq_db"])
+        lines.append(
+            f"| {row['preset']} | {row['statistic']} | {static.mean():.2f} / {static.min():.2f} | {ours.mean():.2f} / "
+            f"{ours.min():.2f} | {row['gain_mean_db']:+.2f} | {row['gain_min_db']:+.2f} | {row['seconds']:.0f} s |"
+        )
+    write(arguments.name, {"rows": rows, "samples": arguments.samples, "steps": arguments.steps}, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
