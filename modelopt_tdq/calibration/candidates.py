@@ -116,7 +116,7 @@ def histogram_error(statistics: ActivationStatistics, scale: Tensor, offset: Ten
     """Squared error of the activation itself, from the histograms: exact if values are uniform within a bin."""
     error = torch.zeros(len(statistics.low), len(scale), dtype=torch.float64)
     energy = torch.zeros(len(statistics.low), dtype=torch.float64)
-    for exponent in statistics.exponent.unique().tolist():
+    for exponent in sorted(set(statistics.exponent.tolist())):
         rows = (statistics.exponent == exponent).nonzero().squeeze(1)
         edges, counts = statistics.bin_edges(int(rows[0])), statistics.counts[rows]
         error[rows] = counts @ _bin_error(edges, scale, offset, num_bits)

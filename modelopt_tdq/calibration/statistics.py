@@ -90,7 +90,8 @@ class ActivationStatistics:
     @property
     def width(self) -> Tensor:
         """[K] float64, width of a row's bins."""
-        return torch.ldexp(torch.full((), 2.0 / BINS, dtype=torch.float64), self.exponent)
+        widths = [math.ldexp(2.0 / BINS, exponent) for exponent in self.exponent.tolist()]
+        return torch.tensor(widths, dtype=torch.float64)
 
     def bin_edges(self, row: int) -> Tensor:
         """[BINS + 1] float64, edges of the bins of one row."""
