@@ -27,7 +27,7 @@ class LoweringContext:
         spec: The quantizers.
         lookup: Their scales.
         weights: The quantized weight behind a value.
-        shapes: That each marker saw in the sample run, by quantizer name.
+        shapes: Those that each marker saw in the sample run, by quantizer name.
         samples: Times per call in the sample run.
     """
 
@@ -35,7 +35,7 @@ class LoweringContext:
     spec: QuantizationSpec
     lookup: Lookup
     weights: dict[ir.Value, LoweredWeight]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, list[tuple[int, ...]]]
     samples: int
     low_precision: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -55,19 +55,20 @@ class LoweringContext:
             TdqError: Times are per sample, and the activation's rows are no multiple of the samples.
         """
         name = marker_name(marker)
-        shape = self.shapes.get(name, ())
+        shapes = self.shapes.get(name, [])
         if not self.lookup.per_sample or not any(
             self.lookup.is_temporal(name, quantity) for quantity in ("scale", "offset")
         ):
             return 1
-        if not shape or shape[0] % self.samples:
+        rows = {shape[0] if shape else 0 for shape in shapes}
+        if len(rows) != 1 or 0 in rows or min(rows) % self.samples:
             raise TdqError(
                 "sample_inputs",
                 name,
-                f"{self.samples} times cannot be matched with an activation of shape {shape}",
+                f"{self.samples} times cannot be matched with activations of shape {shapes}",
                 "Pass one time for the whole batch, or leave this quantizer out with a quant_cfg rule",
             )
-        return shape[0] // self.samples
+        return min(rows) // self.samples
 
     def quantized(self, name: str) -> None:
         """Report a quantizer as deployed in low precision."""

@@ -32,7 +32,7 @@ WEIGHT_MARKER = "QuantizedWeight"
 class Marker(nn.Module):
     """Stands for one quantizer.
 
-    Outside of an export it passes its input on and remembers its shape.
+    Outside of an export it passes its input on and remembers the shapes.
     """
 
     pre_quant_scale: Tensor | None
@@ -41,14 +41,14 @@ class Marker(nn.Module):
         super().__init__()
         self.name, self.op_type = name, op_type
         self.register_buffer("pre_quant_scale", pre_quant_scale)
-        self.seen: tuple[int, ...] | None = None
+        self.seen: list[tuple[int, ...]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """The marker node, with the shape and dtype of the (smoothed) input."""
         if self.pre_quant_scale is not None:
             x = x * self.pre_quant_scale
         if not torch.compiler.is_exporting():
-            self.seen = tuple(x.shape)
+            self.seen.append(tuple(x.shape))
             return x
         marked: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op_type}", (x,), {"quantizer": self.name}, dtype=x.dtype, shape=x.shape, version=1

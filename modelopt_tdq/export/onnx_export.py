@@ -26,7 +26,7 @@ from modelopt_tdq.export.weights import lower_weights
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ExportReport", "export_onnx"]
+__all__ = ["ExportReport", "MarkerGraph", "export_onnx", "lower", "marker_graph"]
 
 _LOWERINGS = {"ratio": lower_ratio, "reference": lower_reference}
 
@@ -89,6 +89,33 @@ def export_onnx(
     target = Path(path)
     if target.is_dir() or not target.name:
         raise TdqError("path", str(target), "not the name of a file", "Name the file to write, e.g. 'model.onnx'")
+    graph = marker_graph(model, sample_inputs, dynamic_batch=dynamic_batch)
+    context = lower(graph, lowering)
+    _write(graph.model, target)
+    return _report(context, target, lowering)
+
+
+@dataclass(frozen=True)
+class MarkerGraph:
+    """A model in standard operators, except for a marker node per quantizer.
+
+    Attributes:
+        model: The graph.
+        spec: What the markers stand for.
+        shapes: That each marker saw in the sample run, by quantizer name.
+        samples: Times per call in the sample run.
+        dynamic_batch: Whether dimension 0 is open.
+    """
+
+    model: ir.Model
+    spec: QuantizationSpec
+    shapes: dict[str, list[tuple[int, ...]]]
+    samples: int
+    dynamic_batch: bool
+
+
+def marker_graph(model: nn.Module, sample_inputs: Mapping[str, Any], *, dynamic_batch: bool) -> MarkerGraph:
+    """The first half of :func:`export_onnx`, with its arguments and errors."""
     spec = read_quantization(model)
     if not spec.activations and not spec.weights and not spec.folded:
         raise TdqError(
@@ -98,23 +125,22 @@ def export_onnx(
             "Quantize it first: mtq.quantize(model, modelopt_tdq.TDQ_CONFIG, forward_loop)",
         )
     inputs = flatten_inputs(sample_inputs, spec.timestep)
-    time = None if spec.timestep is None else inputs.tensors[inputs.names.index(spec.timestep)]
+    samples = 1 if spec.timestep is None else inputs.tensors[inputs.names.index(spec.timestep)].numel()
     exported, shapes = trace(with_markers(model), inputs, spec.timestep, dynamic_batch)
-    editor = GraphEditor(exported.graph)
-    graph_time = next((v for v in exported.graph.inputs if v.name == spec.timestep), None)
-    samples = 1 if time is None else time.numel()
-    lookup = Lookup(
-        editor,
-        spec,
-        graph_time,
-        samples if samples == 1 or not dynamic_batch else None,
-        ratios=lowering == "ratio",
-    )
-    context = LoweringContext(editor, spec, lookup, lower_weights(editor, spec), shapes, samples)
+    return MarkerGraph(exported, spec, shapes, samples, dynamic_batch)
+
+
+def lower(graph: MarkerGraph, lowering: str) -> LoweringContext:
+    """The second half: replace the markers of ``graph.model``, in place."""
+    editor = GraphEditor(graph.model.graph)
+    time = next((v for v in graph.model.graph.inputs if v.name == graph.spec.timestep), None)
+    times = None if graph.dynamic_batch and graph.samples > 1 else graph.samples
+    lookup = Lookup(editor, graph.spec, time, times, ratios=lowering == "ratio")
+    weights = lower_weights(editor, graph.spec)
+    context = LoweringContext(editor, graph.spec, lookup, weights, graph.shapes, graph.samples)
     _LOWERINGS[lowering](context)
-    _finish(exported, lowering)
-    _write(exported, target)
-    return _report(context, spec, target, lowering)
+    _finish(graph.model, lowering)
+    return context
 
 
 def _finish(model: ir.Model, lowering: str) -> None:
@@ -149,8 +175,8 @@ def _write(model: ir.Model, target: Path) -> None:
         os.replace(partial, target)
 
 
-def _report(context: LoweringContext, spec: QuantizationSpec, path: Path, lowering: str) -> ExportReport:
-    present = set(context.low_precision) | set(context.skipped)
+def _report(context: LoweringContext, path: Path, lowering: str) -> ExportReport:
+    spec = context.spec
     stored = {weight.spec.name for weight in context.weights.values()}
     quantized, skipped = [], []
     for name in [*spec.activations, *spec.weights, *spec.folded]:
@@ -160,6 +186,6 @@ def _report(context: LoweringContext, spec: QuantizationSpec, path: Path, loweri
             quantized.append(name)
         elif name in spec.folded:
             skipped.append((name, f"the weight has {spec.folded[name][1]}; its values are stored as floats"))
-        elif name not in present:
+        else:
             skipped.append((name, "the model does not run this layer on these sample inputs"))
     return ExportReport(path, lowering, tuple(quantized), tuple(skipped))

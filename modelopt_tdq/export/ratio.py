@@ -25,6 +25,7 @@ from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.lookup import reference_scale
 from modelopt_tdq.export.product import (
     CONVOLUTIONS,
+    PRODUCTS,
     Path,
     constant_of,
     offset_problem,
@@ -59,6 +60,9 @@ def lower_ratio(context: LoweringContext) -> None:
         for path in paths:
             products[path.product][path.index] = emitter
         _emit_operand(context, emitter, paths)
+    for weight, lowered in context.weights.items():
+        if any(not products.get(node) for node, _ in weight.uses() if node.op_type in PRODUCTS):
+            context.skip(lowered.spec.name, "stored in low precision, but its product computes in floating point")
     for product, operands in products.items():
         _report_float_partner(context, product, operands)
         _rewrite(context, product, operands)

@@ -139,11 +139,11 @@ def _run(module: _Positional, inputs: Inputs) -> list[Tensor]:
 
 def trace(
     model: nn.Module, inputs: Inputs, timestep: str | None, dynamic_batch: bool
-) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+) -> tuple[ir.Model, dict[str, list[tuple[int, ...]]]]:
     """Export a model made by :func:`~modelopt_tdq.export.markers.with_markers`.
 
     Returns:
-        The marker graph; and the shape that each marker saw, by quantizer name.
+        The marker graph; and the shapes that each marker saw, by quantizer name.
 
     Raises:
         TdqError: The model does not run on the inputs, or holds an operator that cannot be exported.
@@ -152,12 +152,13 @@ def trace(
     module = _Positional(model, inputs).eval()
     with torch.no_grad():
         outputs = _run(module, inputs)
-        shapes = {m.name: m.seen for m in model.modules() if isinstance(m, Marker) and m.seen is not None}
+        shapes = {m.name: m.seen for m in model.modules() if isinstance(m, Marker)}
         dynamic = None
         if dynamic_batch:
             batch = _batch(inputs, timestep)
-            dimension = torch.export.Dim("batch", min=1, max=1 << 16)
-            dynamic = (tuple({0: dimension} if t.dim() and t.shape[0] == batch else None for t in inputs.tensors),)
+            # DYNAMIC finds the range by itself; diffusers' upsamplers, for one, branch on a batch of 64
+            batched = [bool(t.dim()) and t.shape[0] == batch for t in inputs.tensors]
+            dynamic = (tuple({0: torch.export.Dim.DYNAMIC} if b else None for b in batched),)
         try:
             program = torch.export.export(module, tuple(inputs.tensors), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
@@ -177,10 +178,24 @@ def trace(
     if exported is None:
         raise TdqError("model", type(model).__name__, "torch.onnx.export returned nothing", "Report this")
     graph: ir.Model = exported.model
+    if dynamic is not None:
+        _name_batch(graph)
     for value in list(graph.graph.initializers.values()):
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
     return graph, shapes
+
+
+def _name_batch(model: ir.Model) -> None:
+    """Call the open dimension "batch" everywhere, instead of torch's "s12"."""
+    ir = require("onnx_ir", "onnx")
+    symbols = {d.value for v in model.graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value}
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in symbols))
+    for value in values:
+        if symbols and value.shape is not None:
+            sizes = [size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+            value.shape = ir.Shape([pattern.sub("batch", s) if isinstance(s, str) else s for s in sizes])
 
 
 def _cannot_export(model: nn.Module, error: BaseException, program: Any) -> TdqError:
