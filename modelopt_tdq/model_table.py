@@ -33,12 +33,20 @@ def scale_table(model: nn.Module) -> ScaleTable:
     """The scales of all enabled temporal quantizers of ``model``, copied to the CPU.
 
     Raises:
-        TdqError: The model has none, or they are not calibrated.
+        TdqError: The model has none, or they are not calibrated, or their state is not loaded.
     """
     quantizers = _require_temporal_quantizers(model)
     missing = [name for name, quantizer in quantizers.items() if not quantizer.has_table]
     if missing:
         raise TdqError("model", missing, "these quantizers are not calibrated", "Calibrate the model first")
+    empty = [name for name, quantizer in quantizers.items() if bool(quantizer._scale.isnan().any())]
+    if empty:
+        raise TdqError(
+            "model",
+            empty,
+            "these quantizers were restored, but their scales were not loaded",
+            "Load the state dict that was saved with the ModelOpt state",
+        )
     longest = max(quantizers.values(), key=lambda q: q._scale.numel())
     timesteps = longest._timesteps.detach().cpu()
     rows = timesteps.numel()

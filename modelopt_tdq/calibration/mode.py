@@ -1,4 +1,9 @@
-"""Registration with ModelOpt: the calibration mode ``tdq_calibrate``, saved and restored like ModelOpt's own."""
+"""Registration with ModelOpt: the calibration mode ``tdq_calibrate``, saved and restored like ModelOpt's own.
+
+A saved model needs ``import modelopt_tdq`` before it is restored: ModelOpt does not discover plugins. All
+that ModelOpt says otherwise is "KeyError: Mode <name> not found in any registry", with the name from the
+saved state. So the state carries a name that holds the cure, under which the mode is registered as well.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.timestep import deliver_timestep
 
-__all__ = ["register"]
+__all__ = ["SAVED_NAME", "register"]
 
 
 def _restore(model: nn.Module, config: TdqCalibConfig, metadata: dict[str, Any]) -> nn.Module:
@@ -27,6 +32,10 @@ def _restore(model: nn.Module, config: TdqCalibConfig, metadata: dict[str, Any])
             TemporalQuantizer.from_tensor_quantizer(module, timestep)
     restored: nn.Module = restore_quantizer_state(model, config, metadata)
     return restored
+
+
+#: The mode's name in saved states.
+SAVED_NAME = "tdq_calibrate (run `import modelopt_tdq` before restoring)"
 
 
 class TdqCalibrateModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[misc]
@@ -45,8 +54,22 @@ class TdqCalibrateModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[m
         """Make the saved quantizers temporal before ModelOpt fills them."""
         return _restore
 
+    def __str__(self) -> str:
+        """The name that ModelOpt saves."""
+        return SAVED_NAME
+
+
+class SavedModeDescriptor(TdqCalibrateModeDescriptor):
+    """The same mode, found by the name in saved states."""
+
+    @property
+    def name(self) -> str:
+        """See :data:`SAVED_NAME`."""
+        return SAVED_NAME
+
 
 def register() -> None:
     """Register the mode; harmless when done before."""
-    if "tdq_calibrate" not in CalibrateModeRegistry:
-        CalibrateModeRegistry.register_mode(TdqCalibrateModeDescriptor)
+    for name, mode in (("tdq_calibrate", TdqCalibrateModeDescriptor), (SAVED_NAME, SavedModeDescriptor)):
+        if not CalibrateModeRegistry.contained_in_any(name):
+            CalibrateModeRegistry.register_mode(mode)
