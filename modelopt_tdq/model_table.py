@@ -39,7 +39,7 @@ def scale_table(model: nn.Module) -> ScaleTable:
     missing = [name for name, quantizer in quantizers.items() if not quantizer.has_table]
     if missing:
         raise TdqError("model", missing, "these quantizers are not calibrated", "Calibrate the model first")
-    empty = [name for name, quantizer in quantizers.items() if bool(quantizer._scale.isnan().any())]
+    empty = [n for n, q in quantizers.items() if q._scale.is_meta or bool(q._scale.isnan().any())]
     if empty:
         raise TdqError(
             "model",
