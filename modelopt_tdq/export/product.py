@@ -100,7 +100,7 @@ def per_sample_problem(path: Path) -> str | None:
     product, operand, output = path.product, path.product.inputs[path.index], path.product.outputs[0]
     if not all(_keeps_batch(node) for node in path.chain):
         return "the batch does not stay in front between it and its product, and times are per sample"
-    if product.op_type in CONVOLUTIONS:
+    if product.op_type in CONVOLUTIONS and path.index == 0:
         return None
     smallest = 2 + path.index  # of a matrix [in, out], the rows are no samples
     if operand is None or operand.shape is None or output.shape is None or len(operand.shape) < smallest:
