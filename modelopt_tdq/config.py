@@ -113,7 +113,10 @@ class TdqCalibConfig(QuantizeAlgorithmConfig):  # type: ignore[misc]
     protect_steps: bool = ModeloptField(
         default=True,
         title="Fall back to static scales per row",
-        description="A row whose static scales predict better, on replayed calibration inputs, takes those.",
+        description=(
+            "A row takes the static scales unless its own predict better on replayed calibration inputs, by more "
+            "than a standard error."
+        ),
     )
     replay_samples: int = ModeloptField(
         default=8, ge=1, title="Samples per time kept for `statistic: output` and `protect_steps`"

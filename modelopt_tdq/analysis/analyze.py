@@ -15,6 +15,7 @@ from modelopt_tdq.analysis.headroom import LayerHeadroom, headroom, median
 from modelopt_tdq.analysis.sensitivity import LayerSensitivity, Probe, Proposal, propose, sensitivity
 from modelopt_tdq.calibration.collect import Calibration, collect
 from modelopt_tdq.calibration.columns import columns
+from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.protect import Columns, install, prediction_error
 from modelopt_tdq.config import TdqCalibConfig, make_config
 from modelopt_tdq.errors import TdqError
@@ -113,11 +114,15 @@ def analyze(
         raise TdqError(
             "algorithm", algorithm, "not the tdq algorithm", "Use a config of modelopt_tdq, such as TDQ_CONFIG"
         )
-    settings = TdqCalibConfig(**{**algorithm, "statistic": "output", "progress": progress})
+    settings = TdqCalibConfig(**{**algorithm, "progress": progress})
     copied = copy.deepcopy(model).eval()
     mtq.quantize(copied, {"quant_cfg": config["quant_cfg"], "algorithm": None})
     calibration = collect(copied, forward_loop, settings)
     times, quantizers = calibration.times, calibration.quantizers
+    fit, judge = (
+        output_curves(copied, calibration.evidence, half, times, settings.smoothing, progress)
+        for half in calibration.replay.halves()
+    )
     variants = {
         "max": _single(calibration, settings.model_copy(update={"statistic": "max"})),
         "static": _single(calibration, settings),
@@ -130,8 +135,10 @@ def analyze(
     for name, variant in variants.items():
         install(quantizers, rows, variant, device)
         noise = prediction_error(copied, calibration.replay, times, references, f"{name} scales", progress)
-        energy = torch.stack([references[k].double().square().sum().cpu() for k in range(len(times))])
-        decibels[name] = tuple((10.0 * torch.log10(energy / noise)).tolist())
+        decibels[name] = tuple(
+            float(10.0 * torch.log10(references[row].double().square().sum().cpu() / error.sum()))
+            for row, error in noise.items()
+        )
     found: dict[str, list[LayerSensitivity]] = {}
     proposals: dict[str, Proposal] = {}
     chosen = sorted({round(i * (len(times) - 1) / max(probes - 1, 1)) for i in range(probes)})
@@ -139,12 +146,12 @@ def analyze(
         probe = Probe(copied, [call for row, call in calibration.replay.batches(times) if row in chosen])
         for name in ("static", "temporal"):
             install(quantizers, rows, variants[name], device)
-            found[name] = sensitivity(probe, progress, f"sensitivity, {name}")
+            found[name] = sensitivity(probe, progress, f"sensitivity, {name}", found.get("static", []))
             if target is not None:
                 proposals[name] = propose(probe, found[name], target)
     return Analysis(
         tuple(times),
-        headroom(calibration),
+        headroom(calibration, fit, judge),
         decibels["static"],
         decibels["temporal"],
         decibels["max"],

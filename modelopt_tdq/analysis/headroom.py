@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modelopt_tdq.calibration.candidates import ErrorCurves
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.collect import Calibration
 from modelopt_tdq.calibration.statistics import BINS
@@ -50,13 +51,26 @@ def _db(ratio: float) -> float:
     return 10.0 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
-def headroom(calibration: Calibration) -> list[LayerHeadroom]:
-    """Headroom of every quantizer, largest loss first."""
+def headroom(
+    calibration: Calibration, fit: dict[str, ErrorCurves], judge: dict[str, ErrorCurves]
+) -> list[LayerHeadroom]:
+    """Headroom of every quantizer, largest loss first.
+
+    Scales are chosen on one half of the data and judged on the other, so that a scale per step gains
+    nothing by fitting the noise of few samples.
+
+    Args:
+        calibration: The pass over the data.
+        fit: Error curves over one half of the replayed samples; where missing, those of the activation.
+        judge: Likewise over the other half, for the same candidates.
+    """
     layers = []
     for name, evidence in calibration.evidence.items():
-        error = evidence.curves.error
-        per_step, single = float(error.amin(1).sum()), float(error.sum(0).min())
-        energy = float(evidence.curves.energy.sum())
+        chosen, judged = fit.get(name, evidence.curves), judge.get(name, evidence.curves)
+        rows = chosen.error.argmin(1)
+        per_step = float(judged.error.gather(1, rows.unsqueeze(1)).sum())
+        single = float(judged.error[:, chosen.error.sum(0).argmin()].sum())
+        energy = float(judged.energy.sum())
         deviation = spread(evidence)
         moving = deviation[deviation > 0]
         ratio = float(moving.max() / moving.min()) if moving.numel() else 1.0
@@ -67,7 +81,7 @@ def headroom(calibration: Calibration) -> list[LayerHeadroom]:
                 sqnr_db=_db(energy / per_step) if per_step > 0 else math.inf,
                 spread_ratio=ratio,
                 spread=tuple(deviation.tolist()),
-                scale=tuple(evidence.curves.scale[error.argmin(1)].tolist()),
+                scale=tuple(chosen.scale[rows].tolist()),
             )
         )
     return sorted(layers, key=lambda layer: -layer.loss_db)

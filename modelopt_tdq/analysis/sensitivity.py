@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,14 +111,27 @@ def _layers(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
     return layers
 
 
-def sensitivity(probe: Probe, progress: bool, description: str = "sensitivity") -> list[LayerSensitivity]:
-    """Each layer alone, its input and its weights apart; most harmful first."""
+def sensitivity(
+    probe: Probe, progress: bool, description: str = "sensitivity", known: Sequence[LayerSensitivity] = ()
+) -> list[LayerSensitivity]:
+    """Each layer alone, its input and its weights apart; most harmful first.
+
+    Args:
+        probe: Times to look at.
+        progress: Show a progress bar.
+        description: Of the progress bar.
+        known: Results with other activation scales, whose weights need not be measured again.
+    """
     found = []
+    weight_db = {s.name: s.weight_db for s in known}
     layers = _layers(probe.model)
     for layer, (activations, weights) in tqdm(layers.items(), description, disable=not progress, unit="layer"):
         decibels = []
         for names in (activations, weights):
             chosen = set(names)
+            if names is weights and layer in weight_db:
+                decibels.append(weight_db[layer])
+                continue
             if not chosen:
                 decibels.append((math.inf,) * len(probe.calls))
                 continue

@@ -1,4 +1,6 @@
-"""Rows whose static scales predict better take those: decided at the model's output, on replayed inputs.
+"""Rows for which scales of their own are not convincingly better take the static ones.
+
+Decided at the model's output, on replayed inputs.
 
 For given inputs, the prediction at one time depends on that time's row alone, so rows can be decided
 one by one.
@@ -34,16 +36,33 @@ def prediction_error(
     references: dict[int, Tensor],
     description: str,
     progress: bool,
-) -> Tensor:
-    """[K] float64 squared error of the model's output against ``references``, which is filled where empty."""
-    error = torch.zeros(len(times), dtype=torch.float64)
+) -> dict[int, Tensor]:
+    """Squared error of the model's output against ``references``, which is filled where empty.
+
+    Returns:
+        By row, [n] float64: one number per replayed sample.
+    """
+    error = {}
     with torch.no_grad():
         for row, call in tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step"):
             if row not in references:
                 with full_precision(model):
                     references[row] = first_tensor(model(**call)).float()
-            error[row] = (first_tensor(model(**call)).float() - references[row]).double().square().sum().cpu()
-    return all_reduce(error, "sum")
+            difference = first_tensor(model(**call)).float() - references[row]
+            error[row] = difference.flatten(1).double().square().sum(1).cpu()
+    return error
+
+
+def _convincing(static: dict[int, Tensor], temporal: dict[int, Tensor], rows: int) -> Tensor:
+    """[K] bool: the mean error falls by more than its standard error over the samples."""
+    sums = torch.zeros(rows, 3, dtype=torch.float64)
+    for row, error in static.items():
+        gain = error - temporal[row]
+        sums[row] = torch.stack([torch.tensor(float(len(gain))), gain.sum(), gain.square().sum()])
+    number, total, squares = all_reduce(sums, "sum").unbind(1)
+    mean = total / number.clamp(min=1.0)
+    variance = (squares / number.clamp(min=1.0) - mean.square()).clamp(min=0.0)
+    return mean > (variance / (number - 1.0).clamp(min=1.0)).sqrt()
 
 
 def protected_rows(
@@ -67,7 +86,7 @@ def protected_rows(
     for columns, description in ((static, "static scales"), (temporal, "scales over time")):
         install(quantizers, rows, columns, device)
         errors.append(prediction_error(model, replay, times, references, description, progress))
-    worse = errors[1] > errors[0]
+    worse = ~_convincing(errors[0], errors[1], len(times))
 
     def merged(new: Tensor | None, old: Tensor | None) -> Tensor | None:
         if new is None and old is None:

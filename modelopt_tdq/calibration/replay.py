@@ -7,6 +7,7 @@ times x samples x the model's inputs.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import inspect
 import itertools
@@ -99,6 +100,15 @@ class Replay:
         for time, heap in self._heaps.items():
             least = heapq.nlargest(self._limit, priorities[time])[-1]
             self._heaps[time] = [item for item in heap if item[0] >= least]
+
+    def halves(self) -> tuple[Replay, Replay]:
+        """Two disjoint halves of the samples of every time: to fit on one and to judge on the other."""
+        pair = copy.copy(self), copy.copy(self)
+        for number, half in enumerate(pair):
+            half._heaps = defaultdict(
+                list, {t: sorted(heap, key=lambda item: item[:2])[number::2] for t, heap in self._heaps.items()}
+            )
+        return pair
 
     def batches(self, times: list[float]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(row, keyword arguments of one call) for each time that has samples, in order.
