@@ -29,7 +29,7 @@ def test_all_layers_are_quantized(bundled: Any, lowering: str) -> None:
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_codes_follow_the_definition_in_every_layer(bundled: Any, lowering: str, time: float) -> None:
     inputs = bundled.inputs(time)
-    compared, mismatched = codes_by_definition(bundled.graphs[lowering], inputs, time)
+    compared, mismatched = codes_by_definition(bundled.graphs[lowering], bundled.model, inputs, time)
     assert compared > 2_000_000
     assert mismatched == 0
 

@@ -66,6 +66,15 @@ class DequantizeLinear(OpRun):
         return (x.astype(np.float64) * np.reshape(scale, shape),)
 
 
+class LayerNormalization(OpRun):
+    op_domain = ""
+
+    def _run(self, x: Any, scale: Any, bias: Any = None, axis: int = -1, epsilon: float = 1e-5, **_: Any) -> Any:
+        centered = x - x.mean(axis, keepdims=True)
+        y = centered / np.sqrt(np.square(centered).mean(axis, keepdims=True) + float(epsilon)) * scale
+        return (y if bias is None else y + bias,)
+
+
 class Conv(OpRun):
     op_domain = ""
 
@@ -123,7 +132,8 @@ class ConvTranspose(OpRun):
 
 def run_double(model: onnx.ModelProto, inputs: dict[str, Any]) -> dict[str, Any]:
     """Outputs of ``model`` computed in float64, by name."""
-    evaluator = ReferenceEvaluator(to_double(model), new_ops=[QuantizeLinear, DequantizeLinear, Conv, ConvTranspose])
+    operators = [QuantizeLinear, DequantizeLinear, LayerNormalization, Conv, ConvTranspose]
+    evaluator = ReferenceEvaluator(to_double(model), new_ops=operators)
     feeds = {}
     for name, value in inputs.items():
         array = np.asarray(value)

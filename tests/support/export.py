@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from support import oracle
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -17,6 +16,7 @@ from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.onnx_export import MarkerGraph, lower, marker_graph
 from modelopt_tdq.export.spec import read_quantization
 from modelopt_tdq.runtime.onnxruntime import CODES_SUFFIX, OnnxRuntimeSession, add_outputs
+from support import oracle
 
 LOWERINGS = ("reference", "ratio")
 
@@ -75,7 +75,7 @@ def set_table(
     return table
 
 
-def codes_by_definition(graph: Lowered, inputs: dict[str, Any], time: Any) -> tuple[int, int]:
+def codes_by_definition(graph: Lowered, model: nn.Module, inputs: dict[str, Any], time: Any) -> tuple[int, int]:
     """Compare the codes of every quantizer, for the inputs that it saw, with the oracle's.
 
     Returns:
@@ -86,7 +86,7 @@ def codes_by_definition(graph: Lowered, inputs: dict[str, Any], time: Any) -> tu
     results = session(inputs)
     spec = graph.context.spec
     times = np.asarray(time).reshape(-1)
-    table_times = _row_times(graph)
+    table_times = tdq.scale_table(model).timesteps.numpy()
     compared = mismatched = 0
     for name, source in sources.items():
         activation = spec.activations[name.rpartition(CODES_SUFFIX)[0]]
@@ -102,15 +102,6 @@ def codes_by_definition(graph: Lowered, inputs: dict[str, Any], time: Any) -> tu
             compared += expected.size
             mismatched += int((expected != found).sum())
     return compared, mismatched
-
-
-def _row_times(graph: Lowered) -> np.ndarray[Any, Any]:
-    """Any times that have the graph's edges half-way between them."""
-    edges = graph.context.spec.edges.astype(np.float64)
-    times = [edges[0] - 1.0] if edges.size else [0.0]
-    for edge in edges:
-        times.append(2 * edge - times[-1])
-    return np.array(times)
 
 
 def _sources(proto: onnx.ModelProto) -> dict[str, str]:
@@ -138,12 +129,12 @@ def layer_results(graph: Lowered, inputs: dict[str, Any]) -> dict[str, tuple[Ten
     producer = {output: node for node in proto.graph.node for output in node.output}
     constants = {tensor.name for tensor in proto.graph.initializer}
     pairs = {}
-    for codes, source in _sources(proto).items():
+    for codes, quantized in _sources(proto).items():
         if not codes.endswith(f".input_quantizer{CODES_SUFFIX}"):
             continue
         layer = codes.removesuffix(f".input_quantizer{CODES_SUFFIX}")
-        if f"{layer}.input_quantizer/padded" == source:
-            source = producer[source].input[0]
+        padded = quantized == f"{layer}.input_quantizer/padded"
+        source = producer[quantized].input[0] if padded else quantized
         pairs[layer] = (source, _result(layer, codes, consumers, constants))
     session = OnnxRuntimeSession(add_outputs(proto, sorted({name for pair in pairs.values() for name in pair})))
     results = session(inputs)

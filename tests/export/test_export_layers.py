@@ -1,0 +1,103 @@
+"""Each kind of layer, with and without bias and offset, at one time and at a time per sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.double import run_double
+from support.export import LOWERINGS, codes_by_definition, lowered, set_table, trace
+from support.zoo import ATTENTIONS, ROWS, Zoo, quantized_zoo, sample
+from torch import Tensor
+
+from modelopt_tdq.export.onnx_export import MarkerGraph
+from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+
+#: Name: times to run, dynamic batch.
+CASES: dict[str, tuple[list[Tensor], bool]] = {
+    "scalar": ([torch.tensor(t) for t in (0.0, 125.0, 125.1, 600.0, 5000.0, -1.0)], False),
+    "one": ([torch.tensor([t]) for t in (0, 400, 999)], True),
+    "per_sample": ([torch.tensor(t) for t in ([0.0, 999.0], [374.9, 130.0, 1e9], [-5.0], [300.0] * 5)], True),
+}
+
+
+@dataclass(frozen=True)
+class Traced:
+    model: Zoo
+    graph: MarkerGraph
+    times: list[Tensor]
+    dynamic: bool
+
+    def inputs(self, time: Tensor) -> dict[str, Tensor]:
+        batch = time.numel() if time.numel() > 1 or (self.dynamic and time.dtype.is_floating_point) else 2
+        return {"sample": sample(batch, seed=7), "timestep": time}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def traced(request: pytest.FixtureRequest) -> Traced:
+    model = quantized_zoo()
+    times, dynamic = CASES[request.param]
+    graph = trace(model, {"sample": sample(), "timestep": times[0]}, dynamic_batch=dynamic)
+    return Traced(model, graph, times, dynamic)
+
+
+FORMATS = [(8, False), (8, True), (4, False), (4, True), (3, True), ((4, 3), False)]
+
+
+@pytest.mark.parametrize(("bits", "offset"), FORMATS)
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_equals_torch(traced: Traced, lowering: str, bits: Any, offset: bool) -> None:
+    set_table(traced.model, ROWS, bits=bits, offset=offset)
+    graph = lowered(traced.graph, lowering, traced.model)
+    session = OnnxRuntimeSession(graph.proto)
+    for time in traced.times:
+        inputs = traced.inputs(time)
+        with torch.no_grad():
+            expected = traced.model(**inputs)
+        found = session(inputs)
+        assert len(found) == len(expected) == len(traced.model.names)
+        for name, want, got in zip(traced.model.names, expected, found.values(), strict=True):
+            error = np.abs(got - want.numpy()).max() / want.abs().max()
+            assert error < 3e-6, (name, time)
+
+
+@pytest.mark.parametrize(("bits", "offset"), FORMATS)
+def test_lowerings_agree_in_float64(traced: Traced, bits: Any, offset: bool) -> None:
+    set_table(traced.model, ROWS, bits=bits, offset=offset, seed=1)
+    graphs = [lowered(traced.graph, lowering, traced.model) for lowering in LOWERINGS]
+    for time in traced.times[:2]:
+        inputs = {name: value.numpy() for name, value in traced.inputs(time).items()}
+        reference, ratio = (run_double(graph.proto, inputs) for graph in graphs)
+        for name, want, got in zip(traced.model.names, reference.values(), ratio.values(), strict=True):
+            # exact but for offsets, which are multiples of their scales only up to float32 rounding
+            assert np.abs(got - want).max() / np.abs(want).max() < (2e-6 if offset else 1e-12), name
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_codes_follow_the_definition(traced: Traced, lowering: str) -> None:
+    set_table(traced.model, ROWS, bits=4, offset=True)
+    graph = lowered(traced.graph, lowering, traced.model)
+    for time in traced.times:
+        compared, mismatched = codes_by_definition(graph, traced.model, traced.inputs(time), time.numpy())
+        assert compared > 1000
+        assert mismatched == 0
+
+
+def test_ratio_skips_nothing_without_offsets(traced: Traced) -> None:
+    set_table(traced.model, ROWS)
+    skipped = lowered(traced.graph, "ratio", traced.model).context.skipped
+    # the softmax is not quantized, so its product with v computes in float
+    reason = "the other operand of its product is not quantized"
+    assert skipped == {f"{name}.v_bmm_quantizer": reason for name in ATTENTIONS}
+
+
+def test_ratio_says_what_an_offset_keeps_in_float(traced: Traced) -> None:
+    set_table(traced.model, ROWS, offset=True)
+    skipped = lowered(traced.graph, "ratio", traced.model).context.skipped
+    layers = {name.rpartition(".")[0] for name in skipped}
+    expected = {"images.transposed", "images.transposed_grouped", "attention", "attention_bmm"}
+    assert layers - {"images.same", "images.reflected"} == expected
+    assert all("offset" in reason or "floating point" in reason for reason in skipped.values())
