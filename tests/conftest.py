@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# `support` for every test, wherever pytest is started and whichever folders are packages
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 torch.set_num_threads(1)
 settings.register_profile(
     "repeatable",

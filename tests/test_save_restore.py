@@ -80,9 +80,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, diffusers_checkpoints: None
     return folder
 
 
-def test_in_fresh_processes_bit_for_bit(folder: Path) -> None:
+def test_in_a_fresh_process_bit_for_bit_also_by_diffusers_and_in_half_precision(folder: Path) -> None:
     _succeeds(f"""
+from diffusers import UNet2DModel
 folder = {str(folder)!r}
+
 expected = torch.load(folder + "/outputs.pt")
 def same(model):
     assert all(torch.equal(model(s, t), e) for (s, t), e in zip(calls(), expected, strict=True))
@@ -94,14 +96,7 @@ model.load_state_dict(torch.load(folder + "/weights.pt"))
 same(model)
 mto.save(model, folder + "/again.pt")
 same(mto.restore(TinyDenoiser().eval(), folder + "/again.pt"))
-print("equal")
-""")
 
-
-def test_diffusers_in_a_fresh_process_bit_for_bit_also_in_half_precision(folder: Path) -> None:
-    _succeeds(f"""
-from diffusers import UNet2DModel
-folder = {str(folder)!r}
 mto.enable_huggingface_checkpointing()
 table = tdq.ScaleTable.load(folder + "/unet_table")
 def load(**kwargs):
@@ -111,12 +106,11 @@ def load(**kwargs):
         assert torch.equal(getattr(found, field), getattr(table, field)), (field, kwargs)
     return model
 
-data = FAMILIES["unet"].data()
+data, expected = FAMILIES["unet"].data(), torch.load(folder + "/unet_outputs.pt")
 for kwargs in ({{}}, {{"low_cpu_mem_usage": False}}):
     model = load(**kwargs)
-    assert all(torch.equal(model(**a).sample, e) for a, e in zip(data, torch.load(folder + "/unet_outputs.pt"), strict=True))
-half = load(torch_dtype=torch.float16)
-expected = torch.load(folder + "/half_outputs.pt")
+    assert all(torch.equal(model(**a).sample, e) for a, e in zip(data, expected, strict=True))
+half, expected = load(torch_dtype=torch.float16), torch.load(folder + "/half_outputs.pt")
 assert all(torch.equal(half(a["sample"].half(), a["timestep"]).sample, e) for a, e in zip(data, expected, strict=True))
 load(torch_dtype=torch.float16, low_cpu_mem_usage=False)
 load(torch_dtype=torch.bfloat16)
