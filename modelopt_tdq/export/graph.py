@@ -91,5 +91,8 @@ class GraphEditor:
         return result
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Let every use of ``old``, graph outputs included, take ``new``."""
+        """Let every use of ``old`` take ``new``; an output of the graph keeps its name."""
+        name = old.name if old.is_graph_output() else None
         self.ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        if name is not None:
+            old.name, new.name = self.unique(f"{name}/replaced"), name

@@ -211,10 +211,12 @@ def _cannot_export(model: nn.Module, error: BaseException, program: Any) -> TdqE
     path = ""
     if operator and program is not None:
         for node in program.graph.nodes:
-            if node.op == "call_function" and operator in str(node.target).replace("::", "."):
+            # the name that torch reports may be that of a decomposition, prims.x for aten.special_x
+            if node.op == "call_function" and operator.rpartition(".")[2] in str(node.target):
                 stack = node.meta.get("nn_module_stack") or {}
                 paths = [str(entry[0]).replace("L['self'].", "").removeprefix("model.") for entry in stack.values()]
                 path = next((p for p in reversed(paths) if p), "")
+                operator = str(node.target)
                 break
     what = f"operator {operator} in '{path or type(model).__name__}'" if operator else "the model"
     rule = f"{{'quantizer_name': '{path or '<layer>'}*', 'enable': False}}"
