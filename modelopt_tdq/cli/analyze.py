@@ -1,0 +1,57 @@
+"""``modelopt-tdq analyze``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import modelopt_tdq
+from modelopt_tdq.cli.calibration import prepare
+from modelopt_tdq.cli.options import CalibrationScript, Model, Recipe, Samples, Seed, Steps, Subfolder
+from modelopt_tdq.metrics import json_numbers
+
+__all__ = ["analyze"]
+
+
+def analyze(
+    model: Model = None,
+    subfolder: Subfolder = None,
+    recipe: Recipe = "int8",
+    target: Annotated[
+        float | None,
+        typer.Option(help="SQNR in dB to reach: proposes the fewest layers to keep in high precision.", metavar="DB"),
+    ] = None,
+    probes: Annotated[int, typer.Option(min=0, help="Times to test every layer alone at; 0 leaves it out.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for analysis.json and the plots.", show_default=False)
+    ] = None,
+    calibration_script: CalibrationScript = None,
+    samples: Samples = 8,
+    steps: Steps = 20,
+    seed: Seed = 0,
+) -> None:
+    """Say, before you invest, whether scales over time will help a model, and which layers are delicate.
+
+    Headroom: what the best single scale of a layer loses against the best scale per step. Sensitivity: what
+    quantizing one layer alone does to the model's output.
+    """
+    from modelopt_tdq.analysis import analyze as run_analysis
+    from modelopt_tdq.report.analysis import analysis_tables, draw_analysis
+
+    config = modelopt_tdq.recipe(recipe)
+    prepared = prepare(model, subfolder, calibration_script, samples, steps, seed)
+    config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
+    analysis = run_analysis(prepared.model, prepared.forward_loop, config, target=target, probes=probes)
+    console = Console()
+    console.print(analysis_tables(analysis))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "analysis.json").write_text(
+            json.dumps(json_numbers(analysis.to_dict()), indent=1, allow_nan=False) + "\n"
+        )
+        for path in draw_analysis(analysis, output):
+            console.print(f"Plot: {path}", highlight=False)

@@ -1,0 +1,61 @@
+"""The ``modelopt-tdq`` program: its commands, and how errors are shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+import modelopt_tdq
+from modelopt_tdq.cli import analyze, demo, deploy, inspect, quantize
+from modelopt_tdq.errors import TdqError
+
+__all__ = ["app"]
+
+
+class _Group(TyperGroup):
+    """Shows an error that the user can mend as one line, exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except TdqError as error:
+            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help=(
+        "Quantize diffusion models with activation scales that follow the diffusion time: a plugin to NVIDIA ModelOpt."
+        "\n\nStart with `modelopt-tdq demo`; then analyze, quantize, export, and build your own model."
+    ),
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"modelopt-tdq {modelopt_tdq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+app.command("demo")(demo.demo)
+app.command("analyze")(analyze.analyze)
+app.command("quantize")(quantize.quantize)
+app.command("export")(deploy.export)
+app.command("build")(deploy.build)
+app.command("compare")(deploy.compare)
+app.command("report")(inspect.report)
+app.command("doctor")(inspect.doctor)

@@ -1,0 +1,52 @@
+"""``modelopt-tdq demo``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelopt_tdq.demo.settings import DEFAULT_PRESETS, DemoSettings
+
+__all__ = ["demo"]
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path("tdq-demo"),
+    steps: Annotated[int, typer.Option(min=2, help="DDIM steps of the judged trajectories.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Trajectories and images that are judged.")] = 8,
+    presets: Annotated[
+        str, typer.Option(help="Recipes to compare, separated by commas: int8, fp8, w8a4, w4a8, w4a4, w3a3.")
+    ] = ",".join(DEFAULT_PRESETS),
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Trajectories to calibrate on; other seeds.")] = 16,
+    calibration_steps: Annotated[int, typer.Option(min=2, help="DDIM steps of those.")] = 20,
+    engines: Annotated[
+        bool, typer.Option("--engines/--no-engines", help="Export, build TensorRT-RTX engines, and time OpenVINO.")
+    ] = True,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. Default: one per core, up to one per recipe.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Do everything again.")] = False,
+) -> None:
+    """Compare full precision, ModelOpt's static quantization, and scales over time on the bundled model.
+
+    Prints one table; writes images, plots, quantized models, results.json and report.html. Takes under four
+    minutes on two cores. An interrupted demo goes on where it stopped.
+    """
+    from modelopt_tdq.demo.run import run_demo
+
+    chosen = tuple(preset.strip() for preset in presets.split(",") if preset.strip())
+    settings = DemoSettings(
+        output=output,
+        presets=chosen,
+        steps=steps,
+        samples=samples,
+        calibration_samples=calibration_samples,
+        calibration_steps=calibration_steps,
+        engines=engines,
+        workers=workers,
+        restart=restart,
+    )
+    run_demo(settings, command=" ".join(["modelopt-tdq", *sys.argv[1:]]))

@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["CalibrationScript", "Model", "Recipe", "Samples", "Seed", "Steps", "Subfolder"]
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder of a diffusers model or pipeline, or a hub id. Default: the bundled CIFAR-10 denoiser."),
+]
+Subfolder = Annotated[
+    str | None, typer.Option(help="Of the model in --model, such as unet or transformer, for a whole pipeline.")
+]
+Recipe = Annotated[
+    str, typer.Option(help="int8, fp8, w8a4, w4a8, w4a4, w3a3, or a YAML file of the same form.", metavar="NAME|FILE")
+]
+CalibrationScript = Annotated[
+    str | None,
+    typer.Option(
+        help="Your own calibration: function(model) in a Python file, which samples with it over whole trajectories. "
+        "Needed for models that take more than a sample and a time. The file is executed.",
+        metavar="FILE.py:FUNCTION",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Sampling trajectories to calibrate on.")]
+Steps = Annotated[int, typer.Option(min=2, help="Sampling steps of each: the rows of the scale table.")]
+Seed = Annotated[int, typer.Option(help="Of the noise that the trajectories start from.")]
+Folder = Annotated[Path, typer.Argument(help="Folder written by `modelopt-tdq quantize`.", show_default=False)]

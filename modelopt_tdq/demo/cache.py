@@ -1,0 +1,103 @@
+"""Results of stages, kept in the output folder: an interrupted demo goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+__all__ = ["StageCache", "StageResult", "installed"]
+
+#: To be raised whenever a stage computes something else for the same settings.
+FORMAT = 1
+
+_PACKAGES = ("modelopt-tdq", "torch", "nvidia-modelopt", "diffusers", "onnx", "openvino", "tensorrt-rtx")
+
+
+def installed(package: str) -> str | None:
+    """Version of a distribution; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage found.
+
+    Attributes:
+        values: Plain data for JSON.
+        tensors: Arrays.
+        files: What it wrote besides, relative to the output folder; the result counts only while they are there.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    files: Sequence[str] = ()
+
+
+class StageCache:
+    """Stage results in ``<output>/cache``, each valid for what it depends on.
+
+    Args:
+        output: Folder of the demo.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / "cache"
+
+    def clear(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def load(self, stage: str, depends: Mapping[str, Any]) -> StageResult | None:
+        """The stored result; None if there is none, it depends on something else, or it is damaged."""
+        try:
+            stored = json.loads(self._file(stage, "json").read_text())
+            if stored["key"] != _key(stage, depends):
+                return None
+            if not all((self.output / file).exists() for file in stored["files"]):
+                return None
+            arrays = self._file(stage, "safetensors")
+            tensors = load_file(arrays) if stored["tensors"] else {}
+            return StageResult(stored["values"], tensors, stored["files"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+
+    def store(self, stage: str, depends: Mapping[str, Any], result: StageResult) -> None:
+        """Keep a result; its JSON file comes last, so a half-written one does not count."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        description = self._file(stage, "json")
+        description.unlink(missing_ok=True)
+        if result.tensors:
+            save_file({k: v.contiguous() for k, v in result.tensors.items()}, self._file(stage, "safetensors"))
+        stored = {
+            "key": _key(stage, depends),
+            "values": result.values,
+            "tensors": sorted(result.tensors),
+            "files": list(result.files),
+        }
+        partial = description.with_name(description.name + ".partial")
+        partial.write_text(json.dumps(stored, indent=1))
+        os.replace(partial, description)
+
+    def _file(self, stage: str, kind: str) -> Path:
+        return self.folder / f"{stage}.{kind}"
+
+
+def _key(stage: str, depends: Mapping[str, Any]) -> str:
+    versions = {package: installed(package) for package in _PACKAGES}
+    content = {"stage": stage, "format": FORMAT, "versions": versions, "depends": depends}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,72 @@
+"""The three ways of calibrating that the demo compares, for one recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from torch import Tensor, nn
+
+from modelopt_tdq.config import recipe
+from modelopt_tdq.fake_quant import code_range
+from modelopt_tdq.model_table import scale_table
+from modelopt_tdq.table import ScaleTable
+
+__all__ = ["VARIANTS", "quantized", "static_scales", "table_facts", "variant_config", "variant_label"]
+
+#: ModelOpt's own static calibration; the recipe's statistic with one bin; the recipe.
+VARIANTS = ("max", "static", "tdq")
+
+
+def variant_config(preset: str, variant: str) -> dict[str, Any]:
+    """The config for ``mtq.quantize``: the same layers and bits in all variants."""
+    config = recipe(preset)
+    if variant == "max":
+        config["algorithm"] = "max"
+        return config
+    config["algorithm"]["progress"] = False
+    if variant == "static":
+        config["algorithm"]["bins"] = 1
+    return config
+
+
+def variant_label(preset: str, variant: str) -> str:
+    """As shown in tables."""
+    statistic = recipe(preset)["algorithm"].get("statistic", "output")
+    return {"max": "ModelOpt max", "static": f"static {statistic}", "tdq": f"TDQ {statistic}"}[variant]
+
+
+def quantized(model: nn.Module, config: dict[str, Any], forward_loop: Callable[[nn.Module], Any]) -> nn.Module:
+    """A quantized copy of ``model``."""
+    copied = copy.deepcopy(model)
+    mtq.quantize(copied, config, forward_loop)
+    return copied
+
+
+def static_scales(model: nn.Module, names: tuple[str, ...]) -> Tensor:
+    """[Q] float32 scales of ModelOpt's own (max) calibration: amax / qmax."""
+    quantizers: list[Any] = [model.get_submodule(name) for name in names]
+    return torch.tensor([float(q.amax) / code_range(q.num_bits)[1] for q in quantizers])
+
+
+def table_facts(model: nn.Module, variant: str, quantizers: int) -> dict[str, int]:
+    """Rows, columns that follow time, and size in bytes of the scales that a deployment carries, as float32."""
+    if variant != "tdq":
+        table: ScaleTable | None = scale_table(model) if variant == "static" else None
+        offsets = 0 if table is None or table.offset is None else int((table.offset != 0).any(0).sum())
+        return {"rows": 1, "quantizers": quantizers, "temporal": 0, "bytes": 4 * (quantizers + offsets)}
+    table = scale_table(model)
+    static = table.is_static
+    rows = torch.where(static, 1, len(table))
+    numbers = int(rows.sum()) + (0 if bool(static.all()) else len(table))
+    if table.offset is not None:
+        numbers += int(rows[(table.offset != 0).any(0)].sum())
+    return {
+        "rows": len(table),
+        "quantizers": len(table.names),
+        "temporal": int((~static).sum()),
+        "bytes": 4 * numbers,
+    }

@@ -1,0 +1,94 @@
+"""The figures of the demo: which ones, in which order, and what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelopt_tdq.report.plots import image_grid, scale_heat_map, scales_over_time, sqnr_per_step
+
+__all__ = ["draw_figures"]
+
+
+def draw_figures(
+    results: dict[str, Any], arrays: Mapping[str, Mapping[str, Tensor]], folder: Path
+) -> list[dict[str, str]]:
+    """Draw all figures into ``folder``.
+
+    Args:
+        results: Of the demo.
+        arrays: Per preset ``images.<variant>`` [N, 3, H, W], ``timesteps`` [K], ``scale.tdq`` [K, Q],
+            ``scale.static`` and ``scale.max`` [Q]; and ``images`` of "reference".
+        folder: Of the demo.
+
+    Returns:
+        Per figure: its section, file (relative to ``folder``), title and caption.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["variant"] != "fp32":
+            groups.setdefault(row["preset"], []).append(row)
+    figures = [_sqnr(groups, results["timesteps"], folder)]
+    for preset, rows in groups.items():
+        figures.append(_images(preset, rows, arrays, folder))
+    for preset, rows in groups.items():
+        figures += _scales(preset, rows, results["quantizers"][preset], arrays[preset], folder)
+    return figures
+
+
+def _figure(section: str, path: Path, folder: Path, title: str, caption: str) -> dict[str, str]:
+    return {"section": section, "file": str(path.relative_to(folder)), "title": title, "caption": caption}
+
+
+def _sqnr(groups: dict[str, list[dict[str, Any]]], times: list[float], folder: Path) -> dict[str, str]:
+    panels = {
+        rows[0]["label"]: {row["variant"]: (row["name"], [float(v) for v in row["sqnr_db"]]) for row in rows}
+        for rows in groups.values()
+    }
+    path = sqnr_per_step(panels, times, folder / "plots" / "sqnr.png")
+    caption = "Noise prediction against full precision at each step of held-out trajectories. Higher is better."
+    return _figure("sqnr", path, folder, "SQNR per step", caption)
+
+
+def _images(
+    preset: str, rows: list[dict[str, Any]], arrays: Mapping[str, Mapping[str, Tensor]], folder: Path
+) -> dict[str, str]:
+    pictures = {"FP32": arrays["reference"]["images"]}
+    pictures |= {row["name"]: arrays[preset][f"images.{row['variant']}"] for row in rows}
+    shown = {label: images[:8] for label, images in pictures.items()}
+    path = image_grid(shown, folder / "images" / f"{preset}.png")
+    caption = (
+        "Same seeds in every row; what matters is the difference from the first row, not the beauty of the images."
+    )
+    return _figure("images", path, folder, rows[0]["label"], caption)
+
+
+def _scales(
+    preset: str, rows: list[dict[str, Any]], names: list[str], arrays: Mapping[str, Tensor], folder: Path
+) -> list[dict[str, str]]:
+    label, times, scale = rows[0]["label"], arrays["timesteps"], arrays["scale.tdq"]
+    titles = {row["variant"]: row["name"] for row in rows}
+    heat = scale_heat_map(names, times, scale, folder / "plots" / f"{preset}-heat-map.png")
+    order = (scale.amax(0) / scale.amin(0)).argsort(descending=True)
+
+    def drawn(chosen: Tensor, name: str) -> Path:
+        scales = {
+            "max": (titles["max"], arrays["scale.max"][chosen]),
+            "static": (titles["static"], arrays["scale.static"][chosen]),
+            "tdq": (titles["tdq"], scale[:, chosen]),
+        }
+        return scales_over_time([names[i] for i in chosen.tolist()], times, scales, folder / "plots" / name)
+
+    moving = drawn(order[:10], f"{preset}-scales-most.png")
+    every = drawn(torch.arange(len(names)), f"{preset}-scales.png")
+    return [
+        _figure(
+            "scales", heat, folder, f"{label}: all scales over time", "One line per quantizer; white is its own mean."
+        ),
+        _figure("scales", moving, folder, f"{label}: the ten that move most", "Dashed: one scale for all times."),
+        _figure("details", every, folder, f"{label}: every quantizer", "In the order of the model."),
+    ]

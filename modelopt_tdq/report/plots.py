@@ -1,0 +1,156 @@
+"""The plots, one function each. Each writes a PNG and returns its path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelopt_tdq.errors import require
+
+__all__ = ["COLORS", "image_grid", "scale_heat_map", "scales_over_time", "sqnr_per_step"]
+
+#: Color-blind safe (Okabe-Ito), one per way of calibrating.
+COLORS = {"max": "#E69F00", "static": "#0072B2", "tdq": "#009E73"}
+
+_DPI = 100
+_FONT = 8
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure drawn by Agg, without pyplot's global state."""
+    require("matplotlib", "report")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    """NaN, which matplotlib leaves out, in place of infinities."""
+    return [v if math.isfinite(v) else math.nan for v in values]
+
+
+def image_grid(rows: Mapping[str, Tensor], path: Path) -> Path:
+    """Images of the same seeds, one way of computing per row.
+
+    Args:
+        rows: Label to [N, 3, H, W] in [-1, 1].
+        path: Of the PNG to write.
+    """
+    columns = len(next(iter(rows.values())))
+    figure = _figure(0.95 * columns + 1.5, 0.95 * len(rows))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for axis, picture in zip(row, pixels, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=_FONT + 1)
+    return _save(figure, path)
+
+
+def sqnr_per_step(
+    panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]], times: list[float], path: Path
+) -> Path:
+    """SQNR of the noise prediction at each step, one panel per bit width.
+
+    Args:
+        panels: Title to {variant: (label, [S] dB)}.
+        times: [S], in the order of sampling.
+        path: Of the PNG to write.
+    """
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = _figure(5.2 * columns, 2.9 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
+    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        for variant, (label, decibels) in curves.items():
+            width = 2.2 if variant == "tdq" else 1.4
+            axis.plot(times, _finite(decibels), color=COLORS[variant], label=label, linewidth=width)
+        axis.set_title(title, fontsize=_FONT + 2)
+        axis.set_ylabel("SQNR, dB", fontsize=_FONT)
+        axis.set_xlabel("timestep (sampling runs to the right)", fontsize=_FONT)
+        axis.tick_params(labelsize=_FONT)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=_FONT, frameon=False)
+    for axis in axes:
+        axis.set_visible(False)
+    figure.axes[0].invert_xaxis()  # shared by all panels
+    return _save(figure, path)
+
+
+def scales_over_time(
+    names: Sequence[str], times: Tensor, scales: Mapping[str, tuple[str, Tensor]], path: Path, columns: int = 5
+) -> Path:
+    """The scale of each quantizer over time, one small panel each.
+
+    Args:
+        names: [Q], one per panel.
+        times: [K] ascending.
+        scales: Variant to (label, [K, Q] or, where static, [Q]).
+        path: Of the PNG to write.
+        columns: Panels side by side.
+    """
+    columns = min(columns, max(1, len(names)))
+    lines = math.ceil(len(names) / columns)
+    figure = _figure(2.45 * columns, 1.45 * lines + 0.4)
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
+    for index, (axis, name) in enumerate(zip(axes, names, strict=False)):
+        for variant, (label, values) in scales.items():
+            if values.dim() == 1:
+                axis.axhline(float(values[index]), color=COLORS[variant], linewidth=1.1, linestyle="--", label=label)
+            else:
+                axis.plot(times, values[:, index], color=COLORS[variant], linewidth=1.8, label=label)
+        axis.set_title(_short(name), fontsize=_FONT - 2, pad=2)
+        axis.tick_params(labelsize=_FONT - 2, length=2, pad=1)
+        axis.set_ylim(bottom=0.0)
+        axis.grid(alpha=0.25)
+    figure.axes[0].invert_xaxis()  # shared by all panels
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=_FONT, frameon=False)
+    for axis in axes:
+        axis.set_visible(False)
+    return _save(figure, path)
+
+
+def scale_heat_map(names: Sequence[str], times: Tensor, scale: Tensor, path: Path) -> Path:
+    """All scales over time at once: each against its own geometric mean, in powers of two.
+
+    Args:
+        names: [Q].
+        times: [K] ascending.
+        scale: [K, Q].
+        path: Of the PNG to write.
+    """
+    relative = scale.log2()
+    relative = (relative - relative.mean(0, keepdim=True)).flip(0).T
+    limit = max(0.25, float(relative.abs().max()))
+    figure = _figure(9.0, 0.135 * len(names) + 1.1)
+    axis = figure.subplots()
+    drawn = axis.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=_FONT - 3)
+    shown = range(0, len(times), max(1, len(times) // 10))
+    axis.set_xticks(list(shown), [f"{t:g}" for t in times.flip(0)[:: max(1, len(times) // 10)]], fontsize=_FONT - 1)
+    axis.set_xlabel("timestep (sampling runs to the right)", fontsize=_FONT)
+    bar = figure.colorbar(drawn, ax=axis, shrink=0.8)
+    bar.set_label("scale, log2 against its mean over time", fontsize=_FONT)
+    bar.ax.tick_params(labelsize=_FONT - 1)
+    return _save(figure, path)
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".input_quantizer").replace("_blocks", "").replace("attentions", "attn")
