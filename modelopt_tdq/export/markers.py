@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,44 +29,52 @@ ACTIVATION_MARKER = "FakeQuantize"
 WEIGHT_MARKER = "QuantizedWeight"
 
 
-class Marker(nn.Module):
-    """Stands for one quantizer.
+class Marker:
+    """Put in front of the class of a quantizer, turns what it computes into one node.
 
-    Outside of an export it passes its input on and remembers the shapes.
+    The quantizer keeps its attributes, which some of ModelOpt's layers look at. Outside of an export it
+    passes its input on and remembers the shapes.
     """
 
-    pre_quant_scale: Tensor | None
-
-    def __init__(self, name: str, op_type: str, pre_quant_scale: Tensor | None) -> None:
-        super().__init__()
-        self.name, self.op_type = name, op_type
-        self.register_buffer("pre_quant_scale", pre_quant_scale)
-        self.seen: list[tuple[int, ...]] = []
+    marker_name: str
+    marker_type: str
+    shapes: list[tuple[int, ...]]
 
     def forward(self, x: Tensor) -> Tensor:
         """The marker node, with the shape and dtype of the (smoothed) input."""
-        if self.pre_quant_scale is not None:
-            x = x * self.pre_quant_scale
+        if self.marker_type == ACTIVATION_MARKER:
+            x = _smoothed(self, x)
         if not torch.compiler.is_exporting():
-            self.seen.append(tuple(x.shape))
+            self.shapes.append(tuple(x.shape))
             return x
         marked: Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{self.op_type}", (x,), {"quantizer": self.name}, dtype=x.dtype, shape=x.shape, version=1
+            f"{DOMAIN}::{self.marker_type}",
+            (x,),
+            {"quantizer": self.marker_name},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
         )
         return marked
 
 
-class _PreQuantScale(nn.Module):
-    """What is left of a disabled quantizer."""
-
-    scale: Tensor
-
-    def __init__(self, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
+class _Disabled:
+    """Likewise: what is left of a disabled quantizer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
+        return _smoothed(self, x)
+
+
+def _smoothed(quantizer: Any, x: Tensor) -> Tensor:
+    scale: Tensor | None = getattr(quantizer, "pre_quant_scale", None)
+    return x if scale is None else x * scale
+
+
+def _put_in_front(quantizer: nn.Module, behaviour: type, **attributes: Any) -> None:
+    kind = type(quantizer)
+    quantizer.__class__ = type(behaviour.__name__, (behaviour, kind), {"__module__": kind.__module__})
+    for name, value in attributes.items():
+        object.__setattr__(quantizer, name, value)
 
 
 def _attention(
@@ -100,19 +108,13 @@ def _attention(
 
 
 def _export_functionals(self: Any) -> Iterator[tuple[ModuleType, str, Callable[..., Any]]]:
+    quantizers = (self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer, self.bmm2_output_quantizer)
     for package, name, quantized in super(type(self), self).functionals_to_replace:
         if package is functional and name == "scaled_dot_product_attention":
-            if any(isinstance(m, Marker) for m in self.children()):
+            if any(quantizer.is_enabled for quantizer in quantizers):
                 yield package, name, partial(_attention, self)
         else:
             yield package, name, quantized
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    owner = root.get_submodule(parent)
-    # past ModelOpt's __setattr__, which watches attributes of dynamic modules
-    owner._modules[attribute] = module
 
 
 def with_markers(model: nn.Module) -> nn.Module:
@@ -123,24 +125,13 @@ def with_markers(model: nn.Module) -> nn.Module:
             prepared._forward_pre_hooks.pop(key)
             prepared._forward_pre_hooks_with_kwargs.pop(key, None)
     weights = weight_quantizers(prepared)
-    done: list[str] = []
     for name, module in list(prepared.named_modules()):
-        if any(name.startswith(f"{outer}.") for outer in done):
-            continue  # inside a SequentialQuantizer that was replaced
-        if not isinstance(module, (TensorQuantizer, SequentialQuantizer)):
-            continue
-        if isinstance(module, SequentialQuantizer) and id(module) not in weights:
-            continue
-        scale = getattr(module, "pre_quant_scale", None)
         if id(module) in weights:
-            # its scale is part of the weight's codes
-            replacement: nn.Module = Marker(name, WEIGHT_MARKER, None)
-        elif module.is_enabled:
-            replacement = Marker(name, ACTIVATION_MARKER, scale)
-        else:
-            replacement = nn.Identity() if scale is None else _PreQuantScale(scale)
-        _replace(prepared, name, replacement)
-        done.append(name)
+            _put_in_front(module, Marker, marker_name=name, marker_type=WEIGHT_MARKER, shapes=[])
+        elif isinstance(module, TensorQuantizer) and module.is_enabled:
+            _put_in_front(module, Marker, marker_name=name, marker_type=ACTIVATION_MARKER, shapes=[])
+        elif isinstance(module, TensorQuantizer):
+            _put_in_front(module, _Disabled)
     for module in prepared.modules():
         if isinstance(module, _QuantFunctionalMixin) and hasattr(module, "q_bmm_quantizer"):
             kind = type(module)

@@ -61,7 +61,8 @@ class ActivationSpec:
             return True
         code = -self.offset.astype(np.float64) / self.scale.astype(np.float64)
         low, high = self.code_range
-        nearest = np.clip(np.round(code), low, high)
+        clipped = torch.from_numpy(np.clip(code, low, high))
+        nearest = (clipped.to(torch.float8_e4m3fn) if self.is_fp8 else clipped.round()).double().numpy()
         return bool((np.abs(code - nearest) <= 1e-6 * np.maximum(1.0, np.abs(code))).all())
 
 
@@ -75,7 +76,6 @@ class WeightSpec:
         is_fp8: Whether the codes are FP8 E4M3.
         scale: float32, [C] along ``axis``, or [] per tensor.
         axis: Of the channels, or None per tensor.
-        values: float32, the fake-quantized weight itself.
     """
 
     name: str
@@ -83,7 +83,6 @@ class WeightSpec:
     is_fp8: bool
     scale: np.ndarray[Any, np.dtype[np.float32]]
     axis: int | None
-    values: np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,10 @@ def _static_activation(name: str, quantizer: TensorQuantizer) -> ActivationSpec:
     return ActivationSpec(name, quantizer.num_bits, scale.numpy(), None)
 
 
-def _weight(name: str, quantizer: nn.Module, weight: Tensor) -> WeightSpec | tuple[Any, str]:
+def _weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple[Any, str]:
     """The codes of one weight, or its fake-quantized values and why they have no codes."""
+    if not quantizer.fake_quant:
+        raise _unsupported(name, type(weight).__name__, "a weight that is stored compressed")
     values = quantizer(weight.detach().float()).detach().float().cpu()
     if not isinstance(quantizer, TensorQuantizer) or isinstance(quantizer, SequentialQuantizer):
         return values.numpy(), "several quantizers in a row"
@@ -169,7 +170,7 @@ def _weight(name: str, quantizer: nn.Module, weight: Tensor) -> WeightSpec | tup
         return values.numpy(), "its values are no multiples of its scale"
     stored = codes.view(torch.uint8) if bits == FP8_E4M3 else codes.to(torch.int8)
     scale = scale.reshape(()) if channel is None else scale.reshape(-1)
-    return WeightSpec(name, stored.numpy(), bits == FP8_E4M3, scale.numpy(), channel, values.numpy())
+    return WeightSpec(name, stored.numpy(), bits == FP8_E4M3, scale.numpy(), channel)
 
 
 def read_quantization(model: nn.Module) -> QuantizationSpec:
@@ -203,6 +204,9 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
                     "Pass the module that mtq.quantize was called with",
                 )
             argument = delivery.argument
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and module.rotate_is_enabled:
+            raise _unsupported(name, "rotate", "a quantizer that rotates its input")
     weights: dict[str, WeightSpec] = {}
     folded: dict[str, tuple[Any, str]] = {}
     found = weight_quantizers(model)

@@ -152,7 +152,7 @@ def trace(
     module = _Positional(model, inputs).eval()
     with torch.no_grad():
         outputs = _run(module, inputs)
-        shapes = {m.name: m.seen for m in model.modules() if isinstance(m, Marker)}
+        shapes = {m.marker_name: list(m.shapes) for m in model.modules() if isinstance(m, Marker)}
         dynamic = None
         if dynamic_batch:
             batch = _batch(inputs, timestep)

@@ -36,6 +36,7 @@ class Zoo(nn.Module):
                 "transposed_grouped": nn.ConvTranspose2d(8, 6, 3, groups=2, bias=False),
             }
         )
+        self.volumes = nn.ModuleDict({"conv3d": nn.Conv3d(8, 6, (1, 3, 3), padding=(0, 1, 1))})
         self.sequences = nn.ModuleDict(
             {"conv1d": nn.Conv1d(8, 6, 3, padding=1), "conv1d_bare": nn.Conv1d(8, 6, 2, bias=False)}
         )
@@ -52,7 +53,7 @@ class Zoo(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        groups = ("images", "sequences", "tokens", "vectors")
+        groups = ("images", "volumes", "sequences", "tokens", "vectors")
         return [f"{g}.{n}" for g in groups for n in getattr(self, g)] + ["twice", "twice", *ATTENTIONS]
 
     def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
@@ -61,6 +62,7 @@ class Zoo(nn.Module):
         vector = sample[:, :, 0, 0]
         return (
             *(layer(sample) for layer in self.images.values()),
+            *(layer(sample.unsqueeze(2)) for layer in self.volumes.values()),
             *(layer(sequence) for layer in self.sequences.values()),
             *(layer(tokens) for layer in self.tokens.values()),
             *(layer(vector) for layer in self.vectors.values()),
