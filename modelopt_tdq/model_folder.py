@@ -158,8 +158,8 @@ def save_quantized(
     import modelopt.torch.opt as mto
 
     target = Path(folder)
-    save: Any = getattr(model, "save_pretrained", None)
-    if save is None:
+    saved: Any = model
+    if not hasattr(model, "save_pretrained"):
         raise TdqError(
             "model", type(model).__name__, "it has no save_pretrained", "Save it with modelopt.torch.opt.save(model)"
         )
@@ -168,7 +168,7 @@ def save_quantized(
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save(str(partial))
+    saved.save_pretrained(str(partial))
     if temporal_quantizers(model):
         scale_table(model).save(partial / TABLE)
     content = {"schema_version": SCHEMA_VERSION, "kind": "modelopt_tdq.quantized_model", "inputs": dict(inputs), **done}

@@ -40,7 +40,7 @@ def analyze(
     quantizing one layer alone does to the model's output.
     """
     from modelopt_tdq.analysis import analyze as run_analysis
-    from modelopt_tdq.report.analysis import analysis_tables, draw_analysis
+    from modelopt_tdq.report.analysis import analysis_tables, draw_analysis, proposal_lines
 
     config = modelopt_tdq.recipe(recipe)
     prepared = prepare(model, subfolder, calibration_script, samples, steps, seed)
@@ -48,6 +48,8 @@ def analyze(
     analysis = run_analysis(prepared.model, prepared.forward_loop, config, target=target, probes=probes)
     console = Console()
     console.print(analysis_tables(analysis))
+    for line in proposal_lines(analysis.proposals):
+        typer.echo(line)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "analysis.json").write_text(

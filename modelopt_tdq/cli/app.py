@@ -30,6 +30,7 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     help=(
         "Quantize diffusion models with activation scales that follow the diffusion time: a plugin to NVIDIA ModelOpt."

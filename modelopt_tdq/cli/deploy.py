@@ -39,9 +39,15 @@ def export(
     The inputs have the names and shapes that calibration used. Calibrate with one time per sample to get an
     ONNX file that takes one time per sample.
     """
+    import logging
+    import warnings
+
     from modelopt_tdq.export import export_onnx
     from modelopt_tdq.model_folder import load_quantized, make_inputs
 
+    # torch's exporter tells of its own deprecations and of packages that it does without
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     found = load_quantized(folder)
     inputs = make_inputs(found.inputs, batch)
     report = export_onnx(found.model, output, inputs, lowering=lowering.value, dynamic_batch=dynamic_batch)

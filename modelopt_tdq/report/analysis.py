@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["analysis_tables", "draw_analysis"]
+__all__ = ["analysis_tables", "draw_analysis", "proposal_lines"]
 
 #: Layers shown in a table; the file has all of them.
 _SHOWN = 12
@@ -26,15 +25,13 @@ _NAMES = {"max": "static max", "static": "best static", "tdq": "over time"}
 
 
 def analysis_tables(analysis: Analysis) -> RenderableType:
-    """Verdict, headroom, sensitivity, and the proposals, for a ``rich.console.Console``."""
+    """Headroom, sensitivity and the verdict, for a ``rich.console.Console``."""
     from rich.console import Group
     from rich.text import Text
 
     parts: list[RenderableType] = [_headroom(analysis)]
     if analysis.sensitivity:
         parts.append(_sensitivity(analysis))
-    if analysis.proposals:
-        parts.append(_proposals(analysis.proposals))
     parts.append(Text(analysis.verdict, style="bold"))
     return Group(*parts)
 
@@ -45,7 +42,8 @@ def _table(title: str, columns: Iterable[str], caption: str) -> Table:
 
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, justify="left" if column == "layer" else "right")
+        layer = column == "layer"
+        table.add_column(column, justify="left" if layer else "right", overflow="fold" if layer else "ellipsis")
     return table
 
 
@@ -82,27 +80,23 @@ def _worst(decibels: Sequence[float]) -> str:
     return db_text(min(decibels)) if decibels else db_text(None)
 
 
-def _proposals(proposals: dict[str, Proposal]) -> RenderableType:
-    """The layers to keep in high precision, static and over time, and the rules to paste."""
-    from rich.console import Group
-    from rich.text import Text
-
-    lines: list[Text] = []
+def proposal_lines(proposals: dict[str, Proposal]) -> list[str]:
+    """The layers to keep in high precision, static and over time, as rules to paste; one line each, not to be wrapped."""
+    lines = []
     for kind, label in (("static", "static scales"), ("temporal", "scales over time")):
+        if kind not in proposals:
+            continue
         proposal = proposals[kind]
         reached = "reaches" if proposal.reached else "does not reach"
         count = len(proposal.layers)
         lines.append(
-            Text(
-                f"With {label}: keeping {count} layer{'' if count == 1 else 's'} in high precision {reached} "
-                f"{proposal.target_db:g} dB (measured {', '.join(db_text(v) for v in proposal.sqnr_db)}).",
-                style="bold",
-            )
+            f"With {label}, keeping {count} layer{'' if count == 1 else 's'} in high precision {reached} "
+            f"{proposal.target_db:g} dB (measured {', '.join(db_text(v) for v in proposal.sqnr_db)}):"
         )
-        lines += [Text(f"  {json.dumps(rule)},".replace("false", "False")) for rule in proposal.rules]
+        lines += [f"    {rule!r}," for rule in proposal.rules]
     if any(proposal.rules for proposal in proposals.values()):
-        lines.append(Text('Append the rules to config["quant_cfg"].'))
-    return Group(*lines)
+        lines.append('Append the rules to config["quant_cfg"].')
+    return lines
 
 
 def draw_analysis(analysis: Analysis, folder: Path) -> list[Path]:
