@@ -1,0 +1,159 @@
+"""Polygraphy runners for what Polygraphy has none for: a quantized torch model, OpenVINO, our ONNX Runtime session."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modelopt_tdq.calibration.replay import first_tensor
+from modelopt_tdq.compare.steps import CODES_SUFFIX
+from modelopt_tdq.errors import require
+from modelopt_tdq.fake_quant import dequantize, quantize
+from modelopt_tdq.model_table import temporal_quantizers
+from modelopt_tdq.quantizer import TemporalQuantizer
+
+__all__ = ["OUTPUT", "Session", "call_model", "session_runner", "torch_runner"]
+
+#: What an exported graph calls the first output of the model.
+OUTPUT = "output"
+
+Feeds = Mapping[str, Any]
+
+
+class Session(Protocol):
+    """What :class:`~modelopt_tdq.runtime.onnxruntime.OnnxRuntimeSession` and OpenVinoSession have in common."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """NumPy dtype of each input."""
+        ...
+
+    def __call__(self, inputs: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name."""
+        ...
+
+
+def _runner(name: str, sample: Feeds, dtypes: Mapping[str, Any], run: Callable[[Feeds], dict[str, Any]]) -> Any:
+    """A Polygraphy runner around a function."""
+    base: Any = require("polygraphy.backend.base", "compare").BaseRunner
+    metadata = require("polygraphy.common", "compare").TensorMetadata
+
+    class Runner(base):  # type: ignore[misc]
+        def get_input_metadata_impl(self) -> Any:
+            found = metadata()
+            for tensor, value in sample.items():
+                found.add(tensor, dtype=np.dtype(dtypes[tensor]), shape=(None,) * np.ndim(value))
+            return found
+
+        def infer_impl(self, feed_dict: Feeds) -> OrderedDict[str, Any]:
+            start = time.perf_counter()
+            outputs = run(feed_dict)
+            self.inference_time = time.perf_counter() - start
+            return OrderedDict(outputs)
+
+    return Runner(name=name)
+
+
+def session_runner(name: str, session: Session, sample: Feeds) -> Any:
+    """A Polygraphy ``BaseRunner`` for one of our sessions: OpenVINO, or ONNX Runtime run node by node.
+
+    Args:
+        name: Of the runner, as reports show it.
+        session: Takes arrays by name, returns arrays by name.
+        sample: Arrays of one call by name; only their ranks are looked at.
+
+    Raises:
+        MissingExtraError: Polygraphy is not installed.
+    """
+    return _runner(name, sample, session.inputs, session)
+
+
+def torch_runner(
+    model: nn.Module, sample: Feeds, *, name: str = "torch", fixed: Mapping[str, Any] | None = None, codes: bool = False
+) -> Any:
+    """A Polygraphy ``BaseRunner`` for a quantized torch model, with outputs named as export names them.
+
+    Args:
+        model: The module that ``mtq.quantize`` was called with.
+        sample: Arrays of one call by argument name; only their dtypes and ranks are looked at.
+        name: Of the runner, as reports show it.
+        fixed: Arguments of the model that are the same in every call.
+        codes: Return the codes of all temporal quantizers too.
+
+    Raises:
+        MissingExtraError: Polygraphy is not installed.
+    """
+
+    def run(feeds: Feeds) -> dict[str, Any]:
+        return call_model(model, feeds, fixed, codes=codes)
+
+    return _runner(name, sample, {tensor: np.asarray(value).dtype for tensor, value in sample.items()}, run)
+
+
+def call_model(
+    model: nn.Module,
+    feeds: Feeds,
+    fixed: Mapping[str, Any] | None = None,
+    *,
+    codes: bool = False,
+    given: Mapping[str, np.ndarray[Any, Any]] | None = None,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """One call of a torch model.
+
+    Args:
+        model: Called without gradients.
+        feeds: Arrays by argument name; ``outer.inner`` for entries of a mapping.
+        fixed: Other arguments.
+        codes: Return the codes of all temporal quantizers too, as "<quantizer>/codes" in float32.
+        given: Codes that quantizers pass on in place of their own (which are still what is returned).
+    """
+    arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (fixed or {}).items()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for name, value in feeds.items():
+        outer, _, inner = name.partition(".")
+        tensor = torch.as_tensor(np.asarray(value)).to(device)
+        if inner:
+            arguments.setdefault(outer, {})[inner] = tensor
+        else:
+            arguments[name] = tensor
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    with torch.no_grad(), _tapped(model, found, given or {}) if codes or given else torch.no_grad():
+        output = first_tensor(model(**arguments))
+    return {OUTPUT: output.float().cpu().numpy(), **found}
+
+
+@contextmanager
+def _tapped(model: nn.Module, found: dict[str, Any], given: Mapping[str, Any]) -> Iterator[None]:
+    """Record the codes of all temporal quantizers, and let those in ``given`` take the place of their own."""
+
+    def tap(name: str) -> Callable[[TemporalQuantizer, tuple[Any, ...], Tensor], Tensor | None]:
+        def hook(quantizer: TemporalQuantizer, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            x = args[0]
+            if quantizer.pre_quant_scale is not None:
+                x = x * quantizer.pre_quant_scale
+            scale, offset = quantizer._rows(x)
+            key, count = name + CODES_SUFFIX, 0
+            while key in found:  # a layer that runs more than once
+                count += 1
+                key = f"{name}{CODES_SUFFIX}_{count}"
+            found[key] = quantize(x, scale, offset, quantizer.num_bits).cpu().numpy()
+            if key not in given:
+                return None
+            codes = torch.as_tensor(np.asarray(given[key], np.float32)).to(x.device).reshape(x.shape)
+            return dequantize(codes, scale, offset).to(output.dtype)
+
+        return hook
+
+    handles = [q.register_forward_hook(tap(name)) for name, q in temporal_quantizers(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,101 @@
+"""A Polygraphy comparison that knows the time steps."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from modelopt_tdq.compare.metrics import (
+    CodesDifference,
+    OutputDifference,
+    codes_difference,
+    output_difference,
+    sqnr_db,
+)
+from modelopt_tdq.errors import TdqError
+
+__all__ = ["CODES_SUFFIX", "StepComparator"]
+
+#: An exported graph calls the codes of a quantizer "<quantizer>/codes".
+CODES_SUFFIX = "/codes"
+
+
+class StepComparator:
+    """Compares the results of two Polygraphy runners for one call of the model; a ``compare_func``.
+
+    Polygraphy hands over two sets of outputs and no time. The step is the one whose full-precision
+    output is nearest to the reference's, which a quantized model that works at all leaves no doubt about.
+
+    Args:
+        full_precision: Output of the model without quantization, one per step.
+        output: Name of the model's output.
+        fp8: Whether codes are FP8 E4M3 values rather than integers.
+    """
+
+    def __init__(
+        self, full_precision: Sequence[np.ndarray[Any, Any]], output: str = "output", *, fp8: bool = False
+    ) -> None:
+        self.full_precision, self.output, self.fp8 = [np.asarray(a) for a in full_precision], output, fp8
+
+    def step(self, reference: np.ndarray[Any, Any]) -> int:
+        """Index of the step that a reference output belongs to.
+
+        Raises:
+            TdqError: It is not near any: other inputs, or another model.
+        """
+        shaped = [a.shape == reference.shape for a in self.full_precision]
+        sqnr = [
+            sqnr_db(a, reference - a) if same else -np.inf for a, same in zip(self.full_precision, shaped, strict=True)
+        ]
+        best = int(np.argmax(sqnr))
+        if not sqnr[best] > 0:
+            raise TdqError(
+                self.output,
+                reference.shape,
+                "the reference output is not near the full-precision output of any step",
+                "Run the reference on the inputs that the full-precision outputs were made from",
+            )
+        return best
+
+    def output_at(self, step: int, reference: Mapping[str, Any], result: Mapping[str, Any]) -> OutputDifference:
+        """Compare the output of a known step.
+
+        Args:
+            step: Index into ``full_precision``.
+            reference: Outputs of the reference by name.
+            result: Outputs of the implementation under test by name.
+
+        Raises:
+            TdqError: One of the two lacks the output.
+        """
+        for outputs in (reference, result):
+            if self.output not in outputs:
+                raise TdqError(
+                    "output", self.output, "one of the results lacks it", f"It has {', '.join(list(outputs)[:8])}"
+                )
+        return output_difference(reference[self.output], result[self.output], self.full_precision[step])
+
+    def __call__(
+        self, reference: Mapping[str, Any], result: Mapping[str, Any]
+    ) -> OrderedDict[str, OutputDifference | CodesDifference]:
+        """Compare two results as Polygraphy's Comparator hands them over.
+
+        Returns:
+            The output; then the codes that both results hold, in the reference's order, up to the first that
+            differ. Those behind would only tell how the difference spreads.
+
+        Raises:
+            TdqError: The reference does not belong to any step, or one of the two lacks the output.
+        """
+        compared: OrderedDict[str, OutputDifference | CodesDifference] = OrderedDict()
+        step = self.step(np.asarray(reference[self.output])) if self.output in reference else 0
+        compared[self.output] = self.output_at(step, reference, result)
+        for name in reference:
+            if name.endswith(CODES_SUFFIX) and name in result:
+                compared[name] = difference = codes_difference(name, reference[name], result[name], fp8=self.fp8)
+                if difference.differing:
+                    break
+        return compared
