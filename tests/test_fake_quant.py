@@ -20,7 +20,7 @@ _bits = st.sampled_from(SUPPORTED_BITS)
 _integer_bits = st.sampled_from(INTEGERS)
 
 
-def _numpy_codes(x: np.ndarray, scale: np.float32, bits: int) -> np.ndarray:
+def _numpy_codes(x: np.ndarray, scale: np.ndarray | np.float32, bits: int) -> np.ndarray:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return np.clip(np.rint(x.astype(np.float32) / scale), low, high)
 
@@ -29,6 +29,16 @@ def _numpy_codes(x: np.ndarray, scale: np.float32, bits: int) -> np.ndarray:
 def test_integer_codes_are_those_of_numpy(x: Tensor, scale: Tensor, bits: int) -> None:
     expected = _numpy_codes(x.numpy(), np.float32(scale.item()), bits)
     np.testing.assert_array_equal(quantize(x, scale, None, bits).numpy(), expected)
+
+
+def test_codes_come_from_a_division_also_next_to_ties() -> None:
+    """Where multiplying by the inverse, as ModelOpt's own fake quantizer does, gives another code."""
+    scales = (torch.rand(50, 1) + 0.01).float()
+    ties = (torch.arange(-128, 127) + 0.5) * scales
+    x = torch.cat([ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)], 1)
+    expected = _numpy_codes(x.numpy(), scales.numpy(), 8)
+    np.testing.assert_array_equal(quantize(x, scales, None, 8).numpy(), expected)
+    assert (np.clip(np.rint(x.numpy() * (np.float32(1) / scales.numpy())), -128, 127) != expected).any()
 
 
 @given(_values, _scales, _bits)

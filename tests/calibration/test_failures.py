@@ -292,6 +292,19 @@ def test_handles_of_the_users_hooks_still_remove_them() -> None:
     assert len(seen) == 1
 
 
+def test_scales_of_weights_that_modelopt_overwrites_in_place_come_back() -> None:
+    model = quantized()
+    amax = model.conv1.weight_quantizer._amax
+    amax.mul_(1.5)
+
+    def failing() -> None:
+        with pytest.raises(TdqError):
+            mtq.calibrate(model, fast_config()["algorithm"], _one_time)
+
+    _unchanged_by(model, failing)
+    assert model.conv1.weight_quantizer._amax is amax
+
+
 def test_calibrators_of_modelopt_forget_what_they_saw() -> None:
     """A per-channel activation quantizer, which ModelOpt calibrates: loud data must not stay in it."""
     config = fast_config()
