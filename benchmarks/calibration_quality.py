@@ -68,7 +68,7 @@ def main() -> None:
             )
             print(f"{preset} {statistic}: gain {gain.mean():+.2f}, least {gain.min():+.2f}", flush=True)
     lines = [
-        "| preset | statistic | static mean / worst | TDQ mean / worst | gain mean | least gain of a step | calibration |",
+        "| preset | statistic | static, mean / worst | TDQ, mean / worst | gain | least gain of a step | time |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
