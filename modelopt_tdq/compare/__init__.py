@@ -1,6 +1,6 @@
 """Is the deployed model the one that was quantized? Per time step, and layer by layer."""
 
-from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference, output_difference, sqnr_db
+from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference, output_difference
 from modelopt_tdq.compare.model import LayerResult, ModelComparison, StepResult, compare_model
 from modelopt_tdq.compare.runners import session_runner, torch_runner
 from modelopt_tdq.compare.steps import StepComparator
@@ -18,6 +18,5 @@ __all__ = [
     "output_difference",
     "render",
     "session_runner",
-    "sqnr_db",
     "torch_runner",
 ]

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["CodesDifference", "OutputDifference", "codes_difference", "interior", "output_difference", "sqnr_db"]
+from modelopt_tdq.metrics import sqnr_db
+
+__all__ = ["CodesDifference", "OutputDifference", "codes_difference", "interior", "output_difference"]
 
 #: Share of codes that rounding may move, once all other layers are given the reference's codes.
 FLIP_RATE = 1e-3
@@ -32,14 +34,6 @@ FLIPS = 2
 _FLOAT32 = 1e-5
 
 _Array = np.ndarray[Any, Any]
-
-
-def sqnr_db(signal: _Array, noise: _Array) -> float:
-    """``10 log10(sum signal² / sum noise²)`` in dB; infinite without noise."""
-    power = float(np.square(noise, dtype=np.float64).sum())
-    if power == 0:
-        return math.inf
-    return 10 * math.log10(max(float(np.square(signal, dtype=np.float64).sum()), 1e-300) / power)
 
 
 @dataclass(frozen=True)
@@ -83,14 +77,13 @@ def output_difference(reference: _Array, output: _Array, full_precision: _Array)
         full_precision: Of the model without quantization; same shape.
     """
     reference, output, full_precision = (np.asarray(a, np.float64) for a in (reference, output, full_precision))
-    noise = reference - full_precision
+    wanted, got, exact = (torch.from_numpy(np.ascontiguousarray(a)) for a in (reference, output, full_precision))
     floor = _FLOAT32 * float(np.abs(reference).max(initial=0.0))
-    difference = output - reference
     return OutputDifference(
-        sqnr_db=sqnr_db(reference, difference) if np.isfinite(difference).all() else math.nan,
-        noise_db=min(sqnr_db(reference, noise), -20 * math.log10(_FLOAT32)),
-        largest=float(np.abs(difference).max(initial=0.0)),
-        largest_noise=max(float(np.abs(noise).max(initial=0.0)), floor),
+        sqnr_db=sqnr_db(wanted, got),
+        noise_db=min(sqnr_db(wanted, exact), -20 * math.log10(_FLOAT32)),
+        largest=float(np.abs(output - reference).max(initial=0.0)),
+        largest_noise=max(float(np.abs(reference - full_precision).max(initial=0.0)), floor),
     )
 
 

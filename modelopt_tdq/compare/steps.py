@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from modelopt_tdq.compare.metrics import (
     CodesDifference,
     OutputDifference,
     codes_difference,
     output_difference,
-    sqnr_db,
 )
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.metrics import sqnr_db
 
 __all__ = ["CODES_SUFFIX", "StepComparator"]
 
@@ -38,7 +40,7 @@ class StepComparator:
     def __init__(
         self, full_precision: Sequence[np.ndarray[Any, Any]], output: str = "output", *, fp8: bool = False
     ) -> None:
-        self.full_precision, self.output, self.fp8 = [np.asarray(a) for a in full_precision], output, fp8
+        self.full_precision, self.output, self.fp8 = [np.asarray(a, np.float64) for a in full_precision], output, fp8
 
     def step(self, reference: np.ndarray[Any, Any]) -> int:
         """Index of the step that a reference output belongs to.
@@ -46,9 +48,10 @@ class StepComparator:
         Raises:
             TdqError: It is not near any: other inputs, or another model.
         """
-        shaped = [a.shape == reference.shape for a in self.full_precision]
+        found = torch.from_numpy(np.asarray(reference, np.float64))
         sqnr = [
-            sqnr_db(a, reference - a) if same else -np.inf for a, same in zip(self.full_precision, shaped, strict=True)
+            sqnr_db(torch.from_numpy(a), found) if a.shape == reference.shape else -math.inf
+            for a in self.full_precision
         ]
         best = int(np.argmax(sqnr))
         if not sqnr[best] > 0:
