@@ -77,6 +77,8 @@ def test_a_table_that_does_not_fit_is_refused_and_nothing_changed(model: nn.Modu
     _refused(model, ScaleTable(table.timesteps, table.scale, ("a", "b", "c")), "names")
     _refused(model, ScaleTable(table.timesteps, one, table.names[:1]), "names")
     _refused(model, ScaleTable(table.timesteps, table.scale, table.names, None, table.scale), "dequant_scale")
+    more = torch.cat([table.scale, one], 1) * 2
+    _refused(model, ScaleTable(table.timesteps, more, (*table.names, "d")), "names")
     four = {**table.metadata, "num_bits": dict.fromkeys(table.names, 4)}
     _refused(model, ScaleTable(table.timesteps, table.scale, table.names, metadata=four), "num_bits")
 

@@ -61,9 +61,11 @@ def test_a_bad_table_is_refused_with_the_name_of_the_field(case: str) -> None:
 
 
 def test_takes_arrays_of_any_kind_and_keeps_its_own_copy() -> None:
-    scale = torch.ones(3, 2, dtype=torch.float64)
-    table = _table(timesteps=[1, 5, 9], scale=scale)
+    scale = torch.ones(3, 2)
+    table = _table(timesteps=[1, 5, 9], scale=scale, offset=scale.double())
     scale.zero_()
+    assert table.offset is not None
+    assert table.offset.dtype == torch.float32
     assert table.scale.dtype == torch.float32
     assert bool((table.scale == 1).all())
     assert len(table) == 3
