@@ -52,7 +52,7 @@ class Lookup:
         ratios: bool,
     ) -> None:
         self._editor = editor
-        self._shaped: dict[tuple[str, int, int], ir.Value] = {}
+        self._shaped: dict[tuple[ir.Value, int, int], ir.Value] = {}
         self.per_sample = times != 1
         columns: dict[str, _Array] = {}
         for name, activation in spec.activations.items():
@@ -81,22 +81,26 @@ class Lookup:
         below = editor.cast(anchor, below, types.FLOAT, "time/below_float")
         count = editor.before(anchor, "ReduceSum", [below, editor.ints([1])], "time/count", keepdims=0)
         row = editor.cast(anchor, count, types.INT64, "time/row")
-        packed = np.stack(list(columns.values()), axis=1)[:, :, None, None]
+        # Quantizers of the same tensor often have equal columns (to_q, to_k, to_v): one value for all of them lets
+        # a backend see that they compute the same codes, and compute them once.
+        distinct = {column.tobytes(): column for column in columns.values()}
+        packed = np.stack(list(distinct.values()), axis=1)[:, :, None, None]
         shape = [times if times is not None else "batch", packed.shape[1], 1, 1]
         table = editor.constant("time/table", np.ascontiguousarray(packed))
         values = editor.before(anchor, "Gather", [table, row], "time/table_row", shape=shape, axis=0)
-        if len(columns) == 1:
-            return {next(iter(columns)): values}
-        split = editor.before(
-            anchor,
-            "Split",
-            [values, editor.ints([1] * len(columns))],
-            "time/column_value",
-            outputs=len(columns),
-            shape=[shape[0], 1, 1, 1],
-            axis=1,
-        )
-        return dict(zip(columns, split, strict=True))
+        split = [values]
+        if len(distinct) > 1:
+            split = editor.before(
+                anchor,
+                "Split",
+                [values, editor.ints([1] * len(distinct))],
+                "time/column_value",
+                outputs=len(distinct),
+                shape=[shape[0], 1, 1, 1],
+                axis=1,
+            )
+        value_of = dict(zip(distinct, split, strict=True))
+        return {name: value_of[column.tobytes()] for name, column in columns.items()}
 
     def is_temporal(self, quantizer: str, quantity: str) -> bool:
         """Whether this quantity depends on time."""
@@ -123,7 +127,7 @@ class Lookup:
         fold = fold if self.per_sample else 1
         if rank == 4 and fold == 1:
             return value
-        key = (name, rank, fold)
+        key = (value, rank, fold)
         if key not in self._shaped:
             editor, anchor = self._editor, self._anchor
             if fold > 1:
