@@ -96,7 +96,7 @@ def test_guidance_in_one_batch_or_in_two_calls(statistic: str) -> None:
 
     def table(parts: int) -> tdq.ScaleTable:
         def forward_loop(m: nn.Module) -> None:
-            for call in family.data():
+            for call in family.data(times=TIMES[1:3]):
                 for part in halves(call, parts):
                     m(**part)
 
