@@ -15,12 +15,13 @@ from torch import nn
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.graph import GraphEditor
+from modelopt_tdq.export.inputs import flatten_inputs
 from modelopt_tdq.export.lookup import Lookup
 from modelopt_tdq.export.markers import DOMAIN, with_markers
 from modelopt_tdq.export.ratio import lower_ratio
 from modelopt_tdq.export.reference import lower_reference
 from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
-from modelopt_tdq.export.trace import flatten_inputs, trace
+from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import lower_weights
 
 if TYPE_CHECKING:

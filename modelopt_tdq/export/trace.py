@@ -2,89 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.export.inputs import Inputs
 from modelopt_tdq.export.markers import Marker
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OPSET", "Inputs", "flatten_inputs", "trace"]
+__all__ = ["OPSET", "trace"]
 
 #: The first opset with FP8 and 4-bit tensors, and QuantizeLinear with a scale that is computed.
 OPSET = 21
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The model's arguments, as graph inputs.
-
-    Attributes:
-        names: Of the graph inputs: the arguments' names; ``outer.inner`` for tensors in a nested mapping.
-        tensors: Likewise.
-        rest: Arguments that are no tensors, by name; they become part of the graph.
-    """
-
-    names: list[str]
-    tensors: list[Tensor]
-    rest: dict[str, Any]
-
-    def arguments(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-        """Keyword arguments of one call of the model."""
-        arguments = {name: dict(v) if isinstance(v, Mapping) else v for name, v in self.rest.items()}
-        for name, tensor in zip(self.names, tensors, strict=True):
-            outer, _, inner = name.partition(".")
-            if inner:
-                arguments[outer][inner] = tensor
-            else:
-                arguments[name] = tensor
-        return arguments
-
-
-def flatten_inputs(sample_inputs: Mapping[str, Any], timestep: str | None) -> Inputs:
-    """Tell tensors from constants. A time that is a Python number counts as a tensor [].
-
-    Raises:
-        TdqError: ``sample_inputs`` is no mapping, holds no tensor, or lacks the time.
-    """
-    if not isinstance(sample_inputs, Mapping):
-        raise TdqError(
-            "sample_inputs",
-            type(sample_inputs).__name__,
-            "not a mapping from the arguments of the model's forward to values",
-            "Pass for example {'sample': x, 'timestep': t}",
-        )
-    if timestep is not None and sample_inputs.get(timestep) is None:
-        raise TdqError(
-            "sample_inputs",
-            sorted(sample_inputs),
-            f"it lacks the time, `{timestep}`, on which the scales depend",
-            f"Add '{timestep}'",
-        )
-    names, tensors, rest = [], [], {}
-    for name, value in sample_inputs.items():
-        if isinstance(value, (Tensor, np.ndarray)) or (name == timestep and isinstance(value, (int, float))):
-            names.append(name)
-            tensors.append(torch.as_tensor(value))
-        elif isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values()):
-            rest[name] = {k: v for k, v in value.items() if not isinstance(v, Tensor)}
-            for inner, tensor in value.items():
-                if isinstance(tensor, Tensor):
-                    names.append(f"{name}.{inner}")
-                    tensors.append(tensor)
-        else:
-            rest[name] = value
-    if not tensors:
-        raise TdqError("sample_inputs", sorted(sample_inputs), "it holds no tensor", "Pass the inputs of one call")
-    return Inputs(names, tensors, rest)
 
 
 class _Positional(nn.Module):
@@ -162,17 +99,25 @@ def trace(
         try:
             program = torch.export.export(module, tuple(inputs.tensors), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
+            if dynamic is not None:
+                raise TdqError(
+                    "dynamic_batch",
+                    True,
+                    f"{type(model).__name__} cannot be exported with it: {_first_line(error)}",
+                    "Export with dynamic_batch=False, at the batch that will be used",
+                ) from error
             raise _cannot_export(model, error, None) from error
         try:
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=inputs.names,
-                output_names=["output"] + [f"output_{i}" for i in range(1, len(outputs))],
-                optimize=True,
-                verbose=False,
-            )
+            with _quiet():
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=inputs.names,
+                    output_names=["output"] + [f"output_{i}" for i in range(1, len(outputs))],
+                    optimize=True,
+                    verbose=False,
+                )
         except Exception as error:
             raise _cannot_export(model, error, program) from error
     if exported is None:
@@ -184,6 +129,23 @@ def trace(
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
     return graph, shapes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings that torchvision, which nothing here needs, is not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
 
 
 def _name_batch(model: ir.Model) -> None:
@@ -200,12 +162,10 @@ def _name_batch(model: ir.Model) -> None:
 
 def _cannot_export(model: nn.Module, error: BaseException, program: Any) -> TdqError:
     """Name the operator and where in the model it is, as far as torch tells."""
-    messages = []
-    cause: BaseException | None = error
-    while cause is not None:
-        messages.append(str(cause))
+    cause, text = error, str(error)
+    while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = "\n".join(messages)
+        text += f"\n{cause}"
     found = re.search(r"OpOverload\(op='([\w.:]+)'(?:, overload='(\w+)')?\)", text)
     operator = found.group(1).replace("::", ".") if found else ""
     path = ""
@@ -223,7 +183,7 @@ def _cannot_export(model: nn.Module, error: BaseException, program: Any) -> TdqE
     return TdqError(
         "model",
         type(model).__name__,
-        f"{what} cannot be exported to ONNX: {messages[-1].splitlines()[0] if messages[-1] else error!r}",
+        f"{what} cannot be exported to ONNX: {_first_line(cause)}",
         f"If quantization brings it in, leave the layer out with the quant_cfg rule {rule}; "
         "otherwise replace the operator in the model",
     )

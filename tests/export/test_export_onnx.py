@@ -171,6 +171,15 @@ class TestErrors:
     def test_dynamic_batch_of_one(self, model: nn.Module, tmp_path: Path) -> None:
         self.check(tmp_path, "batch of 2 or more", model, inputs(1), dynamic_batch=True)
 
+    def test_model_that_fixes_its_batch(self, tmp_path: Path) -> None:
+        class Fixed(TinyDenoiser):
+            def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+                return super().forward(sample.reshape(2, 3, 8, 8), timestep)
+
+        fixed = quantized(Fixed().eval())
+        error = self.check(tmp_path, "dynamic_batch = True: Fixed cannot", fixed, inputs(), dynamic_batch=True)
+        assert "dynamic_batch=False" in error.cure
+
     def test_unquantized_model(self, tmp_path: Path) -> None:
         self.check(tmp_path, "no enabled quantizer", TinyDenoiser(), inputs())
 

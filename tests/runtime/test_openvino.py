@@ -39,14 +39,43 @@ def inputs() -> dict[str, Any]:
 
 
 def test_outputs_are_those_of_onnx_runtime(paths: dict[str, Path], inputs: dict[str, Any]) -> None:
+    """OpenVINO multiplies by the reciprocal of a scale, so a code may differ; here none does."""
     for path in paths.values():
         session = OpenVinoSession(path, num_threads=1)
+        assert session.inputs == {"sample": np.dtype(np.float32), "timestep": np.dtype(np.float32)}
         assert session.outputs == ["output"]
         found, expected = session(inputs)["output"], OnnxRuntimeSession(path)(inputs)["output"]
         assert found.dtype == np.float32
-        print(np.abs(found - expected).max(), np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_results_outlive_the_next_call(paths: dict[str, Path], inputs: dict[str, Any]) -> None:
+    session = OpenVinoSession(paths["ratio"])
+    first = session(inputs)["output"]
+    kept = first.copy()
+    session({**inputs, "timestep": 20.0})
+    np.testing.assert_array_equal(first, kept)
 
 
 def test_ratio_keeps_int8_kernels_and_a_looked_up_scale_does_not(paths: dict[str, Path]) -> None:
     kernels = {name: list(OpenVinoSession(path).executed_precisions().values()) for name, path in paths.items()}
-    print(kernels)
+    assert kernels["ratio"].count("Convolution i8") == 2  # conv1 and conv2
+    assert kernels["ratio"].count("FullyConnected i8") == 1  # mix
+    assert kernels["ratio"].count("Convolution f32") == 2  # conv_in and conv_out, not quantized
+    assert kernels["reference"].count("Convolution i8") == 0
+
+
+def test_nothing_computes_in_half_precision(paths: dict[str, Path]) -> None:
+    precisions = {kernel.split()[-1] for kernel in OpenVinoSession(paths["ratio"]).executed_precisions().values()}
+    assert not precisions & {"bf16", "f16"}
+
+
+def test_errors(paths: dict[str, Path], tmp_path: Path, inputs: dict[str, Any]) -> None:
+    with pytest.raises(tdq.TdqError, match="no such file"):
+        OpenVinoSession(tmp_path / "missing.onnx")
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no graph")
+    with pytest.raises(tdq.TdqError, match="cannot compile"):
+        OpenVinoSession(broken)
+    with pytest.raises(tdq.TdqError, match="not the inputs of the graph"):
+        OpenVinoSession(paths["ratio"])({"sample": inputs["sample"]})
