@@ -172,7 +172,8 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
                 )
             row = self._rows[time] = _Row(exponent, torch.zeros(BINS, dtype=torch.float64, device=x.device), low, high)
         row.widen(exponent)
-        row.counts += _histogram(x, row.exponent).to(row.counts.device)
+        # not in place: a loop may run in torch.inference_mode at one time and outside of it at another
+        row.counts = row.counts + _histogram(x, row.exponent).to(row.counts.device)
         row.low, row.high = min(row.low, low), max(row.high, high)
 
     def statistics(self, times: list[float]) -> ActivationStatistics:

@@ -121,6 +121,25 @@ def test_the_second_calibration_forgets_the_first(statistic: str) -> None:
     _assert_same(tdq.scale_table(model), expected)
 
 
+@pytest.mark.parametrize("statistic", ["max", "mse", "output"])
+def test_a_loop_that_is_partly_in_inference_mode(statistic: str) -> None:
+    fields = {"statistic": statistic, "protect_steps": True}
+    torch.manual_seed(0)
+    model = TinyDenoiser().eval()
+
+    def forward_loop(m: nn.Module) -> None:
+        with torch.inference_mode():
+            loop(calls())(m)
+        loop(calls(seed=5))(m)
+
+    expected = _table(copy.deepcopy(model), calls() + calls(seed=5), **fields)
+    mtq.quantize(model, fast_config(**fields), forward_loop)
+    _assert_same(tdq.scale_table(model), expected)
+    sample, time = calls()[0]
+    model(sample.requires_grad_(), time).sum().backward()
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+
+
 @pytest.mark.parametrize("samples", [2, 8])
 def test_what_is_kept_after_calibration_is_the_table_alone(samples: int) -> None:
     model = quantized(data=calls(samples=samples))

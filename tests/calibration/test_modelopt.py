@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
@@ -94,6 +96,16 @@ def test_smoothquant_before_ours_keeps_its_scales() -> None:
     exact = _with_outlier_channels()(sample, time)
     error = (model(sample, time) - exact).square().sum() / exact.square().sum()
     assert float(error) < 1e-3
+
+
+def test_smoothquant_and_ours_are_saved_together(tmp_path: Path) -> None:
+    config = fast_config()
+    config["algorithm"] = ["smoothquant", config["algorithm"]]
+    model = mtq.quantize(_with_outlier_channels(), config, loop(calls()))
+    mto.save(model, tmp_path / "model.pt")
+    restored = mto.restore(TinyDenoiser().eval(), tmp_path / "model.pt")
+    for sample, time in calls():
+        assert torch.equal(restored(sample, time), model(sample, time))
 
 
 def test_smoothquant_after_ours_is_refused_with_the_right_order() -> None:
