@@ -18,6 +18,8 @@ class CurrentTimestep:
 
     ``value`` is float32 of shape [1] or [B], in the model's own units (0..999 for DDPM, t/1000 for
     Flux, sigma for k-diffusion). It is replaced at every call of the model and never copied or saved.
+    A block that gradient checkpointing runs again during the backward pass sees the time of the last
+    call of the model, so call the model once per backward pass there.
     """
 
     def __init__(self, argument: str, position: int | None) -> None:
