@@ -19,7 +19,7 @@ from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, code
 from modelopt_tdq.compare.runners import OUTPUT, call_model, session_runner, torch_runner
 from modelopt_tdq.compare.steps import CODES_SUFFIX, StepComparator
 from modelopt_tdq.errors import TdqError, require
-from modelopt_tdq.export.trace import flatten_inputs
+from modelopt_tdq.export.inputs import flatten_inputs
 from modelopt_tdq.timestep import find_timestep
 
 __all__ = ["BACKENDS", "REFERENCE", "LayerResult", "ModelComparison", "StepResult", "compare_model"]
