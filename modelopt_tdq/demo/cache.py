@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["StageCache", "StageResult", "installed"]
 
 #: To be raised whenever a stage computes something else for the same settings.
-FORMAT = 1
+FORMAT = 2
 
 _PACKAGES = ("modelopt-tdq", "torch", "nvidia-modelopt", "diffusers", "onnx", "openvino", "tensorrt-rtx")
 

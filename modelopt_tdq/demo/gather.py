@@ -152,7 +152,7 @@ def _notes(
             "are counted, no GPU was timed."
         )
     if openvino is not None:
-        deployed = [float(v) for v in openvino["sqnr_db"]["tdq"]]
+        deployed = [float(v) for v in openvino["sqnr_db"]]
         notes.append(
             f"OpenVINO on the CPU: batch {openvino['batch']}, {openvino['threads']} threads, median of "
             f"{openvino['repetitions']} interleaved repetitions. Its TDQ graph predicts with "

@@ -20,13 +20,20 @@ from modelopt_tdq.report.figures import draw_figures
 from modelopt_tdq.report.html import write_html
 from modelopt_tdq.report.table import results_table
 
-__all__ = ["run_demo"]
+__all__ = ["available_backends", "run_demo", "unfinished"]
 
 _MODULES = {"onnx": ("onnx", "onnx_ir", "onnxscript"), "openvino": ("openvino",), "tensorrt_rtx": ("tensorrt_rtx",)}
 
 
-def _backends() -> frozenset[str]:
+def available_backends() -> frozenset[str]:
+    """Of "onnx", "openvino", "tensorrt_rtx": those that are installed."""
     return frozenset(name for name, modules in _MODULES.items() if all(map(importlib.util.find_spec, modules)))
+
+
+def unfinished(settings: DemoSettings, backends: frozenset[str]) -> list[Stage]:
+    """The stages whose results an earlier run did not leave."""
+    cache = StageCache(settings.output)
+    return [stage for stage in stages(settings, backends) if cache.load(stage.name, stage.depends) is None]
 
 
 def run_demo(settings: DemoSettings, console: Console | None = None, command: str = "") -> dict[str, Any]:
@@ -52,12 +59,11 @@ def run_demo(settings: DemoSettings, console: Console | None = None, command: st
     require("matplotlib", "report")
     require("jinja2", "report")
     settings.output.mkdir(parents=True, exist_ok=True)
-    cache, backends = StageCache(settings.output), _backends()
+    backends = available_backends()
     if settings.restart:
-        cache.clear()
+        StageCache(settings.output).clear()
     started = time.monotonic()
-    all_stages = stages(settings, backends)
-    todo = [stage for stage in all_stages if cache.load(stage.name, stage.depends) is None]
+    all_stages, todo = stages(settings, backends), unfinished(settings, backends)
     if len(todo) < len(all_stages):
         console.print(f"{len(all_stages) - len(todo)} of {len(all_stages)} stages are done already (--restart: again)")
     with _Display(console, todo) as display:

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modelopt_tdq.config import RECIPES, recipe
 from modelopt_tdq.demo.bundled import bundled_model
 from modelopt_tdq.errors import TdqError
@@ -84,8 +86,8 @@ class DemoSettings:
 
     @property
     def threads(self) -> int:
-        """Threads of each worker."""
-        return max(1, cores() // self.processes)
+        """Threads of each worker: those that PyTorch has here, shared out."""
+        return max(1, torch.get_num_threads() // self.processes)
 
     def judged(self) -> dict[str, Any]:
         """What the full-precision trajectories depend on."""

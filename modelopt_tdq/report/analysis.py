@@ -81,7 +81,7 @@ def _worst(decibels: Sequence[float]) -> str:
 
 
 def proposal_lines(proposals: dict[str, Proposal]) -> list[str]:
-    """The layers to keep in high precision, static and over time, as rules to paste; one line each, not to be wrapped."""
+    """The layers to keep in high precision, static and over time, as rules to paste; lines not to be wrapped."""
     lines = []
     for kind, label in (("static", "static scales"), ("temporal", "scales over time")):
         if kind not in proposals:
