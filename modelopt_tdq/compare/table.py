@@ -22,7 +22,8 @@ def render(comparison: ModelComparison) -> RenderableType:
     from rich.table import Table
 
     backends = list(dict.fromkeys(step.backend for step in comparison.steps))
-    outputs = Table(title="Difference to the reference, against the quantization noise (dB below the signal)")
+    title = "How far each output is from the reference's, and quantization noise itself (dB below the signal)"
+    outputs = Table()
     outputs.add_column("time", justify="right")
     outputs.add_column("noise", justify="right")
     for backend in backends:
@@ -39,15 +40,17 @@ def render(comparison: ModelComparison) -> RenderableType:
     lines = []
     for backend, count in comparison.compared_codes.items():
         moved = sum(layer.difference.differing for layer in comparison.layers if layer.backend == backend)
-        lines.append(f"{backend}: {moved} of {count} codes differ, each layer given the reference's codes elsewhere")
+        lines.append(f"{backend}: {moved} of {count} codes differ, with the reference's codes in all other layers")
     if not comparison.faults:
         verdict = "[green]passed[/]" if comparison.passed else "[red]FAILED[/]"
-        return Group(outputs, *lines, f"{verdict}")
-    layers = Table(title="Layers whose codes rounding does not explain, in the order they run")
+        return Group(title, outputs, *lines, verdict)
+    layers = Table()
     for column in ("time", "backend", "quantizer", "differing", "of", "largest step"):
         layers.add_column(column, justify="left" if column in ("backend", "quantizer") else "right")
     for layer in comparison.faults[:_MOST_LAYERS]:
         d = layer.difference
         layers.add_row(f"{layer.time:g}", layer.backend, escape(d.name), str(d.differing), str(d.count), str(d.largest))
     more = len(comparison.faults) - _MOST_LAYERS
-    return Group(outputs, *lines, layers, *([f"and {more} more"] if more > 0 else []), "[red]FAILED[/]")
+    heading = "Layers whose codes rounding does not explain, in the order they run:"
+    rest = [f"and {more} more"] if more > 0 else []
+    return Group(title, outputs, *lines, heading, layers, *rest, "[red]FAILED[/]")

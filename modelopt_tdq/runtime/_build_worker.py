@@ -92,6 +92,21 @@ def rtx_targets(trt: Any, capabilities: list[str]) -> list[Any]:
     return [known[capability] for capability in capabilities]
 
 
+def describe_layers(trt: Any, logger: Any, engine: Any) -> str:
+    """The list of layers: the builder logs it, or else the engine's own inspector, which needs a GPU, has it."""
+    if logger.layers:
+        return str(logger.layers)
+    loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+    if loaded is None:
+        raise BuildError(
+            "backend",
+            trt.__name__,
+            "it built an engine but does not tell its layers: " + "; ".join(logger.errors[-2:]),
+            "Report this with the version of TensorRT",
+        )
+    return str(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
+
+
 def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
     """Build the engine that ``request`` describes and write it."""
     backend = request["backend"]
@@ -135,9 +150,10 @@ def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
             "the builder failed: " + "; ".join(logger.errors[-2:] or ["no reason given"]),
             "Change the model or the compute capabilities",
         )
+    layers = describe_layers(trt, logger, engine)
     Path(request["engine"]).write_bytes(engine)
     del engine, config, parser, network, builder
-    return {"version": trt.__version__, "layers": logger.layers}
+    return {"version": trt.__version__, "layers": layers}
 
 
 def main() -> None:

@@ -145,3 +145,14 @@ def test_without_tensorrt_the_error_names_the_extra(tmp_path: Path) -> None:
     with pytest.raises(tdq.MissingExtraError, match=r"modelopt-tdq\[tensorrt\]"):
         tdq.build_engine(model, tmp_path / "model.engine", backend="tensorrt")
     assert files(tmp_path) == {"model.onnx"}
+
+
+def test_an_old_tensorrt_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "tensorrt.py").write_text("__version__ = '10.12.0.36'\n")
+    monkeypatch.setenv("PYTHONPATH", str(library))
+    model = conv(tmp_path / "model.onnx", "static")
+    with pytest.raises(tdq.TdqError, match=r"'10.12.0.36': too old. Install TensorRT 10.13 or later"):
+        tdq.build_engine(model, tmp_path / "model.engine", backend="tensorrt")
+    assert files(tmp_path) == {"model.onnx", "library"}
