@@ -4,6 +4,7 @@ Importing this package registers the calibration algorithm ``{"method": "tdq"}``
 to be imported before a model quantized with it is restored.
 """
 
+from modelopt_tdq.analysis import Analysis, analyze
 from modelopt_tdq.calibration.mode import register as _register
 from modelopt_tdq.config import RECIPES, TdqCalibConfig, make_config, recipe
 from modelopt_tdq.errors import MissingExtraError, TdqError
@@ -35,6 +36,7 @@ __all__ = [
     "TDQ_W4A4_CFG",
     "TDQ_W4A8_CFG",
     "TDQ_W8A4_CFG",
+    "Analysis",
     "EngineReport",
     "ExportReport",
     "MissingExtraError",
@@ -42,6 +44,7 @@ __all__ = [
     "TdqCalibConfig",
     "TdqError",
     "TemporalQuantizer",
+    "analyze",
     "build_engine",
     "export_onnx",
     "make_config",

@@ -1,0 +1,46 @@
+"""What the README says is what there is: its commands parse, its names exist, CI runs its test command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import modelopt_tdq as tdq
+from modelopt_tdq.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+def test_ci_runs_the_test_command() -> None:
+    (tests,) = [line for line in BASH if "pytest" in line]
+    install = tests.split("activate && ")[1]
+    ci = (ROOT / ".ci/run").read_text().replace("--quiet ", "")
+    assert install in ci
+
+
+@pytest.mark.parametrize("line", [line for line in BASH if "modelopt-tdq " in line])
+def test_commands_parse(line: str) -> None:
+    words = shlex.split(line.partition("#")[0].partition("modelopt-tdq")[2])
+    command = get_command(app).commands[words[0]]
+    context = command.make_context(words[0], list(words[1:]), resilient_parsing=True)
+    assert not context.args
+
+
+def test_public_names_exist() -> None:
+    names = set(re.findall(r"tdq\.([A-Za-z_][A-Za-z_0-9]*)", README)) | set(re.findall(r"`(TDQ_[A-Z0-9_]+)`", README))
+    assert {"export_onnx", "build_engine", "TDQ_W3A3_CFG", "scale_table", "analyze"} <= names
+    for name in names:
+        assert hasattr(tdq, name), name
+
+
+def test_fields_of_the_algorithm_exist() -> None:
+    table = README.split("The algorithm's fields:")[1].split("It composes")[0]
+    fields = re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
+    assert set(fields) <= set(tdq.TdqCalibConfig.model_fields)
+    assert len(fields) >= 10
