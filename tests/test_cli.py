@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import modelopt_tdq as tdq
 from modelopt_tdq.cli import app
-from modelopt_tdq.model_folder import describe_inputs, load_quantized, make_inputs
+from modelopt_tdq.model_folder import describe_inputs, load_quantized, make_inputs, save_quantized
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -200,7 +200,10 @@ def test_mistakes_are_one_clear_line(arguments: Any, message: str, tmp_path: Pat
 def test_a_folder_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert "no quantized model" in refused("quantize", "--output", tmp_path)
-    assert (tmp_path / "mine.txt").read_text() == "mine"
+    model = diffusers.UNet2DModel(**SMALL)
+    with pytest.raises(tdq.TdqError, match="no quantized model"):
+        save_quantized(model, tmp_path, {}, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_quantized_model_is_not_quantized_again(quantized: Path, tmp_path: Path) -> None:

@@ -131,8 +131,9 @@ def test_error_in_a_worker_reaches_the_user(settings: DemoSettings, tmp_path: Pa
 
 def test_cache_keeps_and_forgets(tmp_path: Path) -> None:
     cache = StageCache(tmp_path)
-    (tmp_path / "made").write_text("x")
-    result = StageResult({"a": 1}, {"t": torch.arange(3.0)}, ["made"])
+    for name in ("made", "also"):
+        (tmp_path / name).write_text("x")
+    result = StageResult({"a": 1}, {"t": torch.arange(3.0)}, ["made", "also"])
     cache.store("stage", {"steps": 1}, result)
     found = cache.load("stage", {"steps": 1})
     assert found is not None
