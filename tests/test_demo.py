@@ -60,6 +60,7 @@ def test_results(settings: DemoSettings, first: tuple[dict[str, Any], str]) -> N
     assert min(float(v) for v in variants["tdq"]["sqnr_db"]) == float(variants["tdq"]["sqnr_worst_db"])
     assert float(variants["max"]["sqnr_mean_db"]) < float(variants["tdq"]["sqnr_mean_db"])
     assert variants["tdq"]["table"]["bytes"] > variants["static"]["table"]["bytes"] == 4 * 50
+    assert (variants["max"]["table"]["bytes"], variants["static"]["table"]["temporal"]) == (200, 0)
     assert {"torch", "nvidia-modelopt"} <= set(results["versions"])
     assert results["machine"]["cores"] >= 1
     assert "TDQ mse" in text

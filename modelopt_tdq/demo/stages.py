@@ -152,7 +152,7 @@ def _preset(settings: DemoSettings, preset: str, against: Reference, report: Rep
             files.append(folder)
     table = scale_table(models["tdq"])
     for variant in VARIANTS:
-        values[variant]["table"] = table_facts(models[variant], variant, len(table.names))
+        values[variant]["table"] = table_facts(models[variant])
     values["names"] = list(table.names)
     tensors |= {
         "timesteps": table.timesteps,

@@ -8,12 +8,12 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from modelopt_tdq.config import recipe
 from modelopt_tdq.fake_quant import code_range
-from modelopt_tdq.model_table import scale_table
-from modelopt_tdq.table import ScaleTable
+from modelopt_tdq.model_table import scale_table, temporal_quantizers
 
 __all__ = ["VARIANTS", "quantized", "static_scales", "table_facts", "variant_config", "variant_label"]
 
@@ -52,21 +52,22 @@ def static_scales(model: nn.Module, names: tuple[str, ...]) -> Tensor:
     return torch.tensor([float(q.amax) / code_range(q.num_bits)[1] for q in quantizers])
 
 
-def table_facts(model: nn.Module, variant: str, quantizers: int) -> dict[str, int]:
-    """Rows, columns that follow time, and size in bytes of the scales that a deployment carries, as float32."""
-    if variant != "tdq":
-        table: ScaleTable | None = scale_table(model) if variant == "static" else None
-        offsets = 0 if table is None or table.offset is None else int((table.offset != 0).any(0).sum())
-        return {"rows": 1, "quantizers": quantizers, "temporal": 0, "bytes": 4 * (quantizers + offsets)}
+def table_facts(model: nn.Module) -> dict[str, int]:
+    """Rows, quantizers, those that follow time, and the size in bytes of what a deployment carries, as float32.
+
+    A quantizer that does not follow time carries one scale; the times are carried once.
+    """
+    if not temporal_quantizers(model):  # ModelOpt's own calibration
+        quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and m.axis is None]
+        return {"rows": 1, "quantizers": len(quantizers), "temporal": 0, "bytes": 4 * len(quantizers)}
     table = scale_table(model)
     static = table.is_static
     rows = torch.where(static, 1, len(table))
-    numbers = int(rows.sum()) + (0 if bool(static.all()) else len(table))
+    numbers = int(rows.sum())
     if table.offset is not None:
         numbers += int(rows[(table.offset != 0).any(0)].sum())
-    return {
-        "rows": len(table),
-        "quantizers": len(table.names),
-        "temporal": int((~static).sum()),
-        "bytes": 4 * numbers,
-    }
+    temporal = int((~static).sum())
+    if temporal:
+        numbers += len(table)
+    times = len(table) if temporal else 1
+    return {"rows": times, "quantizers": len(table.names), "temporal": temporal, "bytes": 4 * numbers}
