@@ -35,8 +35,9 @@ def draw_figures(
     figures = [_sqnr(groups, results["timesteps"], folder)]
     for preset, rows in groups.items():
         figures.append(_images(preset, rows, arrays, folder))
-    for preset, rows in groups.items():
-        figures += _scales(preset, rows, results["quantizers"][preset], arrays[preset], folder)
+    for index, (preset, rows) in enumerate(groups.items()):
+        section = "scales" if index == 0 else "details"
+        figures += _scales(preset, rows, results["quantizers"][preset], arrays[preset], folder, section)
     return figures
 
 
@@ -62,13 +63,14 @@ def _images(
     shown = {label: images[:8] for label, images in pictures.items()}
     path = image_grid(shown, folder / "images" / f"{preset}.png")
     caption = (
-        "Same seeds in every row; what matters is the difference from the first row, not the beauty of the images."
+        "Same seeds in every row; what matters is the difference from the first row, not the beauty of the images. All "
+        "rows are calibrated only: with 4-bit activations this model would need training."
     )
     return _figure("images", path, folder, rows[0]["label"], caption)
 
 
 def _scales(
-    preset: str, rows: list[dict[str, Any]], names: list[str], arrays: Mapping[str, Tensor], folder: Path
+    preset: str, rows: list[dict[str, Any]], names: list[str], arrays: Mapping[str, Tensor], folder: Path, section: str
 ) -> list[dict[str, str]]:
     label, times, scale = rows[0]["label"], arrays["timesteps"], arrays["scale.tdq"]
     titles = {row["variant"]: row["name"] for row in rows}
@@ -87,8 +89,8 @@ def _scales(
     every = drawn(torch.arange(len(names)), f"{preset}-scales.png")
     return [
         _figure(
-            "scales", heat, folder, f"{label}: all scales over time", "One line per quantizer; white is its own mean."
+            section, heat, folder, f"{label}: all scales over time", "One line per quantizer; white is its own mean."
         ),
-        _figure("scales", moving, folder, f"{label}: the ten that move most", "Dashed: one scale for all times."),
+        _figure(section, moving, folder, f"{label}: the ten that move most", "Dashed: one scale for all times."),
         _figure("details", every, folder, f"{label}: every quantizer", "In the order of the model."),
     ]
