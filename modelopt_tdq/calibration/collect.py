@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from tqdm import tqdm
 from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.distributed import together, union
-from modelopt_tdq.calibration.output_error import output_curves
+from modelopt_tdq.calibration.output_error import full_precision, output_curves
 from modelopt_tdq.calibration.replay import Replay
 from modelopt_tdq.calibration.select import activation_quantizers, temporal_names, weight_quantizers
-from modelopt_tdq.calibration.statistics import StepStatistics
+from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.quantizer import TemporalQuantizer
@@ -70,7 +70,6 @@ def _run(
 ) -> Replay:
     """Run ``forward_loop`` once in full precision, collecting."""
     replay = Replay(model, timestep, config.replay_samples)
-    quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and m._if_quant]
     calibrated = [model.get_submodule(name) for name in statistics] + others
     calls = 0
     with tqdm(total=config.expected_calls, desc="calibrate", unit="call", disable=not config.progress) as bar:
@@ -85,19 +84,15 @@ def _run(
             model.register_forward_hook(count),
         ]
         try:
-            for quantizer in quantizers:
-                quantizer.disable_quant()
             for quantizer in calibrated:
                 quantizer.enable_calib()
-            with torch.no_grad():
+            with full_precision(model), torch.no_grad():
                 forward_loop(model)
         finally:
             for handle in handles:
                 handle.remove()
             for quantizer in calibrated:
                 quantizer.disable_calib()
-            for quantizer in quantizers:
-                quantizer.enable_quant()
     if not calls:
         raise TdqError(
             "forward_loop", forward_loop, "it never called the model", "Call the model on calibration data in it"
@@ -108,7 +103,7 @@ def _run(
     return replay
 
 
-def _filled(statistics: StepStatistics, times: list[float]) -> Any:
+def _filled(statistics: StepStatistics, times: list[float]) -> ActivationStatistics:
     """Statistics over all times; a time at which this quantizer saw nothing takes the nearest one's."""
     collected = statistics.statistics(times)
     seen = collected.counts.sum(1) > 0
@@ -116,7 +111,7 @@ def _filled(statistics: StepStatistics, times: list[float]) -> Any:
         return collected
     known = seen.nonzero().squeeze(1)
     nearest = known[(torch.arange(len(times)).unsqueeze(1) - known.unsqueeze(0)).abs().argmin(1)]
-    return type(collected)(
+    return ActivationStatistics(
         collected.counts[nearest], collected.exponent[nearest], collected.low[nearest], collected.high[nearest]
     )
 
@@ -161,25 +156,23 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
         evidence[name] = _activation_evidence(statistics[name], times, quantizer, config)
     if config.statistic == "output":
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
-            known = evidence[name]
-            evidence[name] = Evidence(known.statistics, curves, known.num_bits, known.asymmetric)
+            evidence[name] = replace(evidence[name], curves=curves)
     return Calibration(quantizers, times, evidence, replay)
 
 
 def _activation_evidence(
     statistics: StepStatistics, times: list[float], quantizer: TemporalQuantizer, config: TdqCalibConfig
 ) -> Evidence:
-    rows = _filled(statistics, times)
-    options = []
-    for asymmetric in (False, True) if config.asymmetric == "auto" else (bool(config.asymmetric),):
-        if asymmetric and not isinstance(quantizer.num_bits, int):
-            continue  # FP8 has a sign of its own
-        grid = candidate_grid(rows, quantizer.num_bits, asymmetric)
-        options.append(Evidence(rows, histogram_error(rows, *grid, quantizer.num_bits), quantizer.num_bits, asymmetric))
-    if not options:
-        grid = candidate_grid(rows, quantizer.num_bits, False)
-        options.append(Evidence(rows, histogram_error(rows, *grid, quantizer.num_bits), quantizer.num_bits, False))
-    if len(options) == 2:
-        plain, shifted = (float(option.curves.error.amin(1).sum()) for option in options)
-        return options[1] if shifted < plain * _ASYMMETRIC_GAIN else options[0]
-    return options[0]
+    rows, num_bits = _filled(statistics, times), quantizer.num_bits
+
+    def option(asymmetric: bool) -> Evidence:
+        grid = candidate_grid(rows, num_bits, asymmetric)
+        return Evidence(rows, histogram_error(rows, *grid, num_bits), num_bits, asymmetric)
+
+    if not isinstance(num_bits, int):
+        return option(False)  # FP8 has a sign of its own
+    if config.asymmetric != "auto":
+        return option(config.asymmetric)
+    plain, shifted = option(False), option(True)
+    gained = float(shifted.curves.error.amin(1).sum()) < float(plain.curves.error.amin(1).sum()) * _ASYMMETRIC_GAIN
+    return shifted if gained else plain
