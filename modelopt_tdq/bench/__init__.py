@@ -1,0 +1,1 @@
+"""Benchmarks that ship with the package: the tables of the papers, measured here."""
