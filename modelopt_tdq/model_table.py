@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.quantizer import TemporalQuantizer
@@ -39,7 +39,7 @@ def scale_table(model: nn.Module) -> ScaleTable:
     missing = [name for name, quantizer in quantizers.items() if not quantizer.has_table]
     if missing:
         raise TdqError("model", missing, "these quantizers are not calibrated", "Calibrate the model first")
-    empty = [n for n, q in quantizers.items() if q._scale.is_meta or bool(q._scale.isnan().any())]
+    empty = [n for n, q in quantizers.items() if any(_is_empty(value) for value in q.scales)]
     if empty:
         raise TdqError(
             "model",
@@ -50,30 +50,40 @@ def scale_table(model: nn.Module) -> ScaleTable:
     longest = max(quantizers.values(), key=lambda q: q._scale.numel())
     timesteps = longest._timesteps.detach().cpu()
     rows = timesteps.numel()
-    scale, offset = [], []
+    columns = []
     for name, quantizer in quantizers.items():
         if quantizer._scale.numel() > 1 and not torch.equal(quantizer._timesteps.detach().cpu(), timesteps):
             raise TdqError("model", name, "its rows are not those of the other quantizers", "Calibrate the model again")
-        scale.append(quantizer._scale.detach().cpu().expand(rows))
-        offset.append(torch.zeros(rows) if quantizer.offset is None else quantizer.offset.detach().cpu().expand(rows))
-    offsets = torch.stack(offset, 1)
+        columns.append(quantizer.scales.map(lambda value: value.detach().cpu().expand(rows)))
+    differs = any(column.dequant_scale is not None for column in columns)
     bits = {name: quantizer.num_bits for name, quantizer in quantizers.items()}
     return ScaleTable(
         timesteps,
-        torch.stack(scale, 1),
+        torch.stack([column.scale for column in columns], 1),
         tuple(quantizers),
-        offsets if bool(offsets.any()) else None,
-        metadata={"num_bits": bits, "timestep_argument": longest._timestep.argument},
+        _offsets([column.offset for column in columns], rows),
+        torch.stack([column.value_scale for column in columns], 1) if differs else None,
+        {"num_bits": bits, "timestep_argument": longest._timestep.argument},
+        _offsets([column.value_offset for column in columns], rows) if differs else None,
     )
+
+
+def _is_empty(rows: Tensor | None) -> bool:
+    return rows is not None and (rows.is_meta or bool(rows.isnan().any()))
+
+
+def _offsets(columns: list[Tensor | None], rows: int) -> Tensor | None:
+    """[K, Q], or None where all are 0."""
+    stacked = torch.stack([torch.zeros(rows) if column is None else column for column in columns], 1)
+    return stacked if bool(stacked.any()) else None
 
 
 def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
     """Give every enabled temporal quantizer of ``model`` its column of ``table``.
 
     Raises:
-        TdqError: The names in the table are not those of the model's quantizers, the table was made for
-            other number formats, or it has a ``dequant_scale``, which fake quantization in PyTorch does
-            not use. Nothing is changed then.
+        TdqError: The names in the table are not those of the model's quantizers, or the table was made for
+            other number formats. Nothing is changed then.
     """
     quantizers = _require_temporal_quantizers(model)
     unknown, missing = set(table.names) - set(quantizers), set(quantizers) - set(table.names)
@@ -83,13 +93,6 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
             sorted(unknown or missing),
             "the model has no such quantizers" if unknown else "the table lacks these quantizers of the model",
             "Use a table made for this model and this quant_cfg",
-        )
-    if table.dequant_scale is not None:
-        raise TdqError(
-            "dequant_scale",
-            tuple(table.dequant_scale.shape),
-            "a separate dequantize scale is not supported here yet",
-            "Leave it out",
         )
     formats = table.metadata.get("num_bits", {})
     for name, quantizer in quantizers.items():
@@ -103,10 +106,7 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
                 "Use a table made for this quant_cfg",
             )
     for column, name in enumerate(table.names):
-        offset = None if table.offset is None else table.offset[:, column]
-        if offset is not None and not bool(offset.any()):
-            offset = None
         layer = model.get_submodule(name.rpartition(".")[0])
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-        scale = table.scale[:, column].to(device)
-        quantizers[name].set_rows(table.timesteps.to(device), scale, None if offset is None else offset.to(device))
+        scales = table.column(column).map(lambda value, device=device: value.to(device))  # type: ignore[misc]
+        quantizers[name].set_rows(table.timesteps.to(device), *scales)

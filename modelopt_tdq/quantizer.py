@@ -10,12 +10,13 @@ from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.fake_quant import code_range, fake_quantize
+from modelopt_tdq.scales import Scales
 from modelopt_tdq.schedule import row_index
 from modelopt_tdq.timestep import CurrentTimestep
 
 __all__ = ["TemporalQuantizer"]
 
-_TABLE_BUFFERS = ("_timesteps_bits", "_scale_bits", "_offset_bits")
+_TABLE_BUFFERS = ("_timesteps_bits", "_scale_bits", "_offset_bits", "_dequant_scale_bits", "_dequant_offset_bits")
 
 #: A float32 NaN as an integer: what a restored quantizer computes with until its scales are loaded.
 _NAN_BITS = 0x7FC00000
@@ -31,10 +32,11 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     Made in place from a ``TensorQuantizer``, as ModelOpt does for its own ``StaticBlockScaleQuantizer``,
     so the quantizer keeps its name, its place in the module tree and ModelOpt's save and restore.
 
-    Buffers: ``_timesteps_bits`` [K], ``_scale_bits`` [K], and ``_offset_bits`` [K] where the quantizer is
-    asymmetric: the bits of float32 numbers, kept as int32. ``.half()``, ``.to(dtype)``, diffusers'
-    ``from_pretrained(torch_dtype=...)`` and the like convert floating point buffers and leave integers
-    alone, so the scales stay exact. ``_timesteps`` and ``_scale`` read them as float32.
+    Buffers: ``_timesteps_bits`` [K], ``_scale_bits`` [K], ``_offset_bits`` [K] where the quantizer is asymmetric,
+    ``_dequant_scale_bits`` [K] and ``_dequant_offset_bits`` [K] where codes are turned back by others: the bits of
+    float32 numbers, kept as int32. ``.half()``, ``.to(dtype)``, diffusers' ``from_pretrained(torch_dtype=...)``
+    and the like convert floating point buffers and leave integers alone, so the scales stay exact.
+    ``_timesteps``, ``_scale`` and ``scales`` read them as float32.
     """
 
     _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {"_timestep"}
@@ -65,19 +67,46 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         """[K] float32."""
         return _floats(self._scale_bits)
 
-    @property
-    def offset(self) -> Tensor | None:
-        """[K] float32, the value of code 0 per row; None where symmetric."""
-        bits: Tensor | None = self._buffers.get("_offset_bits")
+    def _optional(self, name: str) -> Tensor | None:
+        bits: Tensor | None = self._buffers.get(name)
         return None if bits is None else _floats(bits)
 
-    def set_rows(self, timesteps: Tensor, scale: Tensor, offset: Tensor | None = None) -> None:
+    @property
+    def offset(self) -> Tensor | None:
+        """[K] float32, what is subtracted before dividing, per row; None where symmetric."""
+        return self._optional("_offset_bits")
+
+    @property
+    def dequant_scale(self) -> Tensor | None:
+        """[K] float32, the scale that turns codes back, per row; None where scale and offset do."""
+        return self._optional("_dequant_scale_bits")
+
+    @property
+    def dequant_offset(self) -> Tensor | None:
+        """[K] float32, the value of code 0, per row; None where it is 0, or there is no ``dequant_scale``."""
+        return self._optional("_dequant_offset_bits")
+
+    @property
+    def scales(self) -> Scales:
+        """The quantizer's column of the table, [K] each."""
+        return Scales(self._scale, self.offset, self.dequant_scale, self.dequant_offset)
+
+    def set_rows(
+        self,
+        timesteps: Tensor,
+        scale: Tensor,
+        offset: Tensor | None = None,
+        dequant_scale: Tensor | None = None,
+        dequant_offset: Tensor | None = None,
+    ) -> None:
         """Set the quantizer's column of a table.
 
         Args:
             timesteps: [K] float32, strictly ascending.
             scale: [K] float32, positive.
             offset: [K] float32 or None.
+            dequant_scale: [K] float32, positive, or None where scale and offset turn codes back too.
+            dequant_offset: [K] float32 or None (0), of use only with ``dequant_scale``.
 
         The rows stay on the device of those that they replace, if any.
         """
@@ -85,7 +114,8 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         for name in (*_TABLE_BUFFERS, "_amax"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        for name, value in zip(_TABLE_BUFFERS, (timesteps, scale, offset), strict=True):
+        column = (timesteps, scale, offset, dequant_scale, None if dequant_scale is None else dequant_offset)
+        for name, value in zip(_TABLE_BUFFERS, column, strict=True):
             if value is not None:
                 rows = value.detach().to(dtype=torch.float32, device=device or value.device).clone()
                 self.register_buffer(name, rows.contiguous().view(torch.int32))
@@ -96,8 +126,8 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
             if name in self._buffers:
                 self._buffers[name].fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
 
-    def _rows(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and offset for each sample: [1] for one time, [B, 1, ...] for a time per sample."""
+    def _rows(self, inputs: Tensor) -> Scales:
+        """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample."""
         if not self.has_table:
             raise TdqError(
                 "quantizer",
@@ -107,10 +137,9 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
             )
         # ModelOpt places quantizers on the first device of a model that is spread over several
         device = inputs.device
-        scale, offset = self._scale.to(device), self.offset
-        offset = None if offset is None else offset.to(device)
-        if scale.numel() == 1:
-            return scale, offset
+        scales = self.scales.map(lambda value: value.to(device))
+        if scales.scale.numel() == 1:
+            return scales
         time = self._timestep.value
         if time is None:
             raise TdqError(
@@ -120,10 +149,9 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 "Call the quantized model itself rather than one of its parts",
             )
         rows = row_index(time.to(device), self._timesteps.to(device))
-        scale = scale[rows]
-        offset = None if offset is None else offset[rows]
+        scales = scales.map(lambda value: value[rows])
         if time.numel() == 1:
-            return scale, offset
+            return scales
         samples, batch = time.numel(), inputs.shape[0] if inputs.dim() else 0
         if batch == 0 or batch % samples:
             raise TdqError(
@@ -134,19 +162,16 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
             )
         shape = (batch, *(1,) * (inputs.dim() - 1))
 
-        def spread(value: Tensor) -> Tensor:
-            # [B] -> [B * n, 1, ...]: video models fold frames, some attentions fold heads, into the batch
-            return value.repeat_interleave(batch // samples).reshape(shape)
-
-        return spread(scale), None if offset is None else spread(offset)
+        # [B] -> [B * n, 1, ...]: video models fold frames, some attentions fold heads, into the batch
+        return scales.map(lambda value: value.repeat_interleave(batch // samples).reshape(shape))
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:
-        scale, offset = self._rows(inputs)
-        return fake_quantize(inputs, scale, offset, self._num_bits)
+        scale, offset, dequant_scale, dequant_offset = self._rows(inputs)
+        return fake_quantize(inputs, scale, offset, self._num_bits, dequant_scale, dequant_offset)
 
     @property
     def amax(self) -> Tensor | None:
-        """[] float32: the largest magnitude that any row represents; for ModelOpt's reports only."""
+        """[] float32: the largest magnitude that any row has a code for; for ModelOpt's reports only."""
         if not self.has_table:
             return None
         return (self._scale * code_range(self._num_bits)[1]).max()
@@ -187,7 +212,11 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         """ModelOpt's summary, with the rows in place of the amax."""
         if self._disabled or not self.has_table:
             return str(super().extra_repr())
+        static = all(value is None or bool((value == value[0]).all()) for value in self.scales)
+        kind = "static" if static else f"{self._scale.numel()} rows"
         low, high = float(self._scale.min()), float(self._scale.max())
-        kind = "static" if low == high and self.offset is None else f"{self._scale.numel()} rows"
         extra: dict[str, Any] = {"scale": f"[{low:.3e}, {high:.3e}]", "offset": self.offset is not None}
+        if self.dequant_scale is not None:
+            low, high = float(self.dequant_scale.min()), float(self.dequant_scale.max())
+            extra |= {"dequant_scale": f"[{low:.3e}, {high:.3e}]", "dequant_offset": self.dequant_offset is not None}
         return f"{self._num_bits} bit temporal {kind} " + " ".join(f"{k}={v}" for k, v in extra.items())

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.scales import Scales
 from modelopt_tdq.schedule import row_index
 
 __all__ = ["SCHEMA_VERSION", "ScaleTable"]
 
-SCHEMA_VERSION = 1
+#: The newest that is read. Version 2 is version 1 with the array ``dequant_offset``; tables without it are version 1.
+SCHEMA_VERSION = 2
+
+_ARRAYS = ("timesteps", "scale", "offset", "dequant_scale", "dequant_offset")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +36,16 @@ class ScaleTable:
         timesteps: [K] float32, strictly ascending, in the model's own time units.
         scale: [K, Q] float32, positive.
         names: [Q] names of the quantizers, as in ``model.named_modules()``.
-        offset: [K, Q] float32, the value of code 0; None if all quantizers are symmetric.
-        dequant_scale: [K, Q] float32 where it differs from ``scale``, else None.
+        offset: [K, Q] float32, what is subtracted before dividing; None if it is 0 for all quantizers.
+        dequant_scale: [K, Q] float32, the scale that turns codes back into values; None if it is ``scale``, and
+            the offset is ``offset``, for all quantizers.
         metadata: JSON-serialisable facts about where the table comes from.
+        dequant_offset: [K, Q] float32, the value of code 0, in a table with ``dequant_scale``; None if it is 0 for
+            all quantizers. A quantizer that dequantizes as it quantizes has its ``scale`` and ``offset`` here again.
 
     Raises:
-        TdqError: A shape does not fit, times are unsorted, a value is NaN or infinite, a scale is not positive.
+        TdqError: A shape does not fit, times are unsorted, a value is NaN or infinite, a scale is not positive,
+            or there is a ``dequant_offset`` without a ``dequant_scale``.
     """
 
     timesteps: Tensor
@@ -46,9 +54,10 @@ class ScaleTable:
     offset: Tensor | None = None
     dequant_scale: Tensor | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    dequant_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("timesteps", "scale", "offset", "dequant_scale"):
+        for name in _ARRAYS:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _own(name, value))
@@ -65,7 +74,7 @@ class ScaleTable:
         if len(set(self.names)) != len(self.names):
             raise TdqError("names", self.names, "a quantizer is named twice", "Name each quantizer once")
         expected = (self.timesteps.numel(), len(self.names))
-        for name in ("timesteps", "scale", "offset", "dequant_scale"):
+        for name in _ARRAYS:
             value = getattr(self, name)
             if value is None:
                 continue
@@ -82,6 +91,13 @@ class ScaleTable:
                 )
             if "scale" in name and not (value > 0).all():
                 raise TdqError(name, value[value <= 0], "a scale is not positive", "Use scales above zero")
+        if self.dequant_offset is not None and self.dequant_scale is None:
+            raise TdqError(
+                "dequant_offset",
+                tuple(self.dequant_offset.shape),
+                "given without a dequant_scale",
+                "Pass both, or neither: codes are then turned back by scale and offset",
+            )
         if not (self.timesteps[1:] > self.timesteps[:-1]).all():
             raise TdqError(
                 "timesteps", self.timesteps.tolist(), "not strictly ascending", "Sort the rows by time, each time once"
@@ -94,10 +110,19 @@ class ScaleTable:
     def is_static(self) -> Tensor:
         """[Q] bool: the quantizers whose rows are all the same, which deploy as plain static ones."""
         static = (self.scale == self.scale[:1]).all(0)
-        for other in (self.offset, self.dequant_scale):
+        for other in (self.offset, self.dequant_scale, self.dequant_offset):
             if other is not None:
                 static &= (other == other[:1]).all(0)
         return static
+
+    def column(self, index: int) -> Scales:
+        """[K] rows of one quantizer, without what is 0 or the same for both directions."""
+        arrays = Scales(self.scale, self.offset, self.dequant_scale, self.dequant_offset)
+        return arrays.map(lambda value: value[:, index]).simplified()
+
+    def _arrays(self) -> dict[str, Tensor]:
+        """Those of shape [K, Q] that are there."""
+        return {name: value for name in _ARRAYS[1:] if (value := getattr(self, name)) is not None}
 
     def resample(self, timesteps: Tensor | Sequence[float]) -> ScaleTable:
         """The table for another schedule: each new row is the one that the lookup would have taken.
@@ -110,12 +135,8 @@ class ScaleTable:
             raise TdqError("timesteps", timesteps, "empty or not finite", "Pass the times of the new schedule")
         rows = row_index(times, self.timesteps)
 
-        def pick(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[rows]
-
-        return ScaleTable(
-            times, self.scale[rows], self.names, pick(self.offset), pick(self.dequant_scale), dict(self.metadata)
-        )
+        picked = {name: value[rows] for name, value in self._arrays().items()}
+        return replace(self, **{**picked, "timesteps": times, "metadata": dict(self.metadata)})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``<stem>.safetensors`` (the arrays) and ``<stem>.json`` (names, schema version, checksum).
@@ -129,10 +150,9 @@ class ScaleTable:
             TdqError: ``metadata`` cannot be written as JSON, or ``path`` names no file.
         """
         arrays, sidecar = _files(path)
-        tensors = {n: getattr(self, n) for n in ("timesteps", "scale", "offset", "dequant_scale")}
-        data = save_tensors({n: t for n, t in tensors.items() if t is not None})
+        data = save_tensors({"timesteps": self.timesteps, **self._arrays()})
         description = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": 1 if self.dequant_offset is None else 2,
             "kind": "modelopt_tdq.ScaleTable",
             "names": list(self.names),
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -202,6 +222,7 @@ class ScaleTable:
                 tensors.get("offset"),
                 tensors.get("dequant_scale"),
                 metadata,
+                tensors.get("dequant_offset"),
             )
         except (SafetensorError, KeyError) as error:
             raise TdqError(

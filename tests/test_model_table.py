@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import oracle
 from support.models import TIMES, TinyDenoiser, noise, quantized
 from torch import nn
 
@@ -56,6 +57,48 @@ def test_columns_in_another_order_find_their_quantizers(model: nn.Module) -> Non
     assert torch.equal(model(noise(1, 3, 8, 8), 20), expected)
 
 
+def _with_dequantization(table: ScaleTable) -> ScaleTable:
+    """The first quantizer plain, the second rescaled, the third rescaled and shifted."""
+    assert table.offset is not None
+    dequant_scale = table.scale * torch.tensor([1.0, 1.25, 0.7])
+    dequant_offset = table.offset * torch.tensor([1.0, 0.0, 0.5])
+    return ScaleTable(
+        table.timesteps, table.scale, table.names, table.offset, dequant_scale, table.metadata, dequant_offset
+    )
+
+
+def test_codes_are_turned_back_by_the_scales_of_the_table(model: nn.Module) -> None:
+    table = _with_dequantization(tdq.scale_table(model))
+    tdq.set_scale_table(model, table)
+    found = tdq.scale_table(model)
+    for field in ("timesteps", "scale", "offset", "dequant_scale", "dequant_offset"):
+        assert torch.equal(getattr(found, field), getattr(table, field)), field
+    times = table.timesteps[[2, 0]]
+    model(noise(2, 3, 8, 8), times)
+    x = noise(2, 8, 8, 8)
+    for column, (name, quantizer) in enumerate(tdq.temporal_quantizers(model).items()):
+        assert ("_dequant_scale_bits" in quantizer._buffers) == (column > 0)
+        assert ("_dequant_offset_bits" in quantizer._buffers) == (column == 2)
+        values = quantizer(x)
+        for sample, row in enumerate((2, 0)):
+            codes = oracle.codes(x[sample].numpy(), table.scale[row, column], table.offset[row, column], 8)
+            expected = oracle.values(codes, table.dequant_scale[row, column], table.dequant_offset[row, column])
+            assert (values[sample].numpy() == expected).all(), name
+
+
+def test_columns_that_are_plain_stay_plain(model: nn.Module) -> None:
+    table = tdq.scale_table(model)
+    before, expected = dict(model.state_dict()), model(noise(1, 3, 8, 8), 20)
+    same = ScaleTable(table.timesteps, table.scale, table.names, table.offset, table.scale, {}, table.offset)
+    tdq.set_scale_table(model, same)
+    assert list(model.state_dict()) == list(before)
+    assert tdq.scale_table(model).dequant_scale is None
+    assert torch.equal(model(noise(1, 3, 8, 8), 20), expected)
+    tdq.set_scale_table(model, _with_dequantization(table))
+    tdq.set_scale_table(model, table)
+    assert list(model.state_dict()) == list(before)
+
+
 def test_reading_is_a_copy(model: nn.Module) -> None:
     before = model(noise(1, 3, 8, 8), 20)
     tdq.scale_table(model).scale.fill_(100.0)
@@ -76,7 +119,6 @@ def test_a_table_that_does_not_fit_is_refused_and_nothing_changed(model: nn.Modu
     one = table.scale[:, :1]
     _refused(model, ScaleTable(table.timesteps, table.scale, ("a", "b", "c")), "names")
     _refused(model, ScaleTable(table.timesteps, one, table.names[:1]), "names")
-    _refused(model, ScaleTable(table.timesteps, table.scale, table.names, None, table.scale), "dequant_scale")
     more = torch.cat([table.scale, one], 1) * 2
     _refused(model, ScaleTable(table.timesteps, more, (*table.names, "d")), "names")
     four = {**table.metadata, "num_bits": dict.fromkeys(table.names, 4)}

@@ -58,11 +58,27 @@ def diffusers_checkpoints() -> Iterator[None]:
     huggingface._PATCHED_CLASSES.discard(ModelMixin)
 
 
+def _with_dequantization(model: nn.Module) -> nn.Module:
+    """Every second quantizer turns its codes back by another scale, every fourth by another offset too."""
+    table = tdq.scale_table(model)
+    assert table.offset is not None
+    column = torch.arange(len(table.names))
+    dequant_scale = table.scale * torch.where(column % 2 == 0, 1.0, 1.1)
+    dequant_offset = table.offset * torch.where(column % 4 == 1, 0.3, 1.0)
+    tdq.set_scale_table(
+        model,
+        tdq.ScaleTable(
+            table.timesteps, table.scale, table.names, table.offset, dequant_scale, table.metadata, dequant_offset
+        ),
+    )
+    return model
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, diffusers_checkpoints: None) -> Path:
     """Everything saved once."""
     folder = tmp_path_factory.mktemp("saved")
-    model = quantized(asymmetric=True)
+    model = _with_dequantization(quantized(asymmetric=True))
     mto.save(model, folder / "model.pt")
     torch.save(mto.modelopt_state(model), folder / "state.pt")
     torch.save(model.state_dict(), folder / "weights.pt")
@@ -71,6 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, diffusers_checkpoints: None
     family = FAMILIES["unet"]
     torch.manual_seed(0)
     unet = mtq.quantize(family.make().eval(), fast_config(asymmetric=True), family.forward_loop())
+    _with_dequantization(unet)
     unet.save_pretrained(folder / "unet")
     tdq.scale_table(unet).save(folder / "unet_table")
     with torch.no_grad():
@@ -88,7 +105,9 @@ folder = {str(folder)!r}
 expected = torch.load(folder + "/outputs.pt")
 def same(model):
     assert all(torch.equal(model(s, t), e) for (s, t), e in zip(calls(), expected, strict=True))
-    assert isinstance(tdq.temporal_quantizers(model)["conv1.input_quantizer"].offset, torch.Tensor)
+    quantizers = list(tdq.temporal_quantizers(model).values())
+    assert all(q.offset is not None for q in quantizers)
+    assert [q.dequant_scale is not None for q in quantizers] == [False, True, False]
 
 same(mto.restore(TinyDenoiser().eval(), folder + "/model.pt"))
 model = mto.restore_from_modelopt_state(TinyDenoiser().eval(), torch.load(folder + "/state.pt"))
@@ -102,7 +121,7 @@ table = tdq.ScaleTable.load(folder + "/unet_table")
 def load(**kwargs):
     model = UNet2DModel.from_pretrained(folder + "/unet", **kwargs).eval()
     found = tdq.scale_table(model)
-    for field in ("timesteps", "scale", "offset"):
+    for field in ("timesteps", "scale", "offset", "dequant_scale", "dequant_offset"):
         assert torch.equal(getattr(found, field), getattr(table, field)), (field, kwargs)
     return model
 
@@ -191,8 +210,9 @@ def test_a_state_without_scales_says_so_when_called(folder: Path) -> None:
         model(*calls()[0])
 
 
+@pytest.mark.parametrize("buffer", ["._scale_bits", "._dequant_offset_bits"])
 def test_a_checkpoint_of_diffusers_that_lacks_scales_does_not_pass_for_calibrated(
-    folder: Path, tmp_path: Path, diffusers_checkpoints: None
+    folder: Path, tmp_path: Path, diffusers_checkpoints: None, buffer: str
 ) -> None:
     import shutil
 
@@ -201,7 +221,7 @@ def test_a_checkpoint_of_diffusers_that_lacks_scales_does_not_pass_for_calibrate
     shutil.copytree(folder / "unet", tmp_path / "unet")
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    name = next(name for name in weights if name.endswith("_scale_bits"))
+    name = next(name for name in weights if name.endswith(buffer))
     del weights[name]
     save_file(weights, file, metadata={"format": "pt"})
     model = UNet2DModel.from_pretrained(tmp_path / "unet")

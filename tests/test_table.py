@@ -40,6 +40,15 @@ _BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "infinite time": ("timesteps", {"timesteps": torch.tensor([1.0, 2.0, torch.inf])}),
     "zero scale": ("scale", {"scale": torch.zeros(3, 2)}),
     "negative scale": ("scale", {"scale": -torch.ones(3, 2)}),
+    "dequant_offset of another shape": (
+        "dequant_offset",
+        {"dequant_scale": torch.ones(3, 2), "dequant_offset": torch.ones(3, 1)},
+    ),
+    "infinite dequant_offset": (
+        "dequant_offset",
+        {"dequant_scale": torch.ones(3, 2), "dequant_offset": torch.full((3, 2), torch.inf)},
+    ),
+    "dequant_offset without dequant_scale": ("dequant_offset", {"dequant_offset": torch.ones(3, 2)}),
     "negative dequant_scale": ("dequant_scale", {"dequant_scale": -torch.ones(3, 2)}),
     "unsorted times": ("timesteps", {"timesteps": torch.tensor([1.0, 9.0, 5.0])}),
     "a time twice": ("timesteps", {"timesteps": torch.tensor([1.0, 5.0, 5.0])}),
@@ -76,6 +85,25 @@ def test_is_static_looks_at_everything_that_may_change() -> None:
     moving = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.5]])
     assert _table(offset=moving).is_static.tolist() == [False, False]
     assert _table(dequant_scale=1 + moving).is_static.tolist() == [False, False]
+    assert _table(dequant_scale=torch.ones(3, 2), dequant_offset=moving).is_static.tolist() == [False, False]
+
+
+def test_a_column_leaves_out_what_the_plain_form_has_anyway() -> None:
+    scale, offset = torch.rand(3, 4) + 1, torch.tensor([[0.0, 1.0, 1.0, 0.0]]).expand(3, 4)
+    factor = torch.tensor([1.0, 1.0, 1.0, 2.0])
+    names = ("plain", "shifted", "shifted, value of code 0 is 0", "rescaled")
+    dequant_offset = torch.tensor([[0.0, 1.0, 0.0, 0.0]]).expand(3, 4)
+    table = ScaleTable([1.0, 2.0, 3.0], scale, names, offset, scale * factor, {}, dequant_offset)
+    there = [[value is not None for value in table.column(i)] for i in range(4)]
+    assert there == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [True, True, True, False],
+        [True, False, True, False],
+    ]
+    assert [table.column(i).value_offset is not None for i in range(4)] == [False, True, False, False]
+    for i in range(4):
+        assert torch.equal(table.column(i).value_scale, table.scale[:, i] * factor[i])
 
 
 def _same(left: Tensor | None, right: Tensor | None) -> bool:
@@ -86,16 +114,33 @@ def _same(left: Tensor | None, right: Tensor | None) -> bool:
 @pytest.mark.parametrize("name", ["scales", "scales.safetensors", "scales.json", "unet.v2"])
 def test_round_trip(tmp_path: Path, name: str, full: bool) -> None:
     extra = (
-        {"offset": torch.randn(3, 2), "dequant_scale": torch.rand(3, 2) + 1, "metadata": {"steps": 3}} if full else {}
+        {
+            "offset": torch.randn(3, 2),
+            "dequant_scale": torch.rand(3, 2) + 1,
+            "dequant_offset": torch.randn(3, 2),
+            "metadata": {"steps": 3},
+        }
+        if full
+        else {}
     )
     table = _table(**extra)
     written = table.save(tmp_path / "new folder" / name)
     assert written.suffix == ".safetensors"
     loaded = ScaleTable.load(tmp_path / "new folder" / name)
-    for field in ("timesteps", "scale", "offset", "dequant_scale"):
+    for field in ("timesteps", "scale", "offset", "dequant_scale", "dequant_offset"):
         assert _same(getattr(loaded, field), getattr(table, field)), field
     assert (loaded.names, dict(loaded.metadata)) == (table.names, dict(table.metadata))
     assert len(list(written.parent.iterdir())) == 2
+
+
+def test_only_a_file_with_the_new_array_needs_the_new_schema(tmp_path: Path) -> None:
+    def version(**arrays: Tensor) -> int:
+        return int(json.loads(_table(**arrays).save(tmp_path / "t").with_suffix(".json").read_text())["schema_version"])
+
+    assert SCHEMA_VERSION == 2
+    assert version() == version(offset=torch.ones(3, 2), dequant_scale=torch.ones(3, 2)) == 1
+    assert version(dequant_scale=torch.ones(3, 2), dequant_offset=torch.ones(3, 2)) == 2
+    assert ScaleTable.load(tmp_path / "t").dequant_offset is not None
 
 
 def _edit(sidecar: Path, **changes: Any) -> None:
@@ -194,11 +239,12 @@ _times = st.lists(st.floats(-10, 1024, width=32), min_size=1, max_size=12)
 @given(_times.map(lambda t: sorted(set(t))), _times)
 def test_resampling_gives_what_the_lookup_would_have_given(rows: list[float], times: list[float]) -> None:
     scale = torch.arange(1, len(rows) + 1, dtype=torch.float32).reshape(-1, 1) * torch.tensor([1.0, 2.0])
-    table = ScaleTable(rows, scale, ("a", "b"), offset=scale / 4, dequant_scale=scale + 1)
+    table = ScaleTable(rows, scale, ("a", "b"), scale / 4, scale + 1, {"steps": 3}, scale / 8)
     resampled = table.resample(times)
     t = torch.tensor(times, dtype=torch.float32)
     new, old = row_index(t, resampled.timesteps), row_index(t, table.timesteps)
-    for field in ("scale", "offset", "dequant_scale"):
+    assert (resampled.names, resampled.metadata) == (table.names, table.metadata)
+    for field in ("scale", "offset", "dequant_scale", "dequant_offset"):
         assert torch.equal(getattr(resampled, field)[new], getattr(table, field)[old])
 
 

@@ -138,16 +138,16 @@ def _tapped(model: nn.Module, found: dict[str, Any], given: Mapping[str, Any]) -
             x = args[0]
             if quantizer.pre_quant_scale is not None:
                 x = x * quantizer.pre_quant_scale
-            scale, offset = quantizer._rows(x)
+            rows = quantizer._rows(x)
             key, count = name + CODES_SUFFIX, 0
             while key in found:  # a layer that runs more than once
                 count += 1
                 key = f"{name}{CODES_SUFFIX}_{count}"
-            found[key] = quantize(x, scale, offset, quantizer.num_bits).cpu().numpy()
+            found[key] = quantize(x, rows.scale, rows.offset, quantizer.num_bits).cpu().numpy()
             if key not in given:
                 return None
             codes = torch.as_tensor(np.asarray(given[key], np.float32)).to(x.device).reshape(x.shape)
-            return dequantize(codes, scale, offset).to(output.dtype)
+            return dequantize(codes, rows.value_scale, rows.value_offset).to(output.dtype)
 
         return hook
 

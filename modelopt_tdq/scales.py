@@ -1,0 +1,55 @@
+"""The four numbers that one activation quantizer computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Scales"]
+
+
+class Scales(NamedTuple):
+    """Scale and offset of one quantizer, s and o, and those that turn its codes back, s' and o', if they differ.
+
+    All of one shape: [K] for the rows of a table; [1] or [B, 1, ...] for one call of the model.
+
+    Attributes:
+        scale: float32, s.
+        offset: float32, o; None where it is 0.
+        dequant_scale: float32, s'; None where s' = s and o' = o.
+        dequant_offset: float32, o'; None where it is 0, or ``dequant_scale`` is None.
+    """
+
+    scale: Tensor
+    offset: Tensor | None = None
+    dequant_scale: Tensor | None = None
+    dequant_offset: Tensor | None = None
+
+    @property
+    def value_scale(self) -> Tensor:
+        """The scale that turns codes back into values, s', whether it differs from s or not."""
+        return self.scale if self.dequant_scale is None else self.dequant_scale
+
+    @property
+    def value_offset(self) -> Tensor | None:
+        """The offset that turns codes back into values, o'; None where it is 0."""
+        return self.offset if self.dequant_scale is None else self.dequant_offset
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Scales:
+        """``function`` of each of those that are there."""
+        return Scales(*[None if value is None else function(value) for value in self])  # type: ignore[arg-type]
+
+    def simplified(self) -> Scales:
+        """The same arithmetic with as few tensors as it takes: no offsets of 0, no s' and o' that are s and o."""
+        offset, dequant_offset = (None if v is None or not bool(v.any()) else v for v in (self.offset, self[3]))
+        dequant_scale = self.dequant_scale
+        if dequant_scale is None or (torch.equal(dequant_scale, self.scale) and _equal(offset, dequant_offset)):
+            dequant_scale = dequant_offset = None
+        return Scales(self.scale, offset, dequant_scale, dequant_offset)
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    return left is right if left is None or right is None else torch.equal(left, right)
