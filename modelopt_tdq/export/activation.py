@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from modelopt_tdq.export.graph import GraphEditor
-from modelopt_tdq.export.lookup import Lookup
+from modelopt_tdq.export.lookup import Lookup, reference_scale
 from modelopt_tdq.export.spec import ActivationSpec
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class ActivationEmitter:
         return self.lookup.value(self.spec.name, name, self.rank, self.fold)
 
     @property
-    def temporal_scale(self) -> bool:
-        """Whether the scale depends on time."""
-        return self.lookup.is_temporal(self.spec.name, "scale")
+    def temporal_values(self) -> bool:
+        """Whether the scale that turns codes back depends on time."""
+        return self.lookup.is_temporal(self.spec.name, "dequant_scale", "ratio")
 
     def _scalar(self, name: str, value: float | np.float32) -> ir.Value:
         return self.editor.constant(name, np.array(value, dtype=np.float32))
@@ -74,36 +74,31 @@ class ActivationEmitter:
             self.marker, "Pad", [self.input, self.editor.ints(full)], f"{self.spec.name}/padded", dtype=self.input.dtype
         )
 
-    def codes(self, *, constant_scale: bool) -> tuple[ir.Value, ir.Value | None]:
+    def codes(self, *, constant_scale: bool) -> ir.Value:
         """From values to codes.
 
         Args:
             constant_scale: A scale that depends on time divides in front of QuantizeLinear, whose own
                 scale is then the constant 1. Otherwise it is an operand of QuantizeLinear.
-
-        Returns:
-            The codes, and the scale operand of QuantizeLinear if that is the quantizer's whole scale,
-            None if it is 1.
         """
         editor, spec = self.editor, self.spec
         x = editor.cast(self.marker, self.input, editor.ir.DataType.FLOAT, f"{spec.name}/float32")
         if spec.offset is not None:
             x = self._emit("Sub", [x, self.quantity("offset")], "centered")
         low, high = spec.code_range
-        if not self.temporal_scale:
+        if not self.lookup.is_temporal(spec.name, "scale"):
             scale = self.quantity("scale")
             if spec.needs_clip:
                 bound = self.lookup.constant(spec.name, "scale")
                 limits = [self._scalar(f"{spec.name}/limit", np.float32(q) * bound) for q in (low, high)]
                 x = self._emit("Clip", [x, *limits], "clipped")
-            return self._quantize(x, scale), scale
+            return self._quantize(x, scale)
         if constant_scale or spec.needs_clip or self.lookup.per_sample:
             x = self._emit("Div", [x, self.quantity("scale")], "quotient")
             if spec.needs_clip:
                 x = self._emit("Clip", [x, self._scalar("limit", low), self._scalar("limit", high)], "clipped")
-            return self._quantize(x, self._scalar("one", 1.0)), None
-        scale = self.lookup.value(spec.name, "scale", 1)
-        return self._quantize(x, scale), scale
+            return self._quantize(x, self._scalar("one", 1.0))
+        return self._quantize(x, self.lookup.value(spec.name, "scale", 1))
 
     def _zero_point(self, scale: ir.Value) -> ir.Value:
         types = self.editor.ir.DataType
@@ -122,21 +117,32 @@ class ActivationEmitter:
         )
         return codes
 
-    def dequantize(self, codes: ir.Value, scale: ir.Value) -> ir.Value:
-        """DequantizeLinear, in float32."""
+    def operand(self, *, constant_scale: bool = True) -> ir.Value:
+        """The codes times a constant scale, in float32: s', or s_ref where s' depends on time.
+
+        Args:
+            constant_scale: See :meth:`codes`. If not, an s' that depends on time is an operand of
+                DequantizeLinear (1 where times are per sample).
+        """
+        codes = self.codes(constant_scale=constant_scale)
+        if not self.temporal_values:
+            scale = self.quantity("dequant_scale")
+        elif constant_scale:
+            scale = self._scalar(f"{self.spec.name}/reference_scale", reference_scale(self.spec))
+        elif self.lookup.per_sample:
+            scale = self._scalar("one", 1.0)
+        else:
+            scale = self.lookup.value(self.spec.name, "dequant_scale", 1)
         return self._emit("DequantizeLinear", [codes, scale, self._zero_point(scale)], "dequantized")
 
     def in_place(self, *, constant_scale: bool) -> ir.Value:
-        """The fake-quantized activation itself, in the dtype of the model."""
-        codes, scale = self.codes(constant_scale=constant_scale)
-        if scale is not None:
-            x = self.dequantize(codes, scale)
-        elif constant_scale or self.lookup.per_sample:
-            x = self.dequantize(codes, self._scalar("one", 1.0))
-            x = self._emit("Mul", [x, self.quantity("scale")], "scaled")
-        else:
-            x = self.dequantize(codes, self.lookup.value(self.spec.name, "scale", 1))
-        if self.spec.offset is not None:
-            x = self._emit("Add", [x, self.quantity("offset")], "value")
+        """The fake-quantized activation itself, in the dtype of the model. For ``constant_scale`` see :meth:`codes`."""
+        x = self.operand(constant_scale=constant_scale)
+        if self.temporal_values and constant_scale:
+            x = self._emit("Mul", [x, self.quantity("ratio")], "scaled")
+        elif self.temporal_values and self.lookup.per_sample:
+            x = self._emit("Mul", [x, self.quantity("dequant_scale")], "scaled")
+        if self.spec.value_offset is not None:
+            x = self._emit("Add", [x, self.quantity("dequant_offset")], "value")
         dtype = self.marker.outputs[0].dtype
         return x if dtype is None else self.editor.cast(self.marker, x, dtype, f"{self.spec.name}/output")

@@ -56,8 +56,8 @@ class LoweringContext:
         """
         name = marker_name(marker)
         shapes = self.shapes.get(name, [])
-        if not self.lookup.per_sample or not any(
-            self.lookup.is_temporal(name, quantity) for quantity in ("scale", "offset")
+        if not self.lookup.per_sample or not self.lookup.is_temporal(
+            name, "scale", "offset", "dequant_scale", "ratio", "dequant_offset"
         ):
             return 1
         rows = {shape[0] if shape else 0 for shape in shapes}

@@ -18,12 +18,12 @@ _Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def reference_scale(spec: ActivationSpec) -> np.float32:
-    """s_ref: the power of two at or below the smallest scale of the column.
+    """s_ref: the power of two at or below the smallest scale that turns codes back, s'.
 
-    ``s / s_ref`` is at least 1, so that nothing overflows in front of it that would not behind it; and it is
+    ``s' / s_ref`` is at least 1, so that nothing overflows in front of it that would not behind it; and it is
     exact in float32, so that the lowering adds no rounding of its own to any scale.
     """
-    return np.float32(2.0 ** np.floor(np.log2(spec.scale.min())))
+    return np.float32(2.0 ** np.floor(np.log2(spec.value_scale.min())))
 
 
 class Lookup:
@@ -39,7 +39,10 @@ class Lookup:
         spec: The quantizers.
         timestep: Graph input that holds the time, or None if nothing depends on it.
         times: Number of times per call; None if that is the dynamic batch.
-        ratios: Whether ``s / s_ref`` is wanted too.
+        ratios: Whether a scale that turns codes back, and depends on time, is wanted as ``s' / s_ref``.
+
+    The quantities are "scale" and "offset" (of those that have one); "dequant_scale" and "dequant_offset", whether
+    they differ from those or not; and "ratio" instead of a "dequant_scale" that depends on time, with ``ratios``.
     """
 
     def __init__(
@@ -57,10 +60,14 @@ class Lookup:
         columns: dict[str, _Array] = {}
         for name, activation in spec.activations.items():
             columns[f"{name}/scale"] = activation.scale
-            if ratios:
-                columns[f"{name}/ratio"] = activation.scale / reference_scale(activation)
+            if ratios and activation.value_scale.size > 1:
+                columns[f"{name}/ratio"] = activation.value_scale / reference_scale(activation)
+            else:
+                columns[f"{name}/dequant_scale"] = activation.value_scale
             if activation.offset is not None:
                 columns[f"{name}/offset"] = activation.offset
+            if activation.value_offset is not None:
+                columns[f"{name}/dequant_offset"] = activation.value_offset
         self._constant = {name: column for name, column in columns.items() if column.size == 1}
         temporal = {name: column for name, column in columns.items() if column.size > 1}
         self._temporal: dict[str, ir.Value] = {}
@@ -102,9 +109,9 @@ class Lookup:
         value_of = dict(zip(distinct, split, strict=True))
         return {name: value_of[column.tobytes()] for name, column in columns.items()}
 
-    def is_temporal(self, quantizer: str, quantity: str) -> bool:
-        """Whether this quantity depends on time."""
-        return f"{quantizer}/{quantity}" in self._temporal
+    def is_temporal(self, quantizer: str, *quantities: str) -> bool:
+        """Whether one of these quantities depends on time."""
+        return any(f"{quantizer}/{quantity}" in self._temporal for quantity in quantities)
 
     def constant(self, quantizer: str, quantity: str) -> np.float32:
         """The value of a quantity that does not depend on time."""
@@ -115,7 +122,7 @@ class Lookup:
 
         Args:
             quantizer: Its name.
-            quantity: "scale", "ratio" or "offset".
+            quantity: One of those above.
             rank: Of the activation.
             fold: How many rows of the activation belong to one sample: video models fold frames, some
                 attentions fold heads, into the batch.

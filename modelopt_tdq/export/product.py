@@ -21,6 +21,7 @@ __all__ = [
     "Path",
     "constant_of",
     "offset_problem",
+    "pads_of",
     "paths_to_products",
     "per_sample_problem",
 ]
@@ -53,6 +54,11 @@ def constant_of(value: ir.Value | None) -> Any | None:
         return None
     tensor = require("onnx_ir", "onnx").convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def pads_of(product: ir.Node) -> list[int]:
+    """The zero padding of a convolution, as its attribute has it; empty for any other product."""
+    return list(product.attributes.get_ints("pads", [])) if product.op_type == "Conv" else []
 
 
 def _commutes_with_scale(node: ir.Node, index: int) -> bool:

@@ -11,13 +11,16 @@ from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, Ten
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range
+from modelopt_tdq.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, quantize
 from modelopt_tdq.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.schedule import edges
 from modelopt_tdq.timestep import find_timestep
 
 __all__ = ["ActivationSpec", "QuantizationSpec", "WeightSpec", "read_quantization", "weight_quantizers"]
+
+
+_Rows = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,27 @@ class ActivationSpec:
         name: As in ``model.named_modules()``.
         num_bits: Number format of the codes.
         scale: [K] float32, or [1] where it does not depend on time.
-        offset: [K] or [1] float32, the value of code 0; None where symmetric.
+        offset: [K] or [1] float32, what is subtracted before dividing; None where it is 0.
+        dequant_scale: [K] or [1] float32, the scale that turns codes back; None where scale and offset do.
+        dequant_offset: [K] or [1] float32, the value of code 0 in a quantizer with ``dequant_scale``; None where 0.
     """
 
     name: str
     num_bits: NumBits
-    scale: np.ndarray[Any, np.dtype[np.float32]]
-    offset: np.ndarray[Any, np.dtype[np.float32]] | None
+    scale: _Rows
+    offset: _Rows | None = None
+    dequant_scale: _Rows | None = None
+    dequant_offset: _Rows | None = None
+
+    @property
+    def value_scale(self) -> _Rows:
+        """The scale that turns codes back into values."""
+        return self.scale if self.dequant_scale is None else self.dequant_scale
+
+    @property
+    def value_offset(self) -> _Rows | None:
+        """The offset that turns codes back into values: the value of code 0; None where it is 0."""
+        return self.offset if self.dequant_scale is None else self.dequant_offset
 
     @property
     def code_range(self) -> tuple[float, float]:
@@ -53,17 +70,15 @@ class ActivationSpec:
 
     @property
     def zero_has_a_code(self) -> bool:
-        """Whether zero is represented exactly in every row, as explicit zero padding needs.
+        """Whether zero stays zero in every row, as explicit zero padding needs.
 
-        True if every offset is a multiple of its scale up to float32 rounding, within the code range.
+        True if the code of zero, turned back, is zero up to the float32 rounding of the offset.
         """
-        if self.offset is None:
-            return True
-        code = -self.offset.astype(np.float64) / self.scale.astype(np.float64)
-        low, high = self.code_range
-        clipped = torch.from_numpy(np.clip(code, low, high))
-        nearest = (clipped.to(torch.float8_e4m3fn) if self.is_fp8 else clipped.round()).double().numpy()
-        return bool((np.abs(code - nearest) <= 1e-6 * np.maximum(1.0, np.abs(code))).all())
+        offset = None if self.offset is None else torch.from_numpy(self.offset)
+        code = quantize(torch.zeros(1), torch.from_numpy(self.scale), offset, self.num_bits).double().numpy()
+        moved = np.zeros(1) if self.value_offset is None else self.value_offset.astype(np.float64)
+        wanted = -moved / self.value_scale.astype(np.float64)
+        return bool((np.abs(code - wanted) <= 1e-6 * np.maximum(1.0, np.abs(wanted))).all())
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,7 @@ def _static_activation(name: str, quantizer: TensorQuantizer) -> ActivationSpec:
     if amax is None or amax.numel() != 1:
         raise _unsupported(name, amax, "an activation quantizer without one calibrated amax per tensor")
     scale = amax.detach().float().cpu().reshape(1) / quantizer.maxbound
-    return ActivationSpec(name, quantizer.num_bits, scale.numpy(), None)
+    return ActivationSpec(name, quantizer.num_bits, scale.numpy())
 
 
 def _weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple[Any, str]:
@@ -182,19 +197,15 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
     """
     temporal = temporal_quantizers(model)
     activations: dict[str, ActivationSpec] = {}
-    rows, argument = torch.zeros(1), None
+    timesteps, argument = torch.zeros(1), None
     if temporal:
         table = scale_table(model)
         for column, name in enumerate(table.names):
-            offset = None if table.offset is None else _constant(table.offset[:, column])
-            activations[name] = ActivationSpec(
-                name,
-                temporal[name].num_bits,
-                _constant(table.scale[:, column]),
-                offset if offset is not None and offset.any() else None,
-            )
+            scale, *others = table.column(column)
+            rows = [None if value is None else _constant(value) for value in others]
+            activations[name] = ActivationSpec(name, temporal[name].num_bits, _constant(scale), *rows)
         if not bool(table.is_static.all()):
-            rows = table.timesteps
+            timesteps = table.timesteps
             delivery = find_timestep(model)
             if delivery is None:
                 raise TdqError(
@@ -224,4 +235,4 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
             if isinstance(parent, SequentialQuantizer):
                 raise _unsupported(name, "SequentialQuantizer", "several activation quantizers in a row")
             activations[name] = _static_activation(name, module)
-    return QuantizationSpec(activations, weights, folded, edges(rows).numpy(), argument)
+    return QuantizationSpec(activations, weights, folded, edges(timesteps).numpy(), argument)
