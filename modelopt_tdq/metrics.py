@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["db_text", "json_number", "json_numbers", "psnr_db", "sqnr_db"]
+__all__ = ["db_text", "decibels", "json_number", "json_numbers", "psnr_db", "sqnr_db"]
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:
@@ -28,7 +28,7 @@ def sqnr_db(reference: Tensor, value: Tensor) -> float:
         TdqError: The shapes differ.
     """
     noise = _squared_error(reference, value)
-    return _decibels(float(reference.detach().double().square().sum()), noise)
+    return decibels(float(reference.detach().double().square().sum()), noise)
 
 
 def psnr_db(reference: Tensor, value: Tensor, data_range: float = 2.0) -> float:
@@ -52,7 +52,7 @@ def psnr_db(reference: Tensor, value: Tensor, data_range: float = 2.0) -> float:
     if reference.numel() == 0:
         raise TdqError("reference", tuple(reference.shape), "it is empty", "Pass at least one image")
     noise = _squared_error(reference, value)
-    return _decibels(data_range * data_range * reference.numel(), noise)
+    return decibels(data_range * data_range * reference.numel(), noise)
 
 
 def _squared_error(reference: Tensor, value: Tensor) -> float:
@@ -66,7 +66,12 @@ def _squared_error(reference: Tensor, value: Tensor) -> float:
     return float((value.detach().double() - reference.detach().double()).square().sum())
 
 
-def _decibels(signal: float, noise: float) -> float:
+def decibels(signal: float, noise: float) -> float:
+    """Ratio of two powers (sums of squares) in dB: ``10 log10(signal / noise)``.
+
+    Returns:
+        Infinite if there is no noise, minus infinite if there is noise and no signal, NaN if one is NaN.
+    """
     if math.isnan(signal) or math.isnan(noise):
         return math.nan
     if noise == 0.0:

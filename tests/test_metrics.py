@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.metrics import db_text, json_number, json_numbers, psnr_db, sqnr_db
+from modelopt_tdq.metrics import db_text, decibels, json_number, json_numbers, psnr_db, sqnr_db
 
 seeds = st.integers(0, 2**31 - 1)
 factors = st.floats(1e-3, 1e3)
@@ -80,3 +80,17 @@ def test_user_errors() -> None:
         psnr_db(torch.ones(2), torch.ones(2), 0.0)
     with pytest.raises(TdqError, match="empty"):
         psnr_db(torch.ones(0), torch.ones(0))
+
+
+@given(factors, factors)
+@settings(max_examples=50, deadline=None)
+def test_decibels_of_powers(signal: float, noise: float) -> None:
+    assert 10.0 ** (decibels(signal, noise) / 10.0) == pytest.approx(signal / noise)
+    assert decibels(signal, noise) == pytest.approx(-decibels(noise, signal), abs=1e-9)
+
+
+def test_decibels_at_the_ends() -> None:
+    assert decibels(100.0, 1.0) == pytest.approx(20.0)
+    assert (decibels(1.0, 0.0), decibels(0.0, 1.0)) == (math.inf, -math.inf)
+    assert math.isnan(decibels(math.nan, 1.0))
+    assert math.isnan(decibels(1.0, math.nan))

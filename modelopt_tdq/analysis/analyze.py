@@ -19,6 +19,7 @@ from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.protect import Columns, install, prediction_error
 from modelopt_tdq.config import TdqCalibConfig, make_config
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.metrics import decibels
 
 __all__ = ["Analysis", "analyze"]
 
@@ -131,13 +132,12 @@ def analyze(
     rows = torch.tensor(times)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     references: dict[int, torch.Tensor] = {}
-    decibels = {}
+    sqnr_db = {}
     for name, variant in variants.items():
         install(quantizers, rows, variant, device)
         noise = prediction_error(copied, calibration.replay, times, references, f"{name} scales", progress)
-        decibels[name] = tuple(
-            float(10.0 * torch.log10(references[row].double().square().sum().cpu() / error.sum()))
-            for row, error in noise.items()
+        sqnr_db[name] = tuple(
+            decibels(float(references[row].double().square().sum()), float(error.sum())) for row, error in noise.items()
         )
     found: dict[str, list[LayerSensitivity]] = {}
     proposals: dict[str, Proposal] = {}
@@ -152,9 +152,9 @@ def analyze(
     return Analysis(
         tuple(times),
         headroom(calibration, fit, judge),
-        decibels["static"],
-        decibels["temporal"],
-        decibels["max"],
+        sqnr_db["static"],
+        sqnr_db["temporal"],
+        sqnr_db["max"],
         tuple(times[row] for row in chosen),
         found,
         proposals,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from modelopt_tdq.calibration.candidates import ErrorCurves
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.collect import Calibration
 from modelopt_tdq.calibration.statistics import BINS
+from modelopt_tdq.metrics import decibels
 
 __all__ = ["LayerHeadroom", "headroom", "spread"]
 
@@ -47,10 +47,6 @@ def spread(evidence: Evidence) -> Tensor:
     return (counts @ centers.square() / number - mean.square()).clamp(min=0.0).sqrt()
 
 
-def _db(ratio: float) -> float:
-    return 10.0 * math.log10(ratio) if ratio > 0 else -math.inf
-
-
 def headroom(
     calibration: Calibration, fit: dict[str, ErrorCurves], judge: dict[str, ErrorCurves]
 ) -> list[LayerHeadroom]:
@@ -77,8 +73,8 @@ def headroom(
         layers.append(
             LayerHeadroom(
                 name,
-                loss_db=_db(single / per_step) if per_step > 0 else 0.0,
-                sqnr_db=_db(energy / per_step) if per_step > 0 else math.inf,
+                loss_db=decibels(single, per_step) if per_step > 0 else 0.0,
+                sqnr_db=decibels(energy, per_step),
                 spread_ratio=ratio,
                 spread=tuple(deviation.tolist()),
                 scale=tuple(chosen.scale[rows].tolist()),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from modelopt_tdq.calibration.output_error import full_precision
 from modelopt_tdq.calibration.replay import first_tensor
+from modelopt_tdq.metrics import decibels
 
 __all__ = ["LayerSensitivity", "Probe", "Proposal", "propose", "sensitivity"]
 
@@ -98,7 +99,7 @@ class Probe:
 
     def sqnr_db(self, noise: Tensor) -> tuple[float, ...]:
         """[T] in dB."""
-        return tuple((10.0 * torch.log10(self.energy / noise)).tolist())
+        return tuple(decibels(*powers) for powers in zip(self.energy.tolist(), noise.tolist(), strict=True))
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
@@ -126,18 +127,18 @@ def sensitivity(
     weight_db = {s.name: s.weight_db for s in known}
     layers = _layers(probe.model)
     for layer, (activations, weights) in tqdm(layers.items(), description, disable=not progress, unit="layer"):
-        decibels = []
+        found_db = []
         for names in (activations, weights):
             chosen = set(names)
             if names is weights and layer in weight_db:
-                decibels.append(weight_db[layer])
+                found_db.append(weight_db[layer])
                 continue
             if not chosen:
-                decibels.append((math.inf,) * len(probe.calls))
+                found_db.append((math.inf,) * len(probe.calls))
                 continue
             with probe.only(chosen.__contains__):
-                decibels.append(probe.sqnr_db(probe.noise()))
-        found.append(LayerSensitivity(layer, *decibels))
+                found_db.append(probe.sqnr_db(probe.noise()))
+        found.append(LayerSensitivity(layer, *found_db))
     return sorted(found, key=lambda s: s.worst_db)
 
 
