@@ -14,10 +14,14 @@ from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.runtime.build import build_engine
 from modelopt_tdq.runtime.engine_report import EngineReport
 from modelopt_tdq.table import ScaleTable
+from modelopt_tdq.training.config import TdqQatConfig
+from modelopt_tdq.training.learned import materialize
+from modelopt_tdq.training.mode import register as _register_learning
 
 __version__ = "0.1.0"
 
 _register()
+_register_learning()
 
 TDQ_INT8_CFG = recipe("int8")
 TDQ_FP8_CFG = recipe("fp8")
@@ -43,11 +47,13 @@ __all__ = [
     "ScaleTable",
     "TdqCalibConfig",
     "TdqError",
+    "TdqQatConfig",
     "TemporalQuantizer",
     "analyze",
     "build_engine",
     "export_onnx",
     "make_config",
+    "materialize",
     "recipe",
     "scale_table",
     "set_scale_table",

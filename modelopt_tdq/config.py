@@ -15,7 +15,7 @@ from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.fake_quant import SUPPORTED_BITS, NumBits
 
-__all__ = ["HIGH_PRECISION", "RECIPES", "TdqCalibConfig", "make_config", "recipe"]
+__all__ = ["ALGORITHMS", "HIGH_PRECISION", "RECIPES", "CalibrationFields", "TdqCalibConfig", "make_config", "recipe"]
 
 #: Layers whose weights ModelOpt can quantize per channel, by its registry's names; weight axis per kind.
 _LAYERS = {
@@ -53,12 +53,11 @@ HIGH_PRECISION = (
 )
 
 
-class TdqCalibConfig(QuantizeAlgorithmConfig):  # type: ignore[misc]
-    """Algorithm ``{"method": "tdq", ...}``: an activation scale per calibrated time, from one ``forward_loop``."""
+class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
+    """What all algorithms of this package know about calibration."""
 
     _mutates_weights: ClassVar[bool] = False
 
-    method: Literal["tdq"] = ModeloptField("tdq")
     statistic: Literal["max", "mse", "percentile", "entropy", "output"] = ModeloptField(
         default="mse",
         title="What a scale minimises",
@@ -129,7 +128,7 @@ class TdqCalibConfig(QuantizeAlgorithmConfig):  # type: ignore[misc]
 
     @model_validator(mode="wrap")
     @classmethod
-    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[TdqCalibConfig]) -> TdqCalibConfig:
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[CalibrationFields]) -> CalibrationFields:
         try:
             config = handler(data)
         except ValidationError as error:
@@ -146,7 +145,17 @@ class TdqCalibConfig(QuantizeAlgorithmConfig):  # type: ignore[misc]
         return config
 
 
-def _allowed(config: type[TdqCalibConfig], field: str) -> str:
+class TdqCalibConfig(CalibrationFields):
+    """Algorithm ``{"method": "tdq", ...}``: an activation scale per calibrated time, from one ``forward_loop``."""
+
+    method: Literal["tdq"] = ModeloptField("tdq")
+
+
+#: The config of each algorithm, by its method.
+ALGORITHMS: dict[str, type[CalibrationFields]] = {"tdq": TdqCalibConfig}
+
+
+def _allowed(config: type[CalibrationFields], field: str) -> str:
     info = config.model_fields[field]
     bounds = "".join(f", {bound!r}" for bound in info.metadata)
     return f"{str(info.annotation).replace('typing.', '')}{bounds}"
@@ -162,6 +171,7 @@ def make_config(
     activation_bits: NumBits = 8,
     *,
     high_precision: Sequence[str] = HIGH_PRECISION,
+    method: str = "tdq",
     **algorithm: Any,
 ) -> dict[str, Any]:
     """A config for ``mtq.quantize``: weights per channel, activations per tensor and per step.
@@ -170,16 +180,19 @@ def make_config(
         weight_bits: Bits of an integer, or ``(4, 3)`` for FP8 E4M3.
         activation_bits: Likewise.
         high_precision: Globs of quantizers to leave alone.
-        **algorithm: Fields of :class:`TdqCalibConfig`.
+        method: The algorithm: ``"tdq"`` calibrates, ``"tdq_qat"`` and ``"tdq_reconstruct"`` learn.
+        **algorithm: Fields of its config: :class:`TdqCalibConfig` and its kin.
 
     Raises:
-        TdqError: A format or a field is not known.
+        TdqError: A format, an algorithm or a field is not known.
     """
     weight_bits = tuple(weight_bits) if isinstance(weight_bits, list) else weight_bits
     activation_bits = tuple(activation_bits) if isinstance(activation_bits, list) else activation_bits
     _check_bits("weight_bits", weight_bits)
     _check_bits("activation_bits", activation_bits)
-    TdqCalibConfig(method="tdq", **algorithm)
+    if method not in ALGORITHMS:
+        raise TdqError("method", method, "no algorithm of this package", f"Use one of {sorted(ALGORITHMS)}")
+    ALGORITHMS[method](method=method, **algorithm)
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for layer, axis in _LAYERS.items():
         weights = {"num_bits": weight_bits, "axis": axis}
@@ -187,7 +200,7 @@ def make_config(
         rules.append({"quantizer_name": "*weight_quantizer", "parent_class": layer, "cfg": weights})
         rules.append({"quantizer_name": "*input_quantizer", "parent_class": layer, "cfg": activations})
     rules += [{"quantizer_name": pattern, "enable": False} for pattern in high_precision]
-    return {"quant_cfg": rules, "algorithm": {"method": "tdq", **algorithm}}
+    return {"quant_cfg": rules, "algorithm": {"method": method, **algorithm}}
 
 
 #: Names of the bundled recipes.

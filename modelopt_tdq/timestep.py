@@ -10,25 +10,30 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["CurrentTimestep", "deliver_timestep", "find_timestep"]
+__all__ = ["INTERVALS", "CurrentTimestep", "deliver_timestep", "find_timestep", "per_sample"]
+
+#: Name, in the root of a model that learns, of the module that makes its intervals.
+INTERVALS = "tdq_intervals"
 
 
 class CurrentTimestep:
     """The time of the model call in progress, shared by all quantizers of one model.
 
     ``value`` is float32 of shape [1] or [B], in the model's own units (0..999 for DDPM, t/1000 for
-    Flux, sigma for k-diffusion). It is replaced at every call of the model and never copied or saved.
-    A block that gradient checkpointing runs again during the backward pass sees the time of the last
-    call of the model, so call the model once per backward pass there.
+    Flux, sigma for k-diffusion). ``intervals`` is [1, Q] or [B, Q] while the model learns, what its source makes of
+    these times. Both are replaced at every call of the model and never copied or saved. A block that gradient
+    checkpointing runs again during the backward pass sees the time of the last call of the model, unless the
+    checkpointing function is that of :func:`modelopt_tdq.training.checkpointing.checkpoint`.
     """
 
     def __init__(self, argument: str, position: int | None) -> None:
         self.argument = argument
         self.position = position
         self.value: Tensor | None = None
+        self.intervals: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"argument": self.argument, "position": self.position, "value": None}
+        return {"argument": self.argument, "position": self.position, "value": None, "intervals": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentTimestep:
         copy = CurrentTimestep(self.argument, self.position)
@@ -56,6 +61,48 @@ class CurrentTimestep:
             time = torch.as_tensor(time, dtype=torch.float32)
         self.value = time.detach().to(torch.float32).reshape(-1)
 
+    def require(self) -> Tensor:
+        """The time of the call in progress.
+
+        Raises:
+            TdqError: The model was never called.
+        """
+        if self.value is None:
+            raise TdqError(
+                "timestep",
+                None,
+                "a quantizer ran before any call of the model told it the time",
+                "Call the quantized model itself rather than one of its parts",
+            )
+        return self.value
+
+
+def per_sample(value: Tensor, inputs: Tensor) -> Tensor:
+    """One number per time, shaped to go with an activation.
+
+    Args:
+        value: [1] for one time, or [B] for a time per sample.
+        inputs: The activation [B * n, ...]: video models fold frames, some attentions fold heads, into the batch.
+
+    Returns:
+        [1], or [B * n, 1, ...].
+
+    Raises:
+        TdqError: The batch is no multiple of the number of times.
+    """
+    samples = value.numel()
+    if samples == 1:
+        return value
+    batch = inputs.shape[0] if inputs.dim() else 0
+    if batch == 0 or batch % samples:
+        raise TdqError(
+            "timestep",
+            tuple(value.shape),
+            f"{samples} times cannot be matched with an activation of shape {tuple(inputs.shape)}",
+            "Pass one time for the whole batch, or exclude this quantizer with a `quant_cfg` rule",
+        )
+    return value.repeat_interleave(batch // samples).reshape(batch, *(1,) * (inputs.dim() - 1))
+
 
 class _DeliveryHook:
     """The pre-hook: a class rather than a closure, so that models stay picklable."""
@@ -65,6 +112,9 @@ class _DeliveryHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.timestep.read(args, kwargs)
+        learned = module._modules.get(INTERVALS)
+        if learned is not None:
+            learned.begin(module, self.timestep)  # type: ignore[operator]
 
 
 def find_timestep(model: nn.Module) -> CurrentTimestep | None:

@@ -21,7 +21,7 @@ from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.timestep import deliver_timestep
 
-__all__ = ["SAVED_NAME", "register"]
+__all__ = ["SAVED_NAME", "register", "saved_name"]
 
 
 def _restore(model: nn.Module, config: TdqCalibConfig, metadata: dict[str, Any]) -> nn.Module:
@@ -34,8 +34,12 @@ def _restore(model: nn.Module, config: TdqCalibConfig, metadata: dict[str, Any])
     return restored
 
 
-#: The mode's name in saved states.
-SAVED_NAME = "tdq_calibrate (run `import modelopt_tdq` before restoring)"
+def saved_name(method: str) -> str:
+    """The name of an algorithm's mode in saved states."""
+    return f"{method}_calibrate (run `import modelopt_tdq` before restoring)"
+
+
+SAVED_NAME = saved_name("tdq")
 
 
 class TdqCalibrateModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""Learning scales: QAT schemes, learned weight scales, PTQ reconstruction."""

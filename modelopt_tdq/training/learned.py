@@ -1,0 +1,144 @@
+"""LearnedIntervals: the module in the root of a model that makes the intervals of all its quantizers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.intervals.build import build_source
+from modelopt_tdq.intervals.dynamic import DYNAMIC
+from modelopt_tdq.intervals.source import IntervalSource
+from modelopt_tdq.timestep import INTERVALS, CurrentTimestep
+from modelopt_tdq.training.quantizer import DynamicQuantizer, LearnedQuantizer
+
+__all__ = ["LearnedIntervals", "learned_intervals", "learned_quantizers", "materialize"]
+
+
+def learned_quantizers(model: nn.Module) -> dict[str, LearnedQuantizer]:
+    """The enabled quantizers of ``model`` that learn, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LearnedQuantizer) and m.is_enabled}
+
+
+class LearnedIntervals(nn.Module):
+    """The source of a model's intervals, evaluated once per call for all quantizers, and its way into the table.
+
+    In training mode, every call of the root makes the intervals of its times. In eval mode the quantizers use
+    their table, which is made anew from the source whenever that has changed: after training, after loading a
+    checkpoint, after an EMA was copied in.
+
+    Args:
+        description: See :func:`modelopt_tdq.intervals.build.build_source`; further ``scheme``, and ``rows``, the
+            times of the table.
+    """
+
+    rows: Tensor
+    settings: Tensor
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        super().__init__()
+        self.description = description
+        self.source = None if description["intervals"] in DYNAMIC else build_source(description)
+        self.register_buffer("rows", torch.tensor(description["rows"], dtype=torch.float32))
+        # travels in the state dict, as bytes, so that a checkpoint of other settings is recognised
+        self.register_buffer("settings", _encoded(_settings(description)))
+        self._made_from: Tensor | None = None
+
+    def begin(self, root: nn.Module, timestep: CurrentTimestep) -> None:
+        """A call of the root begins: make its intervals, or see that the table is up to date."""
+        timestep.intervals = None
+        if self.source is None:
+            return
+        if self.training:
+            timestep.intervals = self.source(timestep.require().to(self.rows.device))
+        elif not torch.compiler.is_compiling() and self._is_stale(self.source):
+            self.materialize(root)
+
+    def train(self, mode: bool = True) -> LearnedIntervals:
+        """As ``nn.Module.train``; after training, the table is made anew."""
+        if mode:
+            self._made_from = None
+        return super().train(mode)
+
+    def _is_stale(self, source: IntervalSource) -> bool:
+        return self._made_from is None or not torch.equal(source.last_parameters(), self._made_from)
+
+    @torch.no_grad()
+    def materialize(self, root: nn.Module) -> None:
+        """Write the source's intervals at ``rows`` into the tables of the quantizers.
+
+        Raises:
+            TdqError: The intervals are measured while the model runs.
+        """
+        if self.source is None:
+            raise TdqError(
+                "intervals",
+                self.description["intervals"],
+                DynamicQuantizer.no_table,
+                'Train "mlp", "thin", "table" or "static" intervals to deploy a model',
+            )
+        training = self.source.training
+        self.source.eval()
+        try:
+            intervals = self.source(self.rows)
+        finally:
+            self.source.train(training)
+        for quantizer in learned_quantizers(root).values():
+            made = quantizer.deployed(intervals[:, quantizer._column])
+            quantizer.set_rows(self.rows, made.scale, made.offset, made.dequant_scale, made.dequant_offset)
+        self._made_from = self.source.last_parameters()
+
+
+_SETTINGS = ("intervals", "scheme", "encoding", "initialization", "dropout", "timesteps", "rows")
+
+
+def _settings(description: dict[str, Any]) -> dict[str, Any]:
+    return {name: description[name] for name in _SETTINGS}
+
+
+def _encoded(settings: dict[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+class SameSettings:
+    """Refuses to load a checkpoint of other settings, before anything of it is loaded."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Hook of ``load_state_dict``."""
+        learned, saved = module._modules.get(INTERVALS), state.get(f"{prefix}{INTERVALS}.settings")
+        if not isinstance(learned, LearnedIntervals) or saved is None or saved.is_meta:
+            return
+        was, now = json.loads(bytes(saved.tolist())), _settings(learned.description)
+        for name in _SETTINGS:
+            if was.get(name) != now[name]:
+                raise TdqError(
+                    name,
+                    now[name],
+                    f"the checkpoint was trained with {was.get(name)!r}",
+                    "Resume with the config of the checkpoint, or train from the full-precision model again",
+                )
+
+
+def learned_intervals(model: nn.Module) -> LearnedIntervals:
+    """The module that makes the intervals of ``model``.
+
+    Raises:
+        TdqError: It does not learn.
+    """
+    found = model._modules.get(INTERVALS)
+    if not isinstance(found, LearnedIntervals):
+        raise TdqError(
+            "model",
+            type(model).__name__,
+            "it does not learn its intervals, or is not the module that mtq.quantize was called with",
+            'Quantize it with an algorithm that learns: {"method": "tdq_qat", ...}',
+        )
+    return found
+
+
+def materialize(model: nn.Module) -> None:
+    """Make the tables of a model that learns from its source, now; eval mode does so by itself."""
+    learned_intervals(model).materialize(model)

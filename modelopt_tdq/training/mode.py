@@ -1,0 +1,102 @@
+"""Registration of the learning algorithms with ModelOpt, and what a saved model needs to be restored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelopt.torch.opt.mode import RestoreEntrypoint, UpdateEntrypoint
+from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
+from modelopt.torch.quantization.conversion import restore_quantizer_state, update_quantize_metadata
+from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, CalibrateModeRegistry
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import nn
+
+from modelopt_tdq.calibration.mode import saved_name
+from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.timestep import INTERVALS, deliver_timestep
+from modelopt_tdq.training.attach import as_learned, install_intervals, tdq_qat
+from modelopt_tdq.training.config import TdqQatConfig
+from modelopt_tdq.training.learned import LearnedIntervals
+from modelopt_tdq.training.weights import LearnedWeightQuantizer
+
+__all__ = ["register"]
+
+_DESCRIPTION = "tdq_learning"
+
+
+def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
+    """What ModelOpt saves, and how to build the source of the intervals again."""
+    update_quantize_metadata(model, config, metadata)
+    learned = model._modules.get(INTERVALS)
+    if isinstance(learned, LearnedIntervals):
+        metadata[_DESCRIPTION] = learned.description
+    else:
+        metadata.pop(_DESCRIPTION, None)
+
+
+def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
+    states = metadata.get("quantizer_state", {})
+    timestep = deliver_timestep(model, config.timestep_argument)
+    for name, module in model.named_modules():
+        state = states.get(name, {})
+        if not isinstance(module, TensorQuantizer):
+            continue
+        if state.get("_is_temporal_quantizer"):
+            TemporalQuantizer.from_tensor_quantizer(module, timestep)
+        if state.get("_learns"):
+            as_learned(module, state["_learns"])
+        if state.get("_learns_weight_scale"):
+            module.__class__ = LearnedWeightQuantizer
+    restored: nn.Module = restore_quantizer_state(model, config, metadata)
+    if _DESCRIPTION in metadata:
+        install_intervals(restored, metadata[_DESCRIPTION])
+    return restored
+
+
+class _LearningModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[misc]
+    _supports_layerwise = False
+
+    @property
+    def restore(self) -> RestoreEntrypoint:
+        return _restore
+
+    @property
+    def update_for_save(self) -> UpdateEntrypoint:
+        return _update
+
+    @property
+    def update_for_new_mode(self) -> UpdateEntrypoint:
+        return _update
+
+
+class TdqQatModeDescriptor(_LearningModeDescriptor):
+    """Mode of the algorithm ``{"method": "tdq_qat"}``."""
+
+    _calib_func = tdq_qat
+
+    @property
+    def config_class(self) -> type[QuantizeAlgorithmConfig]:
+        """Config of the algorithm."""
+        return TdqQatConfig
+
+    def __str__(self) -> str:
+        """The name that ModelOpt saves."""
+        return saved_name("tdq_qat")
+
+
+class SavedTdqQatModeDescriptor(TdqQatModeDescriptor):
+    """The same mode, found by the name in saved states."""
+
+    @property
+    def name(self) -> str:
+        """See :func:`modelopt_tdq.calibration.mode.saved_name`."""
+        return saved_name("tdq_qat")
+
+
+def register() -> None:
+    """Register the modes; harmless when done before."""
+    for mode in (TdqQatModeDescriptor, SavedTdqQatModeDescriptor):
+        name = mode.name.fget(mode())
+        if not CalibrateModeRegistry.contained_in_any(name):
+            CalibrateModeRegistry.register_mode(mode)
