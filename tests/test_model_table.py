@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import oracle
 from support.models import TIMES, TinyDenoiser, noise, quantized
+from support.tables import with_dequantization
 from torch import nn
 
 import modelopt_tdq as tdq
@@ -57,18 +58,8 @@ def test_columns_in_another_order_find_their_quantizers(model: nn.Module) -> Non
     assert torch.equal(model(noise(1, 3, 8, 8), 20), expected)
 
 
-def _with_dequantization(table: ScaleTable) -> ScaleTable:
-    """The first quantizer plain, the second rescaled, the third rescaled and shifted."""
-    assert table.offset is not None
-    dequant_scale = table.scale * torch.tensor([1.0, 1.25, 0.7])
-    dequant_offset = table.offset * torch.tensor([1.0, 0.0, 0.5])
-    return ScaleTable(
-        table.timesteps, table.scale, table.names, table.offset, dequant_scale, table.metadata, dequant_offset
-    )
-
-
 def test_codes_are_turned_back_by_the_scales_of_the_table(model: nn.Module) -> None:
-    table = _with_dequantization(tdq.scale_table(model))
+    table = with_dequantization(tdq.scale_table(model))
     tdq.set_scale_table(model, table)
     found = tdq.scale_table(model)
     for field in ("timesteps", "scale", "offset", "dequant_scale", "dequant_offset"):
@@ -76,6 +67,9 @@ def test_codes_are_turned_back_by_the_scales_of_the_table(model: nn.Module) -> N
     times = table.timesteps[[2, 0]]
     model(noise(2, 3, 8, 8), times)
     x = noise(2, 8, 8, 8)
+    assert table.offset is not None
+    assert table.dequant_scale is not None
+    assert table.dequant_offset is not None
     for column, (name, quantizer) in enumerate(tdq.temporal_quantizers(model).items()):
         assert ("_dequant_scale_bits" in quantizer._buffers) == (column > 0)
         assert ("_dequant_offset_bits" in quantizer._buffers) == (column == 2)
@@ -94,7 +88,7 @@ def test_columns_that_are_plain_stay_plain(model: nn.Module) -> None:
     assert list(model.state_dict()) == list(before)
     assert tdq.scale_table(model).dequant_scale is None
     assert torch.equal(model(noise(1, 3, 8, 8), 20), expected)
-    tdq.set_scale_table(model, _with_dequantization(table))
+    tdq.set_scale_table(model, with_dequantization(table))
     tdq.set_scale_table(model, table)
     assert list(model.state_dict()) == list(before)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import FAMILIES, SigmaDenoiser, TinyDenoiser, calls, fast_config, loop, noise, quantized
+from support.tables import with_dequantization
 from torch import nn
 
 import modelopt_tdq as tdq
@@ -58,27 +59,12 @@ def diffusers_checkpoints() -> Iterator[None]:
     huggingface._PATCHED_CLASSES.discard(ModelMixin)
 
 
-def _with_dequantization(model: nn.Module) -> nn.Module:
-    """Every second quantizer turns its codes back by another scale, every fourth by another offset too."""
-    table = tdq.scale_table(model)
-    assert table.offset is not None
-    column = torch.arange(len(table.names))
-    dequant_scale = table.scale * torch.where(column % 2 == 0, 1.0, 1.1)
-    dequant_offset = table.offset * torch.where(column % 4 == 1, 0.3, 1.0)
-    tdq.set_scale_table(
-        model,
-        tdq.ScaleTable(
-            table.timesteps, table.scale, table.names, table.offset, dequant_scale, table.metadata, dequant_offset
-        ),
-    )
-    return model
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, diffusers_checkpoints: None) -> Path:
     """Everything saved once."""
     folder = tmp_path_factory.mktemp("saved")
-    model = _with_dequantization(quantized(asymmetric=True))
+    model = quantized(asymmetric=True)
+    tdq.set_scale_table(model, with_dequantization(tdq.scale_table(model)))
     mto.save(model, folder / "model.pt")
     torch.save(mto.modelopt_state(model), folder / "state.pt")
     torch.save(model.state_dict(), folder / "weights.pt")
@@ -87,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, diffusers_checkpoints: None
     family = FAMILIES["unet"]
     torch.manual_seed(0)
     unet = mtq.quantize(family.make().eval(), fast_config(asymmetric=True), family.forward_loop())
-    _with_dequantization(unet)
+    tdq.set_scale_table(unet, with_dequantization(tdq.scale_table(unet)))
     unet.save_pretrained(folder / "unet")
     tdq.scale_table(unet).save(folder / "unet_table")
     with torch.no_grad():
@@ -107,7 +93,8 @@ def same(model):
     assert all(torch.equal(model(s, t), e) for (s, t), e in zip(calls(), expected, strict=True))
     quantizers = list(tdq.temporal_quantizers(model).values())
     assert all(q.offset is not None for q in quantizers)
-    assert [q.dequant_scale is not None for q in quantizers] == [False, True, False]
+    assert [q.dequant_scale is not None for q in quantizers] == [False, True, True]
+    assert [q.dequant_offset is not None for q in quantizers] == [False, False, True]
 
 same(mto.restore(TinyDenoiser().eval(), folder + "/model.pt"))
 model = mto.restore_from_modelopt_state(TinyDenoiser().eval(), torch.load(folder + "/state.pt"))

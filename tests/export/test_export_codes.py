@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.fake_quant import quantize
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession, add_outputs
 from modelopt_tdq.schedule import row_index
 
 BITS: tuple[Any, ...] = (8, 6, 4, 3, (4, 3))
@@ -23,8 +23,9 @@ ROWS = [0.0, 1.0, 40.0, 333.0, 500.0, 999.0]
 #: Every row, half-way between rows, just beside that, between rows, and outside the table.
 TIMES = [*ROWS, 0.5, 20.5, float(np.nextafter(np.float32(20.5), np.float32(21))), 187.0, 2000.0, -3.0]
 
-#: (bits, offset?) of each quantizer.
-KINDS = [(bits, False) for bits in BITS] + [(bits, True) for bits in BITS]
+#: (bits, offset?, a scale and offset of its own to turn codes back?) of each quantizer.
+KINDS = [(bits, False, False) for bits in BITS] + [(bits, True, False) for bits in BITS]
+KINDS += [(8, False, True), (8, True, True), (4, True, True), ((4, 3), True, True)]
 VALUES = 90_000
 
 
@@ -44,12 +45,16 @@ def _table() -> tdq.ScaleTable:
     scale = 0.03 * 8 ** torch.rand(len(ROWS), len(KINDS), generator=generator)
     scale[::2] = 2.0 ** torch.round(torch.log2(scale[::2]))  # powers of two have exact ties
     offset = torch.zeros_like(scale)
-    for column, (bits, shifted) in enumerate(KINDS):
+    for column, (bits, shifted, _) in enumerate(KINDS):
         if shifted:
             low, high = oracle.code_limits(bits)
             offset[:, column] = scale[:, column] * torch.randint(low, high, (len(ROWS),), generator=generator)
     offset[1] *= 1.37  # no padding here, so an offset may be anything
-    return tdq.ScaleTable(torch.tensor(ROWS), scale, [f"layers.{i}.input_quantizer" for i in range(len(KINDS))], offset)
+    own = torch.tensor([dequant for *_, dequant in KINDS])
+    dequant_scale = torch.where(own, 0.05 * 3 ** torch.rand(scale.shape, generator=generator), scale)
+    dequant_offset = torch.where(own, torch.randn(scale.shape, generator=generator), offset)
+    names = [f"layers.{i}.input_quantizer" for i in range(len(KINDS))]
+    return tdq.ScaleTable(torch.tensor(ROWS), scale, names, offset, dequant_scale, {}, dequant_offset)
 
 
 def _values(scale: Tensor, offset: Tensor) -> Tensor:
@@ -72,7 +77,7 @@ def probe() -> nn.Module:
     torch.manual_seed(0)
     model = Probe().eval()
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for index, (bits, _) in enumerate(KINDS):
+    for index, (bits, *_) in enumerate(KINDS):
         rules.append({"quantizer_name": f"*layers.{index}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}})
     algorithm = {"method": "tdq", "statistic": "max", "weights": "keep", "protect_steps": False, "progress": False}
 
@@ -89,16 +94,28 @@ def probe() -> nn.Module:
 def sessions(probe: nn.Module) -> dict[str, OnnxRuntimeSession]:
     graph = trace(probe, {"sample": torch.zeros(1, 1, VALUES), "timestep": torch.tensor(0.0)})
     graphs: dict[str, Lowered] = {name: lowered(graph, name) for name in LOWERINGS}
-    return {name: OnnxRuntimeSession(graph.proto, codes=True) for name, graph in graphs.items()}
+    found = {name: OnnxRuntimeSession(graph.proto, codes=True) for name, graph in graphs.items()}
+    names = [f"layers.{i}.input_quantizer" for i in range(len(KINDS))]
+    watched = [tensor for name in names for tensor in (f"{name}/codes", _value_of(name))]
+    found["reference"] = OnnxRuntimeSession(add_outputs(graphs["reference"].proto, watched))
+    return found
+
+
+def _value_of(name: str) -> str:
+    """The tensor that holds what a quantizer passes on in the reference graph."""
+    _, shifted, dequant = KINDS[int(name.split(".")[1])]
+    return f"{name}/value" if shifted or dequant else f"{name}/dequantized"
 
 
 @pytest.mark.parametrize("time", TIMES)
 def test_codes_are_equal_everywhere(probe: nn.Module, sessions: dict[str, OnnxRuntimeSession], time: float) -> None:
-    """Twelve times, ten quantizers, 90,000 values: 10.8 million codes from each side."""
+    """Twelve times, fourteen quantizers, 90,000 values: 15.1 million codes from each side."""
     table = tdq.scale_table(probe)
     row = oracle.row(time, table.timesteps.numpy())
     assert int(row_index(torch.tensor([time]), table.timesteps)) == row
     assert table.offset is not None
+    assert table.dequant_scale is not None
+    assert table.dequant_offset is not None
     x = _values(table.scale[row], table.offset[row])
     assert x.shape == (VALUES,)
     found = {name: session({"sample": x.reshape(1, 1, -1), "timestep": time}) for name, session in sessions.items()}
@@ -120,7 +137,10 @@ def test_codes_are_equal_everywhere(probe: nn.Module, sessions: dict[str, OnnxRu
         assert expected.max() == high
         in_torch = quantize(x, scale, offset, bits).numpy()
         np.testing.assert_array_equal(in_torch, expected)
-        np.testing.assert_array_equal(seen[name].numpy(), oracle.values(expected, float(scale), float(offset)))
+        back = float(table.dequant_scale[row, column]), float(table.dequant_offset[row, column])
+        values = oracle.values(expected, *back)
+        np.testing.assert_array_equal(seen[name].numpy(), values)
+        np.testing.assert_array_equal(found["reference"][_value_of(name)].flatten(), values)
         for lowering in LOWERINGS:
             codes = found[lowering][f"{name}/codes"].flatten()
             np.testing.assert_array_equal(codes, expected, err_msg=f"{lowering} {name} {bits}")

@@ -44,13 +44,25 @@ def traced(request: pytest.FixtureRequest) -> Traced:
     return Traced(model, graph, times, dynamic)
 
 
-FORMATS = [(8, False), (8, True), (4, False), (4, True), (3, True), ((4, 3), False)]
+#: Bits, offsets, and whether some quantizers have scales (and offsets) of their own to turn their codes back.
+FORMATS = [
+    (8, False, False),
+    (8, True, False),
+    (4, False, False),
+    (4, True, False),
+    (3, True, False),
+    ((4, 3), False, False),
+    (8, False, True),
+    (8, True, True),
+    (4, True, True),
+    ((4, 3), False, True),
+]
 
 
-@pytest.mark.parametrize(("bits", "offset"), FORMATS)
+@pytest.mark.parametrize(("bits", "offset", "dequant"), FORMATS)
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_equals_torch(traced: Traced, lowering: str, bits: Any, offset: bool) -> None:
-    set_table(traced.model, ROWS, bits=bits, offset=offset)
+def test_equals_torch(traced: Traced, lowering: str, bits: Any, offset: bool, dequant: bool) -> None:
+    set_table(traced.model, ROWS, bits=bits, offset=offset, dequant=dequant)
     graph = lowered(traced.graph, lowering, traced.model)
     session = OnnxRuntimeSession(graph.proto)
     for time in traced.times:
@@ -64,9 +76,9 @@ def test_equals_torch(traced: Traced, lowering: str, bits: Any, offset: bool) ->
             assert error < 3e-6, (name, time)
 
 
-@pytest.mark.parametrize(("bits", "offset"), FORMATS)
-def test_lowerings_agree_in_float64(traced: Traced, bits: Any, offset: bool) -> None:
-    set_table(traced.model, ROWS, bits=bits, offset=offset, seed=1)
+@pytest.mark.parametrize(("bits", "offset", "dequant"), FORMATS)
+def test_lowerings_agree_in_float64(traced: Traced, bits: Any, offset: bool, dequant: bool) -> None:
+    set_table(traced.model, ROWS, bits=bits, offset=offset, dequant=dequant, seed=1)
     graphs = [lowered(traced.graph, lowering, traced.model) for lowering in LOWERINGS]
     for time in traced.times[:2]:
         inputs = {name: value.numpy() for name, value in traced.inputs(time).items()}
@@ -76,9 +88,10 @@ def test_lowerings_agree_in_float64(traced: Traced, bits: Any, offset: bool) -> 
             assert np.abs(got - want).max() / np.abs(want).max() < (2e-6 if offset else 1e-12), name
 
 
+@pytest.mark.parametrize("dequant", [False, True])
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_codes_follow_the_definition(traced: Traced, lowering: str) -> None:
-    set_table(traced.model, ROWS, bits=4, offset=True)
+def test_codes_follow_the_definition(traced: Traced, lowering: str, dequant: bool) -> None:
+    set_table(traced.model, ROWS, bits=4, offset=True, dequant=dequant)
     graph = lowered(traced.graph, lowering, traced.model)
     for time in traced.times:
         compared, mismatched = codes_by_definition(graph, traced.model, traced.inputs(time), time.numpy())
@@ -86,8 +99,9 @@ def test_codes_follow_the_definition(traced: Traced, lowering: str) -> None:
         assert mismatched == 0
 
 
-def test_ratio_skips_nothing_without_offsets(traced: Traced) -> None:
-    set_table(traced.model, ROWS)
+@pytest.mark.parametrize("dequant", [False, True])
+def test_ratio_skips_nothing_without_offsets(traced: Traced, dequant: bool) -> None:
+    set_table(traced.model, ROWS, dequant=dequant)
     skipped = lowered(traced.graph, "ratio", traced.model).context.skipped
     # the softmax is not quantized, so its product with v computes in float
     reason = "the other operand of its product is not quantized"

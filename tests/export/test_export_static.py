@@ -21,6 +21,8 @@ from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
 #: What only scales that depend on time need: the lookup, division in front, correction behind.
 TEMPORAL = ("time/", "/quotient", "/ratio", "/scaled")
 
+ARRAYS = ("scale", "offset", "dequant_scale", "dequant_offset")
+
 
 @pytest.fixture(scope="module")
 def zoo() -> tuple[Zoo, MarkerGraph]:
@@ -36,28 +38,30 @@ def _lookup(graph: Lowered) -> list[str]:
     return [node.op_type for node in graph.proto.graph.node if node.output[0].startswith("time/")]
 
 
-def _constant_rows(model: nn.Module, offset: bool, rows: int) -> None:
-    table = set_table(model, ROWS, offset=offset)
-    first = [None if v is None else v[:1].expand(rows, -1) for v in (table.scale, table.offset)]
-    tdq.set_scale_table(model, tdq.ScaleTable(table.timesteps[:rows], first[0], table.names, first[1]))
+def _constant_rows(model: nn.Module, rows: int, offset: bool = False, dequant: bool = False) -> None:
+    table = set_table(model, ROWS, offset=offset, dequant=dequant)
+    first = {n: None if (v := getattr(table, n)) is None else v[:1].expand(rows, -1) for n in ARRAYS}
+    tdq.set_scale_table(model, tdq.ScaleTable(table.timesteps[:rows], names=table.names, **first))
 
 
+@pytest.mark.parametrize("dequant", [False, True])
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_constant_columns_are_the_graph_of_one_row(zoo: Any, lowering: str, offset: bool) -> None:
+def test_constant_columns_are_the_graph_of_one_row(zoo: Any, lowering: str, offset: bool, dequant: bool) -> None:
     model, graph = zoo
-    _constant_rows(model, offset, rows=1)
+    _constant_rows(model, 1, offset, dequant)
     one = lowered(graph, lowering, model)
-    _constant_rows(model, offset, rows=len(ROWS))
+    _constant_rows(model, len(ROWS), offset, dequant)
     many = lowered(graph, lowering, model)
     assert _operators(one) == _operators(many)
     assert one.proto.graph.initializer == many.proto.graph.initializer
     assert not [n.output[0] for n in one.proto.graph.node if any(part in n.output[0] for part in TEMPORAL)]
 
 
-def test_ratio_of_a_static_model_is_its_reference(zoo: Any) -> None:
+@pytest.mark.parametrize("dequant", [False, True])
+def test_ratio_of_a_static_model_is_its_reference(zoo: Any, dequant: bool) -> None:
     model, graph = zoo
-    _constant_rows(model, offset=False, rows=len(ROWS))
+    _constant_rows(model, len(ROWS), dequant=dequant)
     reference, ratio = (lowered(graph, lowering, model) for lowering in LOWERINGS)
     assert Counter(_operators(ratio)) == Counter(_operators(reference))
     feeds = {"sample": sample(seed=3), "timestep": 500.0}

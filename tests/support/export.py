@@ -17,6 +17,7 @@ from modelopt_tdq.export.onnx_export import MarkerGraph, lower, marker_graph
 from modelopt_tdq.export.spec import read_quantization
 from modelopt_tdq.runtime.onnxruntime import CODES_SUFFIX, OnnxRuntimeSession, add_outputs
 from support import oracle
+from support.tables import with_dequantization
 
 LOWERINGS = ("reference", "ratio")
 
@@ -55,12 +56,16 @@ def set_table(
     times: list[float],
     *,
     offset: bool = False,
+    dequant: bool = False,
     spread: float = 4.0,
     base: float = 0.02,
     bits: Any = 8,
     seed: int = 0,
 ) -> tdq.ScaleTable:
-    """Give every temporal quantizer random scales, and offsets that are multiples of them; returns the table."""
+    """Give every temporal quantizer random scales, and offsets that are multiples of them; returns the table.
+
+    With ``dequant``, two in three turn their codes back by scales and offsets of their own.
+    """
     quantizers = tdq.temporal_quantizers(model)
     for quantizer in quantizers.values():
         quantizer.num_bits = bits
@@ -71,6 +76,8 @@ def set_table(
     low, high = oracle.code_limits(bits)
     steps = torch.randint(-(high // 2), -(low // 2), shape, generator=generator) if isinstance(bits, int) else 0
     table = tdq.ScaleTable(torch.tensor(times), scale, tuple(quantizers), scale * steps if offset else None)
+    if dequant:
+        table = with_dequantization(table)
     tdq.set_scale_table(model, table)
     return table
 
