@@ -74,8 +74,9 @@ class ActivationSpec:
 
         True if the code of zero, turned back, is zero up to the float32 rounding of the offset.
         """
-        offset = None if self.offset is None else torch.from_numpy(self.offset)
-        code = quantize(torch.zeros(1), torch.from_numpy(self.scale), offset, self.num_bits).double().numpy()
+        scale, offset = np.broadcast_arrays(self.scale, np.float32(0.0) if self.offset is None else self.offset)
+        rows = torch.from_numpy(scale.copy()), torch.from_numpy(offset.copy())
+        code = quantize(torch.zeros(scale.shape), *rows, self.num_bits).double().numpy()
         moved = np.zeros(1) if self.value_offset is None else self.value_offset.astype(np.float64)
         wanted = -moved / self.value_scale.astype(np.float64)
         return bool((np.abs(code - wanted) <= 1e-6 * np.maximum(1.0, np.abs(wanted))).all())
