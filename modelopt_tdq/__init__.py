@@ -14,7 +14,10 @@ from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.runtime.build import build_engine
 from modelopt_tdq.runtime.engine_report import EngineReport
 from modelopt_tdq.table import ScaleTable
+from modelopt_tdq.training.checkpointing import checkpoint
 from modelopt_tdq.training.config import TdqQatConfig
+from modelopt_tdq.training.finite import require_finite
+from modelopt_tdq.training.groups import interval_penalty, parameter_groups
 from modelopt_tdq.training.learned import materialize
 from modelopt_tdq.training.mode import register as _register_learning
 
@@ -51,10 +54,14 @@ __all__ = [
     "TemporalQuantizer",
     "analyze",
     "build_engine",
+    "checkpoint",
     "export_onnx",
+    "interval_penalty",
     "make_config",
     "materialize",
+    "parameter_groups",
     "recipe",
+    "require_finite",
     "scale_table",
     "set_scale_table",
     "temporal_quantizers",

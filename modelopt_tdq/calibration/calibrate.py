@@ -14,6 +14,7 @@ from modelopt_tdq.calibration.protect import Columns, install, protected_rows
 from modelopt_tdq.calibration.select import temporal_names
 from modelopt_tdq.calibration.snapshot import restored_on_error
 from modelopt_tdq.config import TdqCalibConfig
+from modelopt_tdq.training.forget import forget_learning
 
 __all__ = ["tdq_calibrate"]
 
@@ -33,6 +34,7 @@ def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | N
     known = {name: value for name, value in fields.items() if name in TdqCalibConfig.model_fields}
     config = TdqCalibConfig(**known)
     with restored_on_error(model):
+        forget_learning(model)
         calibration = collect(model, forward_loop, config)
         follow = temporal_names(config.temporal, list(calibration.quantizers))
         temporal: Columns = {n: columns(e, config, n in follow) for n, e in calibration.evidence.items()}

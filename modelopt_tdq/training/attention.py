@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["make_attention_trainable"]
+__all__ = ["leave_attention", "make_attention_trainable"]
 
 _NAME = "scaled_dot_product_attention"
 _plain = F.scaled_dot_product_attention
@@ -44,3 +44,10 @@ def make_attention_trainable(model: nn.Module) -> None:
         names = {entry[1] for entry in getattr(module, _REPLACED, ())}
         if _NAME in names and hasattr(module, "bmm2_output_quantizer"):
             setattr(module, _REPLACED, _TrainableFunctionals())
+
+
+def leave_attention(model: nn.Module) -> None:
+    """Undo :func:`make_attention_trainable`."""
+    for module in model.modules():
+        if isinstance(vars(module).get(_REPLACED), _TrainableFunctionals):
+            delattr(module, _REPLACED)

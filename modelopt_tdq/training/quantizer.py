@@ -50,6 +50,14 @@ class LearnedQuantizer(TemporalQuantizer):
         for name in [n for n in self._parameters if n.startswith(_PREFIX)]:
             del self._parameters[name]
 
+    def unlearn(self) -> None:
+        """Become the calibrated quantizer again that it was, in place, with the table that it has."""
+        self.forget()
+        self._modules.pop("intervals", None)
+        for name in ("_scheme", "_column", "_zero", "_learns"):
+            self.__dict__.pop(name, None)
+        self.__class__ = TemporalQuantizer
+
     @property
     def further(self) -> dict[str, Tensor]:
         """The scheme's further learned parameters, by its names for them."""
