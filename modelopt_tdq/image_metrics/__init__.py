@@ -1,8 +1,16 @@
-"""Metrics of generated images: Fréchet distance (FID), Inception Score, PSNR and a perceptual distance."""
+"""Metrics of generated images: Fréchet distance (FID), Inception Score, PSNR and a perceptual distance.
+
+    extractor = EfficientNetLite0()                                # or TorchFidelityInception(), InceptionFile(path)
+    real = feature_statistics(real_images, extractor)              # uint8 [N, 3, H, W]; save() keeps it
+    image_report(full_precision_images, quantized_images, extractor, real)
+
+``FID`` is the Fréchet distance with the Inception network of 2015 only (``name`` "FID Inception-v3"); with another
+network it is called by that network's name.
+"""
 
 from modelopt_tdq.image_metrics.efficientnet import EfficientNetLite0
 from modelopt_tdq.image_metrics.extractor import FeatureExtractor, LogitExtractor, StageExtractor
-from modelopt_tdq.image_metrics.frechet import frechet_distance, gaussian_frechet_distance
+from modelopt_tdq.image_metrics.frechet import frechet_distance, frechet_name, gaussian_frechet_distance
 from modelopt_tdq.image_metrics.images import to_uint8
 from modelopt_tdq.image_metrics.inception_file import InceptionFile
 from modelopt_tdq.image_metrics.inception_score import InceptionScore, inception_score, inception_score_of_logits
@@ -23,6 +31,7 @@ __all__ = [
     "TorchFidelityInception",
     "feature_statistics",
     "frechet_distance",
+    "frechet_name",
     "gaussian_frechet_distance",
     "image_report",
     "inception_score",

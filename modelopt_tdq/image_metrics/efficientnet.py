@@ -20,8 +20,8 @@ class EfficientNetLite0:
     The weights come with a package and are loaded with ``weights_only=True``: nothing is downloaded. Images are
     resized to 224 pixels (bilinear, antialiased) and scaled by ``(x - 127) / 128``, as in its training.
 
-    A Fréchet distance with it is no FID: its values are smaller, and nobody has published any. Call it by
-    ``name``, and use it to compare images made on one machine.
+    A Fréchet distance with it is no FID, and no published values exist. Call it by ``name``, and compare only
+    values made with it, from the same numbers of images.
 
     Args:
         device: Where to run it.

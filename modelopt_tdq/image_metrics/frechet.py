@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modelopt_tdq.image_metrics.extractor import FeatureExtractor
 from modelopt_tdq.image_metrics.statistics import FeatureStatistics, same_set
 
-__all__ = ["frechet_distance", "gaussian_frechet_distance"]
+__all__ = ["frechet_distance", "frechet_name", "gaussian_frechet_distance"]
+
+
+def frechet_name(extractor: FeatureExtractor) -> str:
+    """What to call the result: a Fréchet distance by the name of its network."""
+    return f"Fréchet distance ({extractor.name})"
 
 
 def gaussian_frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:

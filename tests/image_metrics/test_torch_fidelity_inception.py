@@ -105,6 +105,16 @@ def test_a_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
         TorchFidelityInception()
 
 
+def test_a_torchvision_of_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torch_fidelity").mkdir()
+    (tmp_path / "torch_fidelity/__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TdqError, match=r"operator nms does not exist.*Install the torchvision"):
+        TorchFidelityInception()
+
+
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
