@@ -11,6 +11,8 @@ from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.export import ExportReport, export_onnx
 from modelopt_tdq.model_table import scale_table, set_scale_table, temporal_quantizers
 from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.reconstruction.config import TdqReconstructConfig
+from modelopt_tdq.reconstruction.reconstruct import reconstruction_report
 from modelopt_tdq.runtime.build import build_engine
 from modelopt_tdq.runtime.engine_report import EngineReport
 from modelopt_tdq.table import ScaleTable
@@ -51,6 +53,7 @@ __all__ = [
     "TdqCalibConfig",
     "TdqError",
     "TdqQatConfig",
+    "TdqReconstructConfig",
     "TemporalQuantizer",
     "analyze",
     "build_engine",
@@ -61,6 +64,7 @@ __all__ = [
     "materialize",
     "parameter_groups",
     "recipe",
+    "reconstruction_report",
     "require_finite",
     "scale_table",
     "set_scale_table",

@@ -22,7 +22,7 @@ from modelopt_tdq.calibration.distributed import gather
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.timestep import CurrentTimestep
 
-__all__ = ["Replay", "first_tensor"]
+__all__ = ["Replay", "cloned", "first_tensor", "layout", "stack"]
 
 #: (minus its priority, order of arrival, keyword arguments of a call with this sample alone)
 _Sample = tuple[float, int, dict[str, Any]]
@@ -77,8 +77,8 @@ class Replay:
             heap, priority = self._heaps[times[own]], -_priority(sample)
             if len(heap) == self._limit and priority <= heap[0][0]:
                 continue
-            sample = {k: _cloned(v) for k, v in sample.items()}
-            sample[name] = _cloned(_take(time, own, len(times)))
+            sample = {k: cloned(v) for k, v in sample.items()}
+            sample[name] = cloned(_take(time, own, len(times)))
             item = (priority, next(self._order), sample)
             (heapq.heappush if len(heap) < self._limit else heapq.heapreplace)(heap, item)
 
@@ -110,6 +110,29 @@ class Replay:
             )
         return pair
 
+    def _require_names(self) -> None:
+        if self._unnamed:
+            raise TdqError(
+                "model",
+                self._unnamed,
+                "its forward takes arguments that cannot be passed by name, so its calls cannot be repeated",
+                'Name them, or use another "statistic" than "output" and "protect_steps": False',
+            )
+
+    def samples(self, time: float) -> list[dict[str, Any]]:
+        """Keyword arguments of one call for each sample of a time, in the order of their hashes.
+
+        Raises:
+            TdqError: As :meth:`batches`.
+        """
+        self._require_names()
+        return [sample for _, _, sample in sorted(self._heaps.get(time, []), key=lambda item: item[:2], reverse=True)]
+
+    @property
+    def times(self) -> list[float]:
+        """Those that have samples, ascending."""
+        return sorted(time for time, heap in self._heaps.items() if heap)
+
     def batches(self, times: list[float]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(row, keyword arguments of one call) for each time that has samples, in order.
 
@@ -118,20 +141,14 @@ class Replay:
         Raises:
             TdqError: The model's forward takes arguments that cannot be passed by name.
         """
-        if self._unnamed:
-            raise TdqError(
-                "model",
-                self._unnamed,
-                "its forward takes arguments that cannot be passed by name, so its calls cannot be repeated",
-                'Name them, or use another "statistic" than "output" and "protect_steps": False',
-            )
+        self._require_names()
         for row, time in enumerate(times):
             groups: dict[Hashable, list[dict[str, Any]]] = defaultdict(list)
-            for _, _, sample in sorted(self._heaps.get(time, []), key=lambda item: item[:2], reverse=True):
-                groups[_layout(sample)].append(sample)
+            for sample in self.samples(time):
+                groups[layout(sample)].append(sample)
             if groups:
                 samples = max(groups.values(), key=len)
-                yield row, {k: _stack([sample[k] for sample in samples]) for k in samples[0]}
+                yield row, {k: stack([sample[k] for sample in samples]) for k in samples[0]}
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:
@@ -168,33 +185,35 @@ def _take(value: Any, index: int, batch: int) -> Any:
     return value
 
 
-def _cloned(value: Any) -> Any:
+def cloned(value: Any) -> Any:
+    """A copy of nested data whose tensors nobody else can change."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {k: _cloned(v) for k, v in value.items()}
+        return {k: cloned(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_cloned(v) for v in value)
+        return type(value)(cloned(v) for v in value)
     return value
 
 
-def _layout(value: Any) -> Hashable:
+def layout(value: Any) -> Hashable:
     """What samples of one batch have in common: the names, the shapes and dtypes, all that is no tensor."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, dict):
-        return tuple((k, _layout(v)) for k, v in value.items())
+        return tuple((k, layout(v)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(_layout(v) for v in value)
+        return tuple(layout(v) for v in value)
     return repr(value)
 
 
-def _stack(values: list[Any]) -> Any:
+def stack(values: list[Any]) -> Any:
+    """One batch of samples of one layout."""
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat(values) if first.dim() and first.shape[0] == 1 else first
     if isinstance(first, dict):
-        return {k: _stack([v[k] for v in values]) for k in first}
+        return {k: stack([v[k] for v in values]) for k in first}
     if isinstance(first, (list, tuple)):
-        return type(first)(_stack(list(items)) for items in zip(*values, strict=True))
+        return type(first)(stack(list(items)) for items in zip(*values, strict=True))
     return first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from modelopt.torch.opt.mode import RestoreEntrypoint, UpdateEntrypoint
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
@@ -14,6 +14,8 @@ from torch import nn
 from modelopt_tdq.calibration.mode import saved_name
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.reconstruction.config import TdqReconstructConfig
+from modelopt_tdq.reconstruction.reconstruct import tdq_reconstruct
 from modelopt_tdq.timestep import INTERVALS, deliver_timestep
 from modelopt_tdq.training.attach import as_learned, install_intervals, tdq_qat
 from modelopt_tdq.training.config import TdqQatConfig
@@ -55,7 +57,14 @@ def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, An
 
 
 class _LearningModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[misc]
+    """Mode of an algorithm that learns; a subclass sets ``_calib_func`` and ``_config``."""
+
     _supports_layerwise = False
+    _config: ClassVar[type[CalibrationFields]]
+
+    @property
+    def config_class(self) -> type[QuantizeAlgorithmConfig]:
+        return self._config
 
     @property
     def restore(self) -> RestoreEntrypoint:
@@ -69,34 +78,52 @@ class _LearningModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[misc
     def update_for_new_mode(self) -> UpdateEntrypoint:
         return _update
 
+    def __str__(self) -> str:
+        """The name that ModelOpt saves."""
+        return saved_name(self._config().method)
+
+
+class _SavedName:
+    """Makes a mode be found by the name in saved states."""
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
 
 class TdqQatModeDescriptor(_LearningModeDescriptor):
     """Mode of the algorithm ``{"method": "tdq_qat"}``."""
 
     _calib_func = tdq_qat
-
-    @property
-    def config_class(self) -> type[QuantizeAlgorithmConfig]:
-        """Config of the algorithm."""
-        return TdqQatConfig
-
-    def __str__(self) -> str:
-        """The name that ModelOpt saves."""
-        return saved_name("tdq_qat")
+    _config = TdqQatConfig
 
 
-class SavedTdqQatModeDescriptor(TdqQatModeDescriptor):
+class SavedTdqQatModeDescriptor(_SavedName, TdqQatModeDescriptor):
     """The same mode, found by the name in saved states."""
 
-    @property
-    def name(self) -> str:
-        """See :func:`modelopt_tdq.calibration.mode.saved_name`."""
-        return saved_name("tdq_qat")
+
+class TdqReconstructModeDescriptor(_LearningModeDescriptor):
+    """Mode of the algorithm ``{"method": "tdq_reconstruct"}``."""
+
+    _calib_func = tdq_reconstruct
+    _config = TdqReconstructConfig
+
+
+class SavedTdqReconstructModeDescriptor(_SavedName, TdqReconstructModeDescriptor):
+    """The same mode, found by the name in saved states."""
+
+
+_MODES = (
+    TdqQatModeDescriptor,
+    SavedTdqQatModeDescriptor,
+    TdqReconstructModeDescriptor,
+    SavedTdqReconstructModeDescriptor,
+)
 
 
 def register() -> None:
     """Register the modes; harmless when done before."""
-    for mode in (TdqQatModeDescriptor, SavedTdqQatModeDescriptor):
-        name = mode.name.fget(mode())
+    for mode in _MODES:
+        name = mode().name
         if not CalibrateModeRegistry.contained_in_any(name):
             CalibrateModeRegistry.register_mode(mode)

@@ -1,0 +1,1 @@
+"""PTQ reconstruction: learned rounding of the weights and learned intervals, block by block."""

@@ -1,0 +1,131 @@
+"""The samples of a reconstruction: calls of the model on its own trajectories, spread evenly over the times."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelopt_tdq.calibration.replay import Replay, cloned, layout, stack
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.timestep import CurrentTimestep
+
+__all__ = ["Samples", "SpreadReplay"]
+
+
+class SpreadReplay(Replay):
+    """Keeps so many samples in total: the more times there are, the fewer of each.
+
+    At most ``total`` plus one per time are held.
+
+    Args:
+        model: The root whose calls are recorded.
+        timestep: Its time.
+        total: Samples to choose from in the end.
+    """
+
+    def __init__(self, model: nn.Module, timestep: CurrentTimestep, total: int) -> None:
+        super().__init__(model, timestep, total)
+        self._total = total
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        if self._timestep.value is not None:
+            times = set(self._heaps) | set(self._timestep.value.tolist())
+            self._limit = max(1, math.ceil(self._total / len(times)))
+            for heap in self._heaps.values():
+                while len(heap) > self._limit:
+                    heapq.heappop(heap)
+        super().record(module, args, kwargs)
+
+    def recording(self, forward_loop: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
+        """``forward_loop``, its calls recorded."""
+
+        def recorded(model: nn.Module) -> None:
+            handle = model.register_forward_pre_hook(self.record, with_kwargs=True)
+            try:
+                forward_loop(model)
+            finally:
+                handle.remove()
+
+        return recorded
+
+    def chosen(self) -> Samples:
+        """The samples, as even over the times as can be.
+
+        Samples that do not fit into one batch with the others (other shapes, other flags) are left out.
+
+        Raises:
+            TdqError: As :meth:`Replay.batches`; or nothing was recorded.
+        """
+        name, times = self._timestep.argument, self.times
+        kept: dict[Hashable, int] = defaultdict(int)
+        by_time = {time: [(_fit(s, name), s) for s in self.samples(time)] for time in times}
+        for fit, _ in (item for items in by_time.values() for item in items):
+            kept[fit] += 1
+        if not kept:
+            raise TdqError("forward_loop", times, "no call of it can be repeated", "Pass tensors to the model")
+        common = max(kept, key=lambda fit: kept[fit])
+        rows = [[s for fit, s in by_time[time] if fit == common] for time in times]
+        quotas = [0] * len(times)
+        for i in range(self._total):
+            quotas[(2 * i + 1) * len(times) // (2 * self._total)] += 1
+        calls, own = [], []
+        for time, row, quota in zip(times, rows, quotas, strict=True):
+            for call in row[:quota]:
+                # copies, since a loop may run in torch.inference_mode, whose tensors cannot be learned on
+                calls.append(cloned(call))
+                own.append(time)
+        return Samples(calls, torch.tensor(own, dtype=torch.float32), name)
+
+
+def _fit(sample: dict[str, Any], argument: str) -> Hashable:
+    """What samples of one run have in common: all but the time."""
+    return layout({k: v for k, v in sample.items() if k != argument})
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calls of one sample each.
+
+    Attributes:
+        calls: Keyword arguments.
+        times: [N] float32, ascending, in the model's own units.
+        argument: Name of the time among the keyword arguments.
+    """
+
+    calls: list[dict[str, Any]]
+    times: Tensor
+    argument: str
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def batches(self, chosen: Sequence[int], size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """(numbers of the samples, keyword arguments of one call with them).
+
+        Samples of different times share a call where the model was called with a time per sample.
+
+        Args:
+            chosen: Numbers of samples, in any order.
+            size: Most samples of one call.
+        """
+        groups: dict[float, list[int]] = defaultdict(list)
+        for i in chosen:
+            time = self.calls[i][self.argument]
+            own = isinstance(time, Tensor) and time.dim() > 0
+            groups[0.0 if own else float(self.times[i])].append(i)
+        for numbers in groups.values():
+            for start in range(0, len(numbers), size):
+                part = numbers[start : start + size]
+                yield part, self.call(part)
+
+    def call(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Keyword arguments of one call with these samples."""
+        return {name: stack([self.calls[i][name] for i in numbers]) for name in self.calls[0]}
