@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.table import ScaleTable
+from modelopt_tdq.timestep import INTERVALS
 
 __all__ = ["scale_table", "set_scale_table", "temporal_quantizers"]
 
@@ -36,6 +37,12 @@ def scale_table(model: nn.Module) -> ScaleTable:
         TdqError: The model has none, or they are not calibrated, or their state is not loaded.
     """
     quantizers = _require_temporal_quantizers(model)
+    measured = [name for name, quantizer in quantizers.items() if quantizer.no_table]
+    if measured:
+        raise TdqError("model", measured[:3], str(quantizers[measured[0]].no_table), "Train intervals of another kind")
+    learned = model._modules.get(INTERVALS)
+    if learned is not None:
+        learned.refresh(model)  # type: ignore[operator]
     missing = [name for name, quantizer in quantizers.items() if not quantizer.has_table]
     if missing:
         raise TdqError("model", missing, "these quantizers are not calibrated", "Calibrate the model first")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -42,6 +42,9 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {"_timestep"}
 
     _timestep: CurrentTimestep
+
+    #: Why a kind of quantizer has no table; None: it has, once it is calibrated.
+    no_table: ClassVar[str | None] = None
 
     @classmethod
     def from_tensor_quantizer(cls, quantizer: TensorQuantizer, timestep: CurrentTimestep) -> TemporalQuantizer:

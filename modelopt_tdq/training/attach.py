@@ -19,7 +19,7 @@ from modelopt_tdq.model_table import temporal_quantizers
 from modelopt_tdq.timestep import INTERVALS
 from modelopt_tdq.training.attention import make_attention_trainable
 from modelopt_tdq.training.config import LearningFields, TdqQatConfig
-from modelopt_tdq.training.learned import LearnedIntervals, SameSettings, learned_intervals, learned_quantizers
+from modelopt_tdq.training.learned import FreshTable, LearnedIntervals, SameSettings, learned_intervals, learned_quantizers
 from modelopt_tdq.training.quantizer import DynamicQuantizer, LearnedQuantizer
 from modelopt_tdq.training.schemes import SCHEMES
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
@@ -145,6 +145,7 @@ def install_intervals(model: nn.Module, description: dict[str, Any]) -> None:
     make_attention_trainable(model)
     if not any(isinstance(getattr(h, "hook", h), SameSettings) for h in model._load_state_dict_pre_hooks.values()):
         model.register_load_state_dict_pre_hook(SameSettings())  # type: ignore[no-untyped-call]
+        model.register_state_dict_pre_hook(FreshTable())  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(description["seed"])
     timesteps = torch.tensor(description["timesteps"], dtype=torch.float32)
     starts = torch.tensor(description["initial"], dtype=torch.float64).log().mean(0).exp().tolist()

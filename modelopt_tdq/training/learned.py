@@ -54,17 +54,21 @@ class LearnedIntervals(nn.Module):
             return
         if self.training:
             timestep.intervals = self.source(timestep.require().to(self.rows.device))
-        elif not torch.compiler.is_compiling() and self._is_stale(self.source):
-            self.materialize(root)
+        elif not torch.compiler.is_compiling():
+            self.refresh(root)
 
     def train(self, mode: bool = True) -> LearnedIntervals:
-        """As ``nn.Module.train``; after training, the table is made anew."""
-        if mode:
-            self._made_from = None
+        """As ``nn.Module.train``; the table is made anew before it is used next."""
+        self._made_from = None
         return super().train(mode)
 
-    def _is_stale(self, source: IntervalSource) -> bool:
-        return self._made_from is None or not torch.equal(source.last_parameters(), self._made_from)
+    def refresh(self, root: nn.Module) -> None:
+        """Make the tables anew if the source has changed since they were made."""
+        quantizers = learned_quantizers(root).values()
+        if self.source is None or self.rows.is_meta or any(q.awaits_state for q in quantizers):
+            return
+        if self._made_from is None or not torch.equal(self.source.last_parameters(), self._made_from):
+            self.materialize(root)
 
     @torch.no_grad()
     def materialize(self, root: nn.Module) -> None:
@@ -101,6 +105,16 @@ def _settings(description: dict[str, Any]) -> dict[str, Any]:
 
 def _encoded(settings: dict[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+class FreshTable:
+    """Brings the tables up to date before a state dict is taken."""
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        """Hook of ``state_dict``."""
+        learned = module._modules.get(INTERVALS)
+        if isinstance(learned, LearnedIntervals):
+            learned.refresh(module)
 
 
 class SameSettings:

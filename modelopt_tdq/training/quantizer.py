@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class LearnedQuantizer(TemporalQuantizer):
         found = {n.removeprefix(_PREFIX): p for n, p in self._parameters.items() if n.startswith(_PREFIX)}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
+    @property
+    def awaits_state(self) -> bool:
+        """Whether it was restored, and the state dict is still to be loaded."""
+        return self.has_table and bool(self._scale.isnan().any())
+
     def deployed(self, interval: Tensor) -> Deployed:
         """What becomes of intervals of any shape."""
         return SCHEMES[self._scheme].deployed(interval, self._zero, self._num_bits, self.further)
@@ -91,7 +97,7 @@ class LearnedQuantizer(TemporalQuantizer):
 class DynamicQuantizer(LearnedQuantizer):
     """Measures its interval on every sample, in training and in eval mode: a baseline without a table."""
 
-    no_table = "its scale is measured on the activation while the model runs, so no table of times holds it"
+    no_table: ClassVar[str] = "its scale is measured on the activation while the model runs, so no table of times holds it"
 
     def measure(self, intervals: DynamicIntervals) -> None:
         """Set what it measures with."""

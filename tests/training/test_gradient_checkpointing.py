@@ -1,0 +1,52 @@
+"""Blocks that run again in the backward pass see the time of their own call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from support.models import FAMILIES
+from torch import Tensor, nn
+
+import modelopt_tdq as tdq
+
+
+def _model() -> nn.Module:
+    family = FAMILIES["unet"]
+    torch.manual_seed(0)
+    model = family.make()
+    config = tdq.make_config(4, 4, method="tdq_qat", intervals="table", statistic="max", weights="max", progress=False)
+    return mtq.quantize(model, config, family.forward_loop()).train()
+
+
+def _gradients(model: nn.Module, times: list[float]) -> dict[str, Tensor]:
+    """Of the sum over one call per time, with a single backward pass."""
+    family = FAMILIES["unet"]
+    total = torch.zeros(())
+    for seed, time in enumerate(times):
+        total = total + model(**family.inputs(2, torch.tensor(time), seed)).sample.square().mean()
+    total.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _checkpointed(times: list[float], function: Callable[[nn.Module], Any] | None) -> dict[str, Tensor]:
+    model: Any = _model()
+    model.enable_gradient_checkpointing(*([] if function is None else [function(model)]))
+    return _gradients(model, times)
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_call_per_backward_pass_needs_nothing() -> None:
+    assert _equal(_checkpointed([300.0], None), _gradients(_model(), [300.0]))
+
+
+def test_several_calls_need_the_checkpoint_function() -> None:
+    expected = _gradients(_model(), [900.0, 20.0])
+    assert _equal(_checkpointed([900.0, 20.0], tdq.checkpoint), expected)
+    # what it is for: the first call's blocks would run again at the time of the second
+    assert not _equal(_checkpointed([900.0, 20.0], None), expected)
