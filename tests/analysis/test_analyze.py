@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import modelopt.torch.quantization as mtq
 import pytest
@@ -40,6 +41,9 @@ def test_headroom_tells_a_moving_model_from_one_that_does_not() -> None:
     assert moving.layers[0].spread_ratio == pytest.approx(14.06, rel=0.1)
     assert still.layers[0].spread_ratio == pytest.approx(1.0, abs=0.1)
     assert still.layers[0].loss_db < 0.5
+    assert moving.layers[0].loss_db > 1.0
+    # 16 uniform levels leave 0.01154 of the power of a Gaussian at best (Max 1960)
+    assert still.layers[0].sqnr_db == pytest.approx(-10 * math.log10(0.01154), abs=0.3)
     json.dumps(moving.to_dict())
 
 
