@@ -22,6 +22,7 @@ from modelopt_tdq.training.finite import require_finite
 from modelopt_tdq.training.groups import interval_penalty, parameter_groups
 from modelopt_tdq.training.learned import materialize
 from modelopt_tdq.training.mode import register as _register_learning
+from modelopt_tdq.training.noise import stop_noise
 
 __version__ = "0.1.0"
 
@@ -68,5 +69,6 @@ __all__ = [
     "require_finite",
     "scale_table",
     "set_scale_table",
+    "stop_noise",
     "temporal_quantizers",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.calibration.replay import first_tensor
 
-__all__ = ["NoisyBatch", "class_count", "noise_loss", "noisy_batch", "predict"]
+__all__ = ["NoisyBatch", "class_count", "noise_loss", "noisy_batch", "predict", "sample_labels"]
 
 #: Noisy images [B, C, H, W], times [B], the noise in them [B, C, H, W], labels [B] or None.
 NoisyBatch = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
@@ -21,6 +21,12 @@ def class_count(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", {})
     count = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
     return None if count is None else int(count)
+
+
+def sample_labels(model: nn.Module, samples: int, device: torch.device | str = "cpu") -> Tensor | None:
+    """[samples] int64: sample i has class i modulo their number; None for a model without classes."""
+    classes = class_count(model)
+    return None if classes is None else torch.arange(samples, device=device) % classes
 
 
 def predict(model: nn.Module, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sampling trajectories of unconditional diffusers models: for calibration, and to judge on."""
+"""Sampling trajectories of diffusers models without text: for calibration, and to judge on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration.replay import first_tensor
+from modelopt_tdq.denoising import predict, sample_labels
 from modelopt_tdq.errors import TdqError, require
 
 __all__ = ["is_unconditional", "load_scheduler", "noise", "sample", "sample_shape"]
@@ -47,14 +47,15 @@ def load_scheduler(source: str | os.PathLike[str], subfolder: str | None = "sche
 
 
 def is_unconditional(model: nn.Module) -> bool:
-    """Whether the model needs nothing but ``sample`` and ``timestep``."""
+    """Whether the model needs nothing but noisy samples, the time, and class labels where it has classes."""
     parameters = inspect.signature(model.forward).parameters
-    if list(parameters)[:2] != ["sample", "timestep"]:
+    names = list(parameters)
+    if len(names) < 2 or names[0] not in ("sample", "hidden_states") or names[1] != "timestep":
+        return False
+    if "encoder_hidden_states" in names:
         return False
     others = list(parameters.values())[2:]
-    optional = all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in others)
-    config: Any = getattr(model, "config", {})
-    return optional and not any(config.get(key) for key in ("class_embed_type", "num_class_embeds"))
+    return all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in others)
 
 
 def sample_shape(model: nn.Module) -> tuple[int, ...]:
@@ -86,7 +87,7 @@ def sample(model: nn.Module, scheduler: Any, start: Tensor, steps: int, visit: V
     """Run a sampling trajectory.
 
     Args:
-        model: Called as ``model(x, t)``.
+        model: Called as ``model(x, t)``; sample i of a class-conditional one gets class i modulo their number.
         scheduler: From diffusers; deterministic.
         start: [N, ...] standard normal noise.
         steps: Number of sampling steps.
@@ -97,9 +98,10 @@ def sample(model: nn.Module, scheduler: Any, start: Tensor, steps: int, visit: V
     """
     scheduler.set_timesteps(steps)
     x: Tensor = start * scheduler.init_noise_sigma
+    labels = sample_labels(model, len(x), x.device)
     for time in scheduler.timesteps:
         model_input = scheduler.scale_model_input(x, time)
-        prediction = first_tensor(model(model_input, time))
+        prediction = predict(model, model_input, time, labels)
         if visit is not None:
             visit(time, model_input, prediction)
         x = scheduler.step(prediction, time, x).prev_sample

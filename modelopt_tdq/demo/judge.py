@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration.replay import first_tensor
+from modelopt_tdq.denoising import predict, sample_labels
 from modelopt_tdq.metrics import psnr_db, sqnr_db
 from modelopt_tdq.trajectories import noise, sample, sample_shape
 
@@ -79,7 +79,8 @@ def judge(model: nn.Module, scheduler: Any, against: Reference, tick: Callable[[
     decibels = []
     with torch.no_grad():
         for time, inputs, prediction in zip(against.timesteps, against.inputs, against.predictions, strict=True):
-            decibels.append(sqnr_db(prediction, first_tensor(model(inputs, time))))
+            labels = sample_labels(model, len(inputs), inputs.device)
+            decibels.append(sqnr_db(prediction, predict(model, inputs, time, labels)))
             tick()
     images = sample(model, scheduler, against.start, len(against.timesteps), lambda *_: tick()).clamp(-1.0, 1.0)
     return Judgement(decibels, psnr_db(against.images, images), images)

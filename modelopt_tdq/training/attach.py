@@ -19,7 +19,13 @@ from modelopt_tdq.model_table import temporal_quantizers
 from modelopt_tdq.timestep import INTERVALS
 from modelopt_tdq.training.attention import make_attention_trainable
 from modelopt_tdq.training.config import LearningFields, TdqQatConfig
-from modelopt_tdq.training.learned import FreshTable, LearnedIntervals, SameSettings, learned_intervals, learned_quantizers
+from modelopt_tdq.training.learned import (
+    FreshTable,
+    LearnedIntervals,
+    SameSettings,
+    learned_intervals,
+    learned_quantizers,
+)
 from modelopt_tdq.training.quantizer import DynamicQuantizer, LearnedQuantizer
 from modelopt_tdq.training.schemes import SCHEMES
 from modelopt_tdq.training.weights import LearnedWeightQuantizer

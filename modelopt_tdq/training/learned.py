@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.build import build_source
 from modelopt_tdq.intervals.dynamic import DYNAMIC
-from modelopt_tdq.intervals.source import IntervalSource
 from modelopt_tdq.timestep import INTERVALS, CurrentTimestep
 from modelopt_tdq.training.quantizer import DynamicQuantizer, LearnedQuantizer
 
@@ -92,7 +91,7 @@ class LearnedIntervals(nn.Module):
             self.source.train(training)
         for quantizer in learned_quantizers(root).values():
             made = quantizer.deployed(intervals[:, quantizer._column])
-            quantizer.set_rows(self.rows, made.scale, made.offset, made.dequant_scale, made.dequant_offset)
+            quantizer.set_rows(self.rows, *made)
         self._made_from = self.source.last_parameters()
 
 

@@ -97,7 +97,7 @@ class LearnedQuantizer(TemporalQuantizer):
 class DynamicQuantizer(LearnedQuantizer):
     """Measures its interval on every sample, in training and in eval mode: a baseline without a table."""
 
-    no_table: ClassVar[str] = "its scale is measured on the activation while the model runs, so no table of times holds it"
+    no_table: ClassVar[str] = "its scale is measured on the activation while the model runs: no table holds it"
 
     def measure(self, intervals: DynamicIntervals) -> None:
         """Set what it measures with."""

@@ -8,7 +8,6 @@ steps by which its codes are shifted: offset = zero * s, so that zero keeps a co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,18 +15,15 @@ from torch import Tensor
 
 from modelopt_tdq.fake_quant import NumBits, code_range, dequantize, fake_quantize
 from modelopt_tdq.intervals.source import inverse_softplus
+from modelopt_tdq.scales import Scales
 
 __all__ = ["SCHEMES", "Deployed", "Scheme"]
 
 
-@dataclass(frozen=True)
-class Deployed:
-    """What a learned interval becomes: the arguments of ``fake_quantize``, all of the interval's shape."""
+class Deployed(Scales):
+    """What a learned interval becomes, all of the interval's shape."""
 
-    scale: Tensor
-    offset: Tensor | None
-    dequant_scale: Tensor | None = None
-    dequant_offset: Tensor | None = None
+    __slots__ = ()
 
     def __call__(self, x: Tensor, num_bits: NumBits) -> Tensor:
         """Fake quantization in the deployed form."""
@@ -130,6 +126,12 @@ class Nipq(_Clipping):
         return (clipped + noise * deployed.scale).to(x.dtype)
 
 
+class NipqRounding(_Clipping):
+    """NIPQ after its noise: rounding, with LSQ's gradient."""
+
+    softplus = True
+
+
 class Duq(_Clipping):
     """DuQ (Shin et al. 2023): different learned scales before and after rounding; a follows time, c does not."""
 
@@ -179,5 +181,12 @@ class Qil(_Clipping):
         return self.deployed(interval, zero, num_bits, further)(x, num_bits)
 
 
-#: By the name in the algorithm config.
-SCHEMES: dict[str, Scheme] = {"lsq": Scheme(), "pact": Pact(), "nipq": Nipq(), "duq": Duq(), "qil": Qil()}
+#: By the name in the algorithm config; and what ``stop_noise`` turns NIPQ into.
+SCHEMES: dict[str, Scheme] = {
+    "lsq": Scheme(),
+    "pact": Pact(),
+    "nipq": Nipq(),
+    "nipq_rounding": NipqRounding(),
+    "duq": Duq(),
+    "qil": Qil(),
+}

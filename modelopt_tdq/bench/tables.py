@@ -1,0 +1,142 @@
+"""The tables of the TDQ supplementary: what the paper says, and the runs that measure the same here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from modelopt_tdq.bench.qat_run import QatRun
+from modelopt_tdq.errors import TdqError
+
+__all__ = ["QAT_TABLES", "Row", "Table", "qat_table"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        label: As printed.
+        paper: FID in the paper (lower is better); None where it gives none, infinite where training failed.
+        run: What to train; None: full precision.
+        seeds: Trained once with each.
+    """
+
+    label: str
+    paper: float | None
+    run: QatRun | None
+    seeds: tuple[int, ...] = (0, 1)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the supplementary.
+
+    Attributes:
+        number: There.
+        title: What its rows differ in.
+        paper_setting: The setting of the paper's numbers.
+        rows: In the paper's order.
+    """
+
+    number: int
+    title: str
+    paper_setting: str
+    rows: tuple[Row, ...]
+
+
+def _run(bits: int = 4, **options: Any) -> QatRun:
+    return QatRun(bits, bits, options=options)
+
+
+FULL_PRECISION = Row("full precision", 3.56, None)
+_STATIC, _TDQ = _run(intervals="static"), _run(intervals="mlp")
+
+
+def _scheme(label: str, scheme: str, static: float, temporal: float) -> tuple[Row, Row]:
+    return (
+        Row(label, static, _run(scheme=scheme, intervals="static")),
+        Row(f"{label} + TDQ", temporal, _run(scheme=scheme, intervals="mlp")),
+    )
+
+
+_SETTING = "CIFAR-10, DDIM, W4A4 QAT, FID"
+
+QAT_TABLES = (
+    Table(
+        1,
+        "static, dynamic and temporal intervals",
+        _SETTING,
+        (
+            FULL_PRECISION,
+            Row("LSQ, static", 7.3, _STATIC),
+            Row("LSQ, static, scales at the full learning rate", None, replace(_STATIC, scale_lr=1.0)),
+            Row("dynamic (a) max|x|", 6.21, _run(intervals="dynamic_absmax")),
+            Row("dynamic (b) statistics", 5.49, _run(intervals="dynamic_statistics")),
+            Row("dynamic (c) statistics and time", 4.96, _run(intervals="dynamic_statistics_time")),
+            Row("TDQ", 4.48, _TDQ),
+            Row("TDQ, thin", None, _run(intervals="thin")),
+            Row("TDQ, a learned value per step", None, _run(intervals="table", bins="per_step")),
+        ),
+    ),
+    Table(
+        2,
+        "encodings of time",
+        _SETTING,
+        (
+            FULL_PRECISION,
+            Row("raw", float("inf"), _run(intervals="mlp", encoding="raw")),
+            Row("normalized", 5.03, _run(intervals="mlp", encoding="normalized")),
+            Row("random Fourier", 4.76, _run(intervals="mlp", encoding="random_fourier")),
+            Row("frequency", 4.48, _TDQ),
+        ),
+    ),
+    Table(
+        5,
+        "other schemes",
+        "CIFAR-10, DDIM, W4A4 QAT, 200 sampling steps, FID",
+        (
+            FULL_PRECISION,
+            *_scheme("PACT", "pact", 51.92, 74.56),
+            *_scheme("NIPQ", "nipq", 30.73, 24.27),
+            *_scheme("DuQ", "duq", 7.88, 4.46),
+            *_scheme("QIL", "qil", 9.85, 7.51),
+        ),
+    ),
+    Table(
+        6,
+        "bit widths, three seeds",
+        "CIFAR-10, DDIM, QAT, FID",
+        (
+            FULL_PRECISION,
+            Row("W4A4 LSQ", 7.13, _STATIC, (0, 1, 2)),
+            Row("W4A4 TDQ", 4.71, _TDQ, (0, 1, 2)),
+            Row("W3A3 LSQ", 8.34, _run(3, intervals="static"), (0, 1, 2)),
+            Row("W3A3 TDQ", 6.67, _run(3, intervals="mlp"), (0, 1, 2)),
+        ),
+    ),
+    Table(
+        7,
+        "initialization of the interval MLP",
+        _SETTING,
+        (
+            FULL_PRECISION,
+            Row("He", 4.48, _TDQ),
+            Row("Gaussian", float("inf"), _run(intervals="mlp", initialization="gaussian")),
+            Row("zero", 4.98, _run(intervals="mlp", initialization="zero")),
+            Row("Xavier", 4.90, _run(intervals="mlp", initialization="xavier")),
+        ),
+    ),
+)
+
+
+def qat_table(number: int) -> Table:
+    """The table of that number.
+
+    Raises:
+        TdqError: There is none.
+    """
+    for table in QAT_TABLES:
+        if table.number == number:
+            return table
+    raise TdqError("table", number, "no such table", f"Use one of {[t.number for t in QAT_TABLES]}, or 4 for PTQ")
