@@ -21,8 +21,10 @@ from modelopt_tdq.demo.judge import Reference, judge, reference
 from modelopt_tdq.denoising import class_count, noise_loss, noisy_batch
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.metrics import json_numbers
+from modelopt_tdq.model_table import scale_table
 from modelopt_tdq.training.finite import require_finite
 from modelopt_tdq.training.groups import interval_penalty, parameter_groups
+from modelopt_tdq.training.learned import learned_intervals
 from modelopt_tdq.training.noise import stop_noise
 from modelopt_tdq.trajectories import noise, sample, sample_shape
 
@@ -168,9 +170,30 @@ def train_qat(model: nn.Module, sampler: Any, data: Data, run: QatRun, budget: B
 
 
 def run_qat(
-    model: nn.Module, sampler: Any, data: Data, run: QatRun, budget: Budget, against: Reference, tick: Tick
+    model: nn.Module,
+    sampler: Any,
+    data: Data,
+    run: QatRun,
+    budget: Budget,
+    against: Reference,
+    tick: Tick,
+    table: Path | None = None,
 ) -> dict[str, Any]:
-    """Train and judge one row; plain data for JSON, with the wall time in seconds."""
+    """Train and judge one row.
+
+    Args:
+        model: Full precision.
+        sampler: Deterministic scheduler for calibration and judging.
+        data: To train on and to judge on.
+        run: The row.
+        budget: What it may cost.
+        against: Full-precision trajectories, from :func:`full_precision`.
+        tick: Called with the fraction done.
+        table: Where to write the learned ScaleTable, if there is one.
+
+    Returns:
+        Plain data for JSON, with the wall time in seconds; ``failed`` says why a training ended in NaN.
+    """
     start = time.perf_counter()
     try:
         student = train_qat(model, sampler, data, run, budget, tick)
@@ -180,4 +203,6 @@ def run_qat(
         return {"failed": str(error), "run": asdict(run)}
     trained = time.perf_counter() - start
     result = judged(student, sampler, data, budget, against)
+    if table is not None and learned_intervals(student).source is not None:
+        scale_table(student).save(table)
     return {**json_numbers(result), "train_seconds": round(trained, 1), "run": asdict(run)}

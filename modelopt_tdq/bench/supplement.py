@@ -22,7 +22,7 @@ from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.model_folder import load_model
 from modelopt_tdq.trajectories import load_scheduler
 
-__all__ = ["Bench", "Store", "run_table"]
+__all__ = ["Bench", "Store", "full_precision_key", "run_table", "runs_of", "table_path"]
 
 _SCHEMA_VERSION = 1
 
@@ -97,6 +97,11 @@ def _prepare(bench: Bench) -> tuple[Any, Any, Data]:
     return model, load_scheduler(bench.model), data
 
 
+def table_path(bench: Bench, key: str) -> Path:
+    """Where the learned ScaleTable of a run is written."""
+    return bench.output / "tables" / f"{key}.safetensors"
+
+
 def _work(bench: Bench, run: QatRun | None) -> dict[str, Any]:
     if bench.device == "cpu":
         torch.set_num_threads(1)
@@ -106,7 +111,8 @@ def _work(bench: Bench, run: QatRun | None) -> dict[str, Any]:
         found = full_precision_row(model, data, bench.budget)
     else:
         against = full_precision(model, sampler, bench.budget)
-        found = run_qat(model, sampler, data, run, bench.budget, against, lambda *_: None)
+        path = table_path(bench, run.key(bench.checksum, bench.budget))
+        found = run_qat(model, sampler, data, run, bench.budget, against, lambda *_: None, path)
     return {**found, "wall_seconds": round(time.perf_counter() - start, 1)}
 
 
