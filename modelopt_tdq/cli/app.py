@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import modelopt_tdq
-from modelopt_tdq.cli import analyze, demo, deploy, inspect, quantize
+from modelopt_tdq.cli import analyze, bench, demo, deploy, inspect, quantize
 from modelopt_tdq.errors import TdqError
 
 __all__ = ["app"]
@@ -60,3 +60,4 @@ app.command("build")(deploy.build)
 app.command("compare")(deploy.compare)
 app.command("report")(inspect.report)
 app.command("doctor")(inspect.doctor)
+app.add_typer(bench.bench, name="bench")

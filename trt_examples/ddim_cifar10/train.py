@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a full-precision reference on CIFAR-10: any diffusers denoiser that its config describes. Resumable.
 
-    python train.py --config dit --data cifar10.npz --out my_dit --minutes 60
+python train.py --config dit --data cifar10.npz --out my_dit --minutes 60
 """
 
 from __future__ import annotations

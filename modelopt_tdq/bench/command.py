@@ -1,0 +1,75 @@
+"""``modelopt-tdq bench supplement``: runs the tables, and writes them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from modelopt_tdq.bench.present import markdown, plot
+from modelopt_tdq.bench.summary import summarize
+from modelopt_tdq.bench.supplement import Bench, Store, run_table
+from modelopt_tdq.bench.tables import Table, qat_table
+from modelopt_tdq.errors import TdqError
+
+__all__ = ["results_file", "run_supplement"]
+
+
+def results_file(bench: Bench) -> Path:
+    """All runs of one model and budget."""
+    return bench.output / f"{bench.model.resolve().name}_{bench.budget.name}.json"
+
+
+def _machine() -> str:
+    names = (line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name"))
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "nvidia-modelopt", "diffusers"))
+    return f"{next(names, platform.processor())}, {os.cpu_count()} cores; {versions}"
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(text: str) -> int:
+    if not text.isdigit():
+        raise TdqError("table", text, "not a number", "Use numbers of the supplementary's tables, such as 1,2,7")
+    return int(text)
+
+
+def run_supplement(bench: Bench, tables: Sequence[str], command: str) -> Iterator[str]:
+    """Run tables and write their results; yields each as Markdown.
+
+    Args:
+        bench: What all runs share.
+        tables: Their numbers.
+        command: To write beside the results.
+
+    Raises:
+        TdqError: There is no such table, model or data.
+    """
+    chosen: list[Table] = [qat_table(_number(text)) for text in tables]
+    store = Store(results_file(bench))
+    for table in chosen:
+        run_table(bench, table, store)
+        rows = summarize(table, store.runs, bench.checksum, bench.budget)
+        budget = bench.budget
+        name = bench.model.resolve().name
+        notes = [
+            "",
+            f"Model {name} (weights {bench.checksum}), {budget.steps} steps of {budget.batch} images, learning rate "
+            f"{budget.lr:g}, plain diffusion loss. Test loss: noise prediction on {budget.loss_images} test images at "
+            f"fixed noises and times. SQNR: against full precision on {budget.judged_samples} of its trajectories of "
+            f"{budget.judged_steps} steps. PSNR: images of the same seeds.",
+            f"`{command}`, {datetime.date.today().isoformat()}, {_machine()}",
+        ]
+        stem = bench.output / f"{name}_{budget.name}_table{table.number}"
+        text = markdown(table, rows, notes)
+        stem.with_suffix(".md").write_text(text + "\n")
+        plot(table, rows, f"{name}, {budget.name}", stem.with_suffix(".png"))
+        yield text
