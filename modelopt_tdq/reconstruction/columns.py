@@ -7,12 +7,11 @@ that happens to it (gradients, moments of the optimizer) reaches another block's
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.func import functional_call
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.intervals.source import IntervalSource
+from modelopt_tdq.intervals.source import SMALLEST, IntervalSource, positive
 from modelopt_tdq.intervals.table import TableIntervals
 from modelopt_tdq.schedule import row_index
 
@@ -93,14 +92,13 @@ class _TableColumns(BlockColumns):
         return stored if self.source.softplus else stored.log()
 
     def _stored(self, learned: Tensor) -> Tensor:
-        return learned if self.source.softplus else learned.exp()
+        return learned if self.source.softplus else learned.exp().clamp(min=SMALLEST)
 
     def made(self, time: Tensor) -> Tensor:
         """Intervals [B, n] of the block at times [B]."""
         rows = row_index(time, self.source.timesteps)
-        values = self.values["values"][self.index[rows]]
-        intervals: Tensor = F.softplus(values) if self.source.softplus else values.exp()
-        return intervals
+        values = self._stored(self.values["values"][self.index[rows]])
+        return positive(values, self.source.softplus)
 
 
 def block_columns(source: IntervalSource, columns: list[int], quantizers: int) -> BlockColumns:

@@ -136,7 +136,7 @@ class _Optimizers:
             leaf.grad = None
 
 
-def _block_loss(parts: BlockParts, cache: BlockCache, batch: Chunk, qdrop: float) -> Tensor:
+def _block_errors(parts: BlockParts, cache: BlockCache, batch: Chunk, qdrop: float) -> Tensor:
     """[n] error of each sample, with gradients."""
     inputs = batch.inputs
     if qdrop > 0:
@@ -145,6 +145,27 @@ def _block_loss(parts: BlockParts, cache: BlockCache, batch: Chunk, qdrop: float
     parts.timestep.value = batch.times
     parts.timestep.intervals = None if parts.columns is None else parts.columns.intervals(batch.times)
     return _squared_error(cache.io.run(parts.module, inputs), batch.targets)
+
+
+def _loss(
+    parts: BlockParts,
+    cache: BlockCache,
+    batch: Chunk,
+    config: TdqReconstructConfig,
+    unit: float,
+    rounding: list[Tensor],
+    step: int,
+) -> Tensor:
+    """Error of a batch in units of the calibrated error, plus the weighted regularisation: a scalar."""
+    errors = _block_errors(parts, cache, batch, config.qdrop)
+    loss = errors.mean() / unit
+    beta = _beta(config, step)
+    if beta is not None:
+        for v in rounding:
+            loss = loss + config.rounding_weight * regularization(v, beta)
+    if not bool(torch.isfinite(loss)):
+        raise _diverged(parts, cache, batch, errors, step)
+    return loss
 
 
 def learn(
@@ -180,17 +201,7 @@ def learn(
             chunk = cache.chunk(number)
             for step in steps:
                 rows = torch.randperm(len(chunk))[: config.batch_size].to(chunk.times.device)
-                batch = chunk.pick(rows)
-                errors = _block_loss(parts, cache, batch, config.qdrop)
-                loss = errors.mean() / unit
-                beta = _beta(config, step)
-                if beta is not None:
-                    for v in rounding:
-                        loss = loss + config.rounding_weight * regularization(v, beta)
-                if not bool(torch.isfinite(loss)):
-                    raise _diverged(parts, cache, batch, errors, step)
-                optimizers.step(loss, step)
-                del batch
+                optimizers.step(_loss(parts, cache, chunk.pick(rows), config, unit, rounding, step), step)
                 tick()
             del chunk
     if parts.columns is not None:
@@ -216,7 +227,7 @@ def _diverged(parts: BlockParts, cache: BlockCache, batch: Chunk, errors: Tensor
     one = batch.pick(torch.tensor(rows[:1], device=batch.times.device))
     try:
         with torch.no_grad():
-            _block_loss(parts, cache, one, 0.0)
+            _block_errors(parts, cache, one, 0.0)
     finally:
         for handle in handles:
             handle.remove()

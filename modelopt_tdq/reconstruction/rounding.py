@@ -74,7 +74,8 @@ class RoundingQuantizer(TensorQuantizer):  # type: ignore[misc]
         """What a weight is multiplied with, and which of its channels are not zero."""
         amax = self._amax.float()
         alive = amax > _ZERO_AMAX
-        largest = code_range(self._num_bits)[1]
+        # a tensor: dividing a number by a tensor rounds twice
+        largest = torch.tensor(code_range(self._num_bits)[1], device=amax.device)
         return torch.where(alive, largest / amax, 1.0), alive
 
     def _values(self, weight: Tensor, fraction: Tensor) -> Tensor:
@@ -108,11 +109,12 @@ class RoundingQuantizer(TensorQuantizer):  # type: ignore[misc]
         """
         self._v, self._up = None, up
 
-    @torch.no_grad()
     def fold(self, weight: nn.Parameter) -> None:
         """Replace the weight by its quantized value, and become ModelOpt's again: its rounding gives the same codes."""
         if self._up is not None:
-            weight.copy_(self._values(weight, self._up.float()))
+            # a model that was made in inference mode can be changed there alone
+            with torch.inference_mode(weight.is_inference()), torch.no_grad():
+                weight.copy_(self._values(weight, self._up.float()))
         self.undo()
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class SpreadReplay(Replay):
         Raises:
             TdqError: As :meth:`Replay.batches`; or nothing was recorded.
         """
+        self._require_names()
         name, times = self._timestep.argument, self.times
         kept: dict[Hashable, int] = defaultdict(int)
         by_time = {time: [(_fit(s, name), s) for s in self.samples(time)] for time in times}

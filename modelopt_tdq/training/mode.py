@@ -47,7 +47,7 @@ def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, An
         if state.get("_is_temporal_quantizer"):
             TemporalQuantizer.from_tensor_quantizer(module, timestep)
         if state.get("_learns"):
-            as_learned(module, state["_learns"])
+            as_learned(module, state["_learns"]).training = model.training
         if state.get("_learns_weight_scale"):
             module.__class__ = LearnedWeightQuantizer
     restored: nn.Module = restore_quantizer_state(model, config, metadata)
