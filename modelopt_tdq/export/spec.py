@@ -16,6 +16,7 @@ from modelopt_tdq.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.schedule import edges
 from modelopt_tdq.timestep import find_timestep
+from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
 __all__ = ["ActivationSpec", "QuantizationSpec", "WeightSpec", "read_quantization", "weight_quantizers"]
 
@@ -173,7 +174,10 @@ def _weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple[Any
     if amax is None:
         return values.numpy(), "no calibrated amax"
     channel = axes[0] % weight.dim() if axes else None
-    scale = amax.detach().float().cpu() / quantizer.maxbound
+    if isinstance(quantizer, LearnedWeightQuantizer):
+        scale = quantizer.scale.detach().cpu()
+    else:
+        scale = amax.detach().float().cpu() / quantizer.maxbound
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     if amax.numel() != (1 if channel is None else weight.shape[channel]):
         return values.numpy(), f"its amax has shape {tuple(amax.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,13 @@ class LearnedIntervals(nn.Module):
         if self.source is None:
             return
         if self.training:
+            if self._is_rounded:
+                raise TdqError(
+                    "torch_dtype",
+                    next(self.source.parameters()).dtype,
+                    "the intervals were loaded in this type, and learn in float32 only",
+                    "Load the model in float32, and train with autocast",
+                )
             timestep.intervals = self.source(timestep.require().to(self.rows.device))
         elif not torch.compiler.is_compiling():
             self.refresh(root)
@@ -61,11 +69,25 @@ class LearnedIntervals(nn.Module):
         self._made_from = None
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedIntervals:
+        """As ``nn.Module._apply``, but ``.half()`` and the like leave the source in float32."""
+
+        def keep_dtype(value: Tensor) -> Tensor:
+            moved = fn(value)
+            return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether the source was loaded in less than float32, as ``from_pretrained(torch_dtype=...)`` does."""
+        return self.source is not None and any(p.dtype != torch.float32 for p in self.source.parameters())
+
     def refresh(self, root: nn.Module) -> None:
         """Make the tables anew if the source has changed since they were made."""
         quantizers = learned_quantizers(root).values()
-        if self.source is None or self.rows.is_meta or any(q.awaits_state for q in quantizers):
-            return
+        if self.source is None or self.rows.is_meta or any(q.awaits_state for q in quantizers) or self._is_rounded:
+            return  # a table that was loaded with such a source is better than what the source would make
         if self._made_from is None or not torch.equal(self.source.last_parameters(), self._made_from):
             self.materialize(root)
 

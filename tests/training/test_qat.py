@@ -298,3 +298,21 @@ def test_attention_and_every_layer_of_diffusers_models_train(name: str) -> None:
     output.square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("cast", ["half", "rounded"])
+def test_scales_stay_exact_in_half_precision(cast: str) -> None:
+    """`.half()` leaves the source alone; a source that was loaded in half precision leaves the table alone."""
+    model = qat(dropout=0.0)
+    train(model, adam(model), range(3))
+    expected = tdq.scale_table(model.eval()).scale
+    if cast == "half":
+        model.half()
+    else:
+        for parameter in learned_intervals(model).parameters():
+            parameter.data = parameter.data.half()
+    model.eval()(batch(0)[0].to(model.conv_in.weight.dtype), batch(0)[1])
+    assert torch.equal(tdq.scale_table(model).scale, expected)
+    if cast == "rounded":
+        with pytest.raises(TdqError, match="learn in float32 only"):
+            model.train()(*batch(0)[:2])
