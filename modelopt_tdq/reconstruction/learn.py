@@ -84,7 +84,9 @@ def _learning(parts: BlockParts, qdrop: float) -> Iterator[None]:
     """The block's activation quantizers in training mode, some of their inputs passed on as they are."""
 
     def drop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.where(torch.rand_like(output, dtype=torch.float32) < qdrop, args[0], output)
+        scale = module.pre_quant_scale  # of SmoothQuant
+        full = args[0] * scale if isinstance(scale, Tensor) else args[0]
+        return torch.where(torch.rand_like(output, dtype=torch.float32) < qdrop, full, output)
 
     handles = [q.register_forward_hook(drop) for q in parts.quantizers.values()] if qdrop > 0 else []
     for quantizer in parts.quantizers.values():

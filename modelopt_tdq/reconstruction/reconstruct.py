@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,9 +112,10 @@ def _reconstruct(
         rounded: list[tuple[nn.Parameter, RoundingQuantizer]] = []
         results = []
         with tqdm(total=len(blocks) * config.iterations, unit="step", disable=not config.progress) as bar:
+            uses = Counter(id(weight) for block in blocks for weight, _ in block.weights(model).values())
             for number, block in enumerate(blocks):
                 bar.set_description(f"block {number + 1}/{len(blocks)} {block.name}")
-                parts = _parts(model, block, config)
+                parts = _parts(model, block, config, uses)
                 rounded += parts.weights.values()
                 done = bar.n
                 run = _Run(model, parts, samples, config, progress)
@@ -129,7 +131,7 @@ def _reconstruct(
     vars(learned)[_REPORT] = results
 
 
-def _parts(model: nn.Module, block: Block, config: TdqReconstructConfig) -> BlockParts:
+def _parts(model: nn.Module, block: Block, config: TdqReconstructConfig, uses: Counter[int]) -> BlockParts:
     timestep = find_timestep(model)
     if timestep is None:
         raise TdqError("model", type(model).__name__, "it is not told the time", "Calibrate it first")
@@ -137,7 +139,8 @@ def _parts(model: nn.Module, block: Block, config: TdqReconstructConfig) -> Bloc
     weights = {}
     if config.learn_rounding:
         for name, (weight, quantizer) in block.weights(model).items():
-            if can_learn_rounding(quantizer, weight):
+            # a weight that several layers share can be rounded in one way only
+            if uses[id(weight)] == 1 and can_learn_rounding(quantizer, weight):
                 weights[name] = weight, RoundingQuantizer.from_tensor_quantizer(quantizer)
     source = learned_intervals(model).source
     columns = None

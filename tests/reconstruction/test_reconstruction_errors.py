@@ -141,3 +141,18 @@ def test_layers_that_run_twice_or_never_stay_as_calibrated() -> None:
     assert report["conv2"].kept
     torch.manual_seed(0)
     assert torch.equal(model.conv1.weight, _Twice().conv1.weight)
+
+
+class _Shared(TinyDenoiser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2.weight = self.conv1.weight
+
+
+def test_a_weight_that_two_layers_share_keeps_its_rounding() -> None:
+    model = _quantized(_Shared)
+    torch.manual_seed(0)
+    expected = _Shared().conv1.weight
+    assert model.conv1.weight is model.conv2.weight
+    assert torch.equal(model.conv1.weight, expected)
+    assert not any(block.note for block in tdq.reconstruction_report(model))
