@@ -78,6 +78,10 @@ def supplement_figures(settings: FigureSettings, progress: bool = True) -> Path:
         MissingExtraError: matplotlib or diffusers is not installed.
     """
     require("matplotlib", "report")
+    if not settings.model.is_dir():
+        raise TdqError(
+            "model", str(settings.model), "no such folder", "Name the folder of the model that was benchmarked"
+        )
     kept = kept_tables(settings.results, settings.model)
     model, scheduler = load_model(settings.model), load_scheduler(settings.model)
     if not is_unconditional(model):
@@ -148,8 +152,9 @@ def _intervals(layers: list[LayerActivation], kept: KeptTables, settings: Figure
         followed = [_followed(layer, kept.temporal) for layer in chosen]
         text = (
             f"The {len(chosen)} layers whose activations move {which}. Each curve is divided by its own geometric mean "
-            f"over time. Written in a panel: largest over smallest interval (first seed), standard deviation "
-            f"and 99.9 % magnitude; r: correlation of the first two, where both move by 1 % or more. {trained} "
+            f"over time; all panels of this figure share one scale. Written in a panel: largest over smallest "
+            f"interval (first seed), standard deviation and 99.9 % magnitude; r: correlation of the first two, where "
+            f"both move by 1 % or more. {trained} "
             f"{_measured(settings)} {_ONCE}"
         )
         title = f"Figure {number}: interval against activation spread, layers that move {which}"

@@ -58,7 +58,7 @@ def kept_tables(folder: Path, model: Path) -> KeptTables:
         raise TdqError(
             "results",
             str(folder),
-            f"none of its results is of the model {model} (checksum {checksum})",
+            f"none of its QAT runs is of the model {model} (checksum {checksum})",
             f"Pass the model that was benchmarked, or run: {_command(SEEDS_TABLE)}",
         )
     rows = [row for row in qat_table(SEEDS_TABLE).rows if row.run is not None]

@@ -26,7 +26,7 @@ def report(
         Path | None,
         typer.Option(
             help="HTML file to write, by default report.html beside the results. With --figures: the folder of the "
-            "figures, by default figures in --results.",
+            "figures, by default MODEL_figures in --results.",
             show_default=False,
         ),
     ] = None,
@@ -81,10 +81,11 @@ def _figures(
     from modelopt_tdq.demo.bundled import bundled_model
 
     folder = Path("benchmarks/results/supplement") if results is None else results
+    source = model or bundled_model()
     settings = FigureSettings(
-        model or bundled_model(),
+        source,
         folder,
-        output or folder / "figures",
+        output or folder / f"{source.resolve().name}_figures",
         " ".join(["modelopt-tdq", *sys.argv[1:]]),
         SampleSettings(samples, samples, steps, seed),
     )

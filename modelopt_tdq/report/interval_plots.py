@@ -19,6 +19,9 @@ __all__ = ["Curve", "IntervalAndSpread", "Panel", "correlation", "interval_and_s
 #: Shades of the color of TDQ, one per seed; more seeds begin again.
 SEED_COLORS = ("#00543D", COLORS["tdq"], "#7FD1B3")
 
+#: Ticks of a logarithmic axis around 1, in pairs.
+_TICKS = ((0.95, 1.05), (0.9, 1.1), (0.8, 1.25), (0.5, 2.0), (0.25, 4.0), (0.125, 8.0), (0.0625, 16.0), (0.02, 50.0))
+
 _DEVIATION, _MAGNITUDE = "#D55E00", "#888888"
 
 
@@ -173,8 +176,8 @@ def _logarithmic(axes: Sequence[Any], reach: float) -> None:
     """The same logarithmic axis for all panels, from 1/reach to reach, so that they can be compared."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    steps = [factor for factor in (1.1, 1.2, 1.5, 2.0, 4.0, 8.0, 16.0, 64.0) if factor <= reach][-2:]
-    ticks = sorted({1.0, *steps, *(1 / step for step in steps)})
+    pairs = [(down, up) for down, up in _TICKS if max(up, 1 / down) <= reach][-2:]
+    ticks = sorted({1.0, *(tick for pair in pairs for tick in pair)})
     for axis in axes:
         axis.set_yscale("log")
         axis.set_ylim(1 / reach, reach)

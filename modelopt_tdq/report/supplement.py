@@ -25,9 +25,9 @@ def density_over_time(densities: Mapping[str, tuple[Tensor, Tensor, Tensor]], pa
         path: Of the PNG to write.
         columns: Panels side by side.
     """
+    figure, axes = time_panels(list(densities), columns, "value of the activation", height=2.1)
     from matplotlib.colors import LogNorm
 
-    figure, axes = time_panels(list(densities), columns, "value of the activation", height=2.1)
     drawn = None
     for (times, edges, density), axis in zip(densities.values(), axes, strict=True):
         relative = density / density.max().clamp(min=torch.finfo(torch.float64).tiny)
