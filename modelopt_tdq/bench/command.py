@@ -20,7 +20,7 @@ __all__ = ["results_file", "run_supplement"]
 
 def results_file(bench: Bench) -> Path:
     """All runs of one model and budget."""
-    return bench.output / f"{bench.model.resolve().name}_{bench.budget.name}.json"
+    return bench.output / f"{bench.name}_{bench.budget.name}.json"
 
 
 def _machine() -> str:
@@ -59,7 +59,7 @@ def run_supplement(bench: Bench, tables: Sequence[str], command: str) -> Iterato
         run_table(bench, table, store)
         rows = summarize(table, store.runs, bench.checksum, bench.budget)
         budget = bench.budget
-        name = bench.model.resolve().name
+        name = bench.name
         notes = [
             "",
             f"Model {name} (weights {bench.checksum}), {budget.steps} steps of {budget.batch} images, learning rate "

@@ -48,6 +48,16 @@ class Bench:
     device: str = "cpu"
 
     @property
+    def name(self) -> str:
+        """Class of the model, which results are named by."""
+        try:
+            return str(json.loads((self.model / "config.json").read_text())["_class_name"])
+        except (OSError, ValueError, KeyError) as error:
+            raise TdqError(
+                "model", str(self.model), f"it holds no diffusers model ({error!r})", "Name a folder with config.json"
+            ) from error
+
+    @property
     def checksum(self) -> str:
         """Of the model's weights."""
         return checksum(self.model)
