@@ -54,7 +54,7 @@ def kept_tables(folder: Path, model: Path) -> KeptTables:
     checksum = benches[0].checksum
     known = {full_precision_key(bench) for bench in benches}
     known |= {run.key(checksum, b.budget) for b in benches for table in QAT_TABLES for run in runs_of(table)}
-    if False:
+    if not known & set(runs):
         raise TdqError(
             "results",
             str(folder),
