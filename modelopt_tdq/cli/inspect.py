@@ -26,7 +26,7 @@ def report(
         Path | None,
         typer.Option(
             help="HTML file to write, by default report.html beside the results. With --figures: the folder of the "
-            "figures, by default MODEL_figures in --results.",
+            "figures, by default CLASS_figures in --results.",
             show_default=False,
         ),
     ] = None,
@@ -76,16 +76,20 @@ def _page(results: Path, output: Path | None) -> None:
 def _figures(
     model: Path | None, results: Path | None, output: Path | None, samples: int, steps: int, seed: int
 ) -> None:
+    from modelopt_tdq.bench.budget import budget
     from modelopt_tdq.bench.figures import FigureSettings, supplement_figures
     from modelopt_tdq.bench.sample_rows import SampleSettings
+    from modelopt_tdq.bench.supplement import Bench
     from modelopt_tdq.demo.bundled import bundled_model
 
     folder = Path("benchmarks/results/supplement") if results is None else results
     source = model or bundled_model()
+    if output is None:
+        output = folder / f"{Bench(source, None, budget('quick'), folder).name}_figures"
     settings = FigureSettings(
         source,
         folder,
-        output or folder / f"{source.resolve().name}_figures",
+        output,
         " ".join(["modelopt-tdq", *sys.argv[1:]]),
         SampleSettings(samples, samples, steps, seed),
     )
