@@ -12,7 +12,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.fake_quant import code_range, fake_quantize
 from modelopt_tdq.scales import Scales
 from modelopt_tdq.schedule import row_index
-from modelopt_tdq.timestep import CurrentTimestep
+from modelopt_tdq.timestep import CurrentTimestep, per_sample
 
 __all__ = ["TemporalQuantizer"]
 
@@ -143,30 +143,8 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         scales = self.scales.map(lambda value: value.to(device))
         if scales.scale.numel() == 1:
             return scales
-        time = self._timestep.value
-        if time is None:
-            raise TdqError(
-                "timestep",
-                None,
-                "a quantizer ran before any call of the model told it the time",
-                "Call the quantized model itself rather than one of its parts",
-            )
-        rows = row_index(time.to(device), self._timesteps.to(device))
-        scales = scales.map(lambda value: value[rows])
-        if time.numel() == 1:
-            return scales
-        samples, batch = time.numel(), inputs.shape[0] if inputs.dim() else 0
-        if batch == 0 or batch % samples:
-            raise TdqError(
-                "timestep",
-                tuple(time.shape),
-                f"{samples} times cannot be matched with an activation of shape {tuple(inputs.shape)}",
-                "Pass one time for the whole batch, or exclude this quantizer with a `quant_cfg` rule",
-            )
-        shape = (batch, *(1,) * (inputs.dim() - 1))
-
-        # [B] -> [B * n, 1, ...]: video models fold frames, some attentions fold heads, into the batch
-        return scales.map(lambda value: value.repeat_interleave(batch // samples).reshape(shape))
+        rows = row_index(self._timestep.require().to(device), self._timesteps.to(device))
+        return scales.map(lambda value: per_sample(value[rows], inputs))
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:
         scale, offset, dequant_scale, dequant_offset = self._rows(inputs)

@@ -64,11 +64,11 @@ def markdown(table: Table, rows: Sequence[RowSummary], notes: Sequence[str]) -> 
 
 def plot(table: Table, rows: Sequence[RowSummary], title: str, path: Path) -> Path:
     """Excess of the test loss over full precision, each seed a point; the paper's FID beside it."""
-    from modelopt_tdq.report.plots import COLORS, _figure, _save
+    from modelopt_tdq.report.canvas import COLORS, new_figure, save_figure
 
     full = next((r.mean_loss for r in rows if r.label == "full precision"), math.nan)
     shown = [r for r in rows if r.label != "full precision"][::-1]
-    figure = _figure(8.5, 0.9 + 0.32 * len(shown))
+    figure = new_figure(8.5, 0.9 + 0.32 * len(shown))
     ours, theirs = figure.subplots(1, 2, sharey=True)
     for y, row in enumerate(shown):
         excess = [100 * (loss / full - 1) for loss in row.loss if math.isfinite(loss)]
@@ -84,7 +84,7 @@ def plot(table: Table, rows: Sequence[RowSummary], title: str, path: Path) -> Pa
     theirs.set_xlabel("paper, FID", fontsize=8)
     _style([ours, theirs])
     figure.suptitle(f"Table {table.number}: {table.title}; {title}", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _style(axes: Sequence[Any]) -> None:

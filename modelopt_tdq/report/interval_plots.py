@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_tdq.report.panels import legend_above, time_panels, write_png
-from modelopt_tdq.report.plots import _FONT, COLORS
+from modelopt_tdq.report.canvas import COLORS, FONT, save_figure
+from modelopt_tdq.report.panels import DPI, legend_above, time_panels
 
 __all__ = ["Curve", "IntervalAndSpread", "Panel", "correlation", "interval_and_spread", "intervals_over_time"]
 
@@ -119,7 +119,7 @@ def intervals_over_time(panels: Sequence[Panel], path: Path, columns: int = 3) -
         axis.set_ylim(center / reach**1.15, center * reach**1.15)
     axes[0].invert_xaxis()
     legend_above(figure, axes)
-    return write_png(figure, path)
+    return save_figure(figure, path, DPI)
 
 
 def _center_and_reach(panel: Panel) -> tuple[float, float]:
@@ -155,11 +155,11 @@ def interval_and_spread(panels: Sequence[IntervalAndSpread], path: Path, columns
         text = "interval {:.2f}x, std {:.2f}x, 99.9 % {:.2f}x".format(*panel.movement)
         if panel.correlation is not None:
             text += f"\nr = {panel.correlation:+.2f}"
-        axis.text(0.97, 0.94, text, transform=axis.transAxes, ha="right", va="top", fontsize=_FONT - 1)
+        axis.text(0.97, 0.94, text, transform=axis.transAxes, ha="right", va="top", fontsize=FONT - 1)
     _logarithmic(axes, reach**1.35)
     axes[0].invert_xaxis()
     legend_above(figure, axes)
-    return write_png(figure, path)
+    return save_figure(figure, path, DPI)
 
 
 def _relative(values: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from modelopt_tdq.report.plots import _FONT, _figure, _short
+from modelopt_tdq.report.canvas import FONT, new_figure, short_name
 
-__all__ = ["DPI", "legend_above", "time_panels", "write_png"]
+__all__ = ["DPI", "legend_above", "time_panels"]
 
 #: Pixels per inch.
 DPI = 130
@@ -21,17 +20,17 @@ def time_panels(names: Sequence[str], columns: int, unit: str, height: float = 1
     """A figure with a panel per quantizer over time; ``unit`` labels the vertical axis."""
     columns = min(columns, len(names))
     lines = math.ceil(len(names) / columns)
-    figure = _figure(3.1 * columns + 0.2, height * lines + 0.7)
+    figure = new_figure(3.1 * columns + 0.2, height * lines + 0.7)
     axes = list(figure.subplots(lines, columns, squeeze=False, sharex=True).flat)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     for name, axis in zip(names, axes, strict=False):
-        axis.set_title(_short(name), fontsize=_FONT, pad=3)
-        axis.tick_params(labelsize=_FONT - 1, length=2, pad=2, labelbottom=True)
+        axis.set_title(short_name(name), fontsize=FONT, pad=3)
+        axis.tick_params(labelsize=FONT - 1, length=2, pad=2, labelbottom=True)
         axis.locator_params(axis="y", nbins=4)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(_TIME, fontsize=_FONT + 1)
-    figure.supylabel(unit, fontsize=_FONT + 1)
+    figure.supxlabel(_TIME, fontsize=FONT + 1)
+    figure.supylabel(unit, fontsize=FONT + 1)
     return figure, axes[: len(names)]
 
 
@@ -46,13 +45,6 @@ def legend_above(figure: Any, axes: Sequence[Any]) -> None:
         list(labels),
         loc="outside upper center",
         ncols=max(1, len(labels)),
-        fontsize=_FONT,
+        fontsize=FONT,
         frameon=False,
     )
-
-
-def write_png(figure: Any, path: Path) -> Path:
-    """Write a PNG, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    return path

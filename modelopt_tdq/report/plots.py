@@ -5,37 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from modelopt_tdq.errors import require
+from modelopt_tdq.report.canvas import COLORS, FONT, new_figure, save_figure, short_name
 
-__all__ = ["COLORS", "image_grid", "scale_heat_map", "scales_over_time", "sqnr_per_step"]
-
-#: Color-blind safe (Okabe-Ito), one per way of calibrating.
-COLORS = {"max": "#E69F00", "static": "#0072B2", "tdq": "#009E73"}
-
-_DPI = 100
-_FONT = 8
-
-
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
-    """A figure drawn by Agg, without pyplot's global state."""
-    require("matplotlib", "report")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+__all__ = ["image_grid", "scale_heat_map", "scales_over_time", "sqnr_per_step"]
 
 
 def _finite(values: Sequence[float]) -> list[float]:
@@ -51,7 +27,7 @@ def image_grid(rows: Mapping[str, Tensor], path: Path) -> Path:
         path: Of the PNG to write.
     """
     columns = len(next(iter(rows.values())))
-    figure = _figure(0.95 * columns + 1.5, 0.95 * len(rows))
+    figure = new_figure(0.95 * columns + 1.5, 0.95 * len(rows))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (label, images) in zip(axes, rows.items(), strict=True):
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -59,8 +35,8 @@ def image_grid(rows: Mapping[str, Tensor], path: Path) -> Path:
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=_FONT + 1)
-    return _save(figure, path)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT + 1)
+    return save_figure(figure, path)
 
 
 def sqnr_per_step(
@@ -75,22 +51,22 @@ def sqnr_per_step(
     """
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = _figure(5.2 * columns, 2.9 * lines)
+    figure = new_figure(5.2 * columns, 2.9 * lines)
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for (title, curves), axis in zip(panels.items(), axes, strict=False):
         for variant, (label, decibels) in curves.items():
             width = 2.2 if variant == "tdq" else 1.4
             axis.plot(times, _finite(decibels), color=COLORS[variant], label=label, linewidth=width)
-        axis.set_title(title, fontsize=_FONT + 2)
-        axis.set_ylabel("SQNR, dB", fontsize=_FONT)
-        axis.set_xlabel("timestep (sampling runs to the right)", fontsize=_FONT)
-        axis.tick_params(labelsize=_FONT)
+        axis.set_title(title, fontsize=FONT + 2)
+        axis.set_ylabel("SQNR, dB", fontsize=FONT)
+        axis.set_xlabel("timestep (sampling runs to the right)", fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=_FONT, frameon=False)
+        axis.legend(fontsize=FONT, frameon=False)
         axis.invert_xaxis()
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def scales_over_time(
@@ -109,7 +85,7 @@ def scales_over_time(
     lines = math.ceil(len(names) / columns)
     # margins by hand: matplotlib takes seconds to find them for fifty panels
     width, height, head, foot = 2.45 * columns, 1.45 * lines + 0.6, 0.45, 0.25
-    figure = _figure(width, height, layout=None)
+    figure = new_figure(width, height, layout=None)
     figure.subplots_adjust(
         left=0.5 / width, right=1 - 0.1 / width, bottom=foot / height, top=1 - head / height, wspace=0.28, hspace=0.28
     )
@@ -120,8 +96,8 @@ def scales_over_time(
                 axis.axhline(float(values[index]), color=COLORS[variant], linewidth=1.1, linestyle="--", label=label)
             else:
                 axis.plot(times, values[:, index], color=COLORS[variant], linewidth=1.8, label=label)
-        axis.set_title(_short(name), fontsize=_FONT - 2, pad=2)
-        axis.tick_params(labelsize=_FONT - 2, length=2, pad=1)
+        axis.set_title(short_name(name), fontsize=FONT - 2, pad=2)
+        axis.tick_params(labelsize=FONT - 2, length=2, pad=1)
         axis.set_ylim(bottom=0.0)
         axis.set_xlim(float(times[-1]), float(times[0]))
         axis.locator_params(nbins=4)
@@ -129,10 +105,10 @@ def scales_over_time(
         if index + columns < len(names):
             axis.tick_params(labelbottom=False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=_FONT, frameon=False)
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=FONT, frameon=False)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def scale_heat_map(names: Sequence[str], times: Tensor, scale: Tensor, path: Path) -> Path:
@@ -147,18 +123,14 @@ def scale_heat_map(names: Sequence[str], times: Tensor, scale: Tensor, path: Pat
     relative = scale.log2()
     relative = (relative - relative.mean(0, keepdim=True)).flip(0).T
     limit = max(0.25, float(relative.abs().max()))
-    figure = _figure(9.0, 0.135 * len(names) + 1.1)
+    figure = new_figure(9.0, 0.135 * len(names) + 1.1)
     axis = figure.subplots()
     drawn = axis.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=_FONT - 3)
+    axis.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=FONT - 3)
     shown = range(0, len(times), max(1, len(times) // 10))
-    axis.set_xticks(list(shown), [f"{t:g}" for t in times.flip(0)[:: max(1, len(times) // 10)]], fontsize=_FONT - 1)
-    axis.set_xlabel("timestep (sampling runs to the right)", fontsize=_FONT)
+    axis.set_xticks(list(shown), [f"{t:g}" for t in times.flip(0)[:: max(1, len(times) // 10)]], fontsize=FONT - 1)
+    axis.set_xlabel("timestep (sampling runs to the right)", fontsize=FONT)
     bar = figure.colorbar(drawn, ax=axis, shrink=0.8)
-    bar.set_label("scale, log2 against its mean over time", fontsize=_FONT)
-    bar.ax.tick_params(labelsize=_FONT - 1)
-    return _save(figure, path)
-
-
-def _short(name: str) -> str:
-    return name.removesuffix(".input_quantizer").replace("_blocks", "").replace("attentions", "attn")
+    bar.set_label("scale, log2 against its mean over time", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT - 1)
+    return save_figure(figure, path)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modelopt_tdq.report.panels import time_panels, write_png
-from modelopt_tdq.report.plots import _FONT, _figure
+from modelopt_tdq.report.canvas import FONT, new_figure, save_figure
+from modelopt_tdq.report.panels import DPI, time_panels
 
 __all__ = ["density_over_time", "rows_of_samples"]
 
@@ -36,9 +36,9 @@ def density_over_time(densities: Mapping[str, tuple[Tensor, Tensor, Tensor]], pa
         drawn = axis.pcolormesh(_time_edges(times), edges, shown, cmap="Blues", norm=norm, rasterized=True)
     axes[0].invert_xaxis()
     bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=30, pad=0.01)
-    bar.set_label("density, against the panel's largest", fontsize=_FONT)
-    bar.ax.tick_params(labelsize=_FONT - 1)
-    return write_png(figure, path)
+    bar.set_label("density, against the panel's largest", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT - 1)
+    return save_figure(figure, path, DPI)
 
 
 def _time_edges(times: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def rows_of_samples(rows: Mapping[str, Tensor], title: str, path: Path) -> Path:
         path: Of the PNG to write.
     """
     columns = len(next(iter(rows.values())))
-    figure = _figure(1.0 * columns + 1.6, 1.0 * len(rows) + 0.4)
+    figure = new_figure(1.0 * columns + 1.6, 1.0 * len(rows) + 0.4)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -67,6 +67,6 @@ def rows_of_samples(rows: Mapping[str, Tensor], title: str, path: Path) -> Path:
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=_FONT + 1, labelpad=8)
-    figure.suptitle(title, fontsize=_FONT + 1)
-    return write_png(figure, path)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT + 1, labelpad=8)
+    figure.suptitle(title, fontsize=FONT + 1)
+    return save_figure(figure, path, DPI)

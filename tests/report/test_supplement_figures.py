@@ -92,13 +92,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are written, for a look at what is in them."""
     figures: list[Any] = []
     for module in (interval_plots, supplement):
-        write = module.write_png
+        write = module.save_figure
 
-        def spy(figure: Any, path: Path, write: Any = write) -> Path:
+        def spy(figure: Any, path: Path, dpi: int, write: Any = write) -> Path:
             figures.append(figure)
-            return write(figure, path)
+            return write(figure, path, dpi)
 
-        monkeypatch.setattr(module, "write_png", spy)
+        monkeypatch.setattr(module, "save_figure", spy)
     return figures
 
 
