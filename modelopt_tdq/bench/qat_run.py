@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,6 @@ _JUDGED_SEED, _LOSS_SEED = 77_001, 77_002
 #: NIPQ trains with noise for this part of the steps, then with rounding.
 _NOISE_PART = 0.7
 
-Tick = Callable[[str, float], None]
-
 
 @dataclass(frozen=True)
 class QatRun:
@@ -63,6 +60,12 @@ class QatRun:
         """The same for runs that would give the same result."""
         what = json.dumps([model, asdict(budget), asdict(self)], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    def measure(
+        self, model: nn.Module, sampler: Any, data: Data, budget: Budget, against: Reference, table: Path
+    ) -> dict[str, Any]:
+        """See :func:`run_qat`."""
+        return run_qat(model, sampler, data, self, budget, against, table)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def full_precision_row(model: nn.Module, data: Data, budget: Budget) -> dict[str
     return {"loss": _test_loss(model, data, budget.loss_images)}
 
 
-def train_qat(model: nn.Module, sampler: Any, data: Data, run: QatRun, budget: Budget, tick: Tick) -> nn.Module:
+def train_qat(model: nn.Module, sampler: Any, data: Data, run: QatRun, budget: Budget) -> nn.Module:
     """A quantized copy of ``model``, trained on the plain diffusion loss (TDQ, section 5: no distillation).
 
     Raises:
@@ -165,7 +168,6 @@ def train_qat(model: nn.Module, sampler: Any, data: Data, run: QatRun, budget: B
         if average is not None:
             decay = min(budget.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
-        tick("train", (step + 1) / budget.steps)
     return student if average is None else average
 
 
@@ -176,7 +178,6 @@ def run_qat(
     run: QatRun,
     budget: Budget,
     against: Reference,
-    tick: Tick,
     table: Path | None = None,
 ) -> dict[str, Any]:
     """Train and judge one row.
@@ -188,7 +189,6 @@ def run_qat(
         run: The row.
         budget: What it may cost.
         against: Full-precision trajectories, from :func:`full_precision`.
-        tick: Called with the fraction done.
         table: Where to write the learned ScaleTable, if there is one.
 
     Returns:
@@ -196,7 +196,7 @@ def run_qat(
     """
     start = time.perf_counter()
     try:
-        student = train_qat(model, sampler, data, run, budget, tick)
+        student = train_qat(model, sampler, data, run, budget)
     except TdqError as error:
         if error.field != "loss":
             raise

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from modelopt_tdq.bench.budget import Budget
 from modelopt_tdq.bench.cifar10 import load_cifar10
-from modelopt_tdq.bench.qat_run import Data, QatRun, checksum, full_precision, full_precision_row, run_qat
-from modelopt_tdq.bench.tables import Table
+from modelopt_tdq.bench.qat_run import Data, QatRun, checksum, full_precision, full_precision_row
+from modelopt_tdq.bench.tables import Run, Table
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.model_folder import load_model
 from modelopt_tdq.trajectories import load_scheduler
@@ -91,7 +91,7 @@ def full_precision_key(bench: Bench) -> str:
     return QatRun(0, 0).key(bench.checksum, bench.budget)
 
 
-def runs_of(table: Table) -> Iterator[QatRun]:
+def runs_of(table: Table) -> Iterator[Run]:
     """All training runs of a table, one per row and seed; seeds first, so that every row has one early."""
     for index in range(max(len(row.seeds) for row in table.rows)):
         for row in table.rows:
@@ -112,7 +112,7 @@ def table_path(bench: Bench, key: str) -> Path:
     return bench.output / "tables" / f"{key}.safetensors"
 
 
-def _work(bench: Bench, run: QatRun | None) -> dict[str, Any]:
+def _work(bench: Bench, run: Run | None) -> dict[str, Any]:
     if bench.device == "cpu":
         torch.set_num_threads(1)
     start = time.perf_counter()
@@ -122,13 +122,13 @@ def _work(bench: Bench, run: QatRun | None) -> dict[str, Any]:
     else:
         against = full_precision(model, sampler, bench.budget)
         path = table_path(bench, run.key(bench.checksum, bench.budget))
-        found = run_qat(model, sampler, data, run, bench.budget, against, lambda *_: None, path)
+        found = run.measure(model, sampler, data, bench.budget, against, path)
     return {**found, "wall_seconds": round(time.perf_counter() - start, 1)}
 
 
 def run_table(bench: Bench, table: Table, store: Store) -> None:
     """Run what the store does not have yet."""
-    wanted: dict[str, QatRun | None] = {full_precision_key(bench): None}
+    wanted: dict[str, Run | None] = {full_precision_key(bench): None}
     wanted |= {run.key(bench.checksum, bench.budget): run for run in runs_of(table)}
     missing = {key: run for key, run in wanted.items() if key not in store.runs}
     context = multiprocessing.get_context("spawn")
