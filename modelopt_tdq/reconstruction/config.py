@@ -37,7 +37,15 @@ class TdqReconstructConfig(LearningFields):
     rounding_lr: float | None = ModeloptField(
         default=None, gt=0.0, title="Adam, for the rounding; None: 20 / iterations, between 0.001 and 0.02"
     )
-    interval_lr: float = ModeloptField(default=2e-3, gt=0.0, title="Adam, for the intervals; falls to 0 linearly")
+    interval_lr: float | None = ModeloptField(
+        default=None,
+        gt=0.0,
+        title="Adam, for the intervals; falls to 0 linearly",
+        description=(
+            "Of tables, a fraction of the interval. None: 0.002 for tables; for the MLPs, whose last layer starts at "
+            "zero, 2 / iterations, between 0.0005 and 0.01."
+        ),
+    )
     rounding_weight: float = ModeloptField(
         default=0.01,
         ge=0.0,

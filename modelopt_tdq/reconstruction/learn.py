@@ -115,16 +115,23 @@ def _beta(config: TdqReconstructConfig, step: int) -> float | None:
     return config.beta_end + (config.beta_start - config.beta_end) * (1.0 - fraction)
 
 
+def _interval_lr(config: TdqReconstructConfig) -> float:
+    if config.interval_lr is not None:
+        return config.interval_lr
+    return 0.002 if config.intervals in ("table", "static") else min(0.01, max(0.0005, 2.0 / config.iterations))
+
+
 class _Optimizers:
     """Adam for the rounding and for the intervals, new for each block."""
 
     def __init__(self, parts: BlockParts, rounding: list[Tensor], config: TdqReconstructConfig) -> None:
-        self._config = config
         self.intervals = [] if parts.columns is None else [*parts.columns.values.values(), *parts.further.values()]
         self.rounding = rounding
         lr = config.rounding_lr
         lr = min(0.02, max(0.001, 20.0 / config.iterations)) if lr is None else lr
-        groups = [{"params": self.rounding, "lr": lr}, {"params": self.intervals, "lr": config.interval_lr}]
+        self._iterations = config.iterations
+        self._interval_lr = _interval_lr(config)
+        groups = [{"params": self.rounding, "lr": lr}, {"params": self.intervals, "lr": self._interval_lr}]
         self._adam = torch.optim.Adam([group for group in groups if group["params"]])
 
     def step(self, loss: Tensor, step: int) -> None:
@@ -132,7 +139,7 @@ class _Optimizers:
         for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
             leaf.grad = gradient
         if self.intervals:
-            self._adam.param_groups[-1]["lr"] = self._config.interval_lr * (1.0 - step / self._config.iterations)
+            self._adam.param_groups[-1]["lr"] = self._interval_lr * (1.0 - step / self._iterations)
         self._adam.step()
         for leaf in leaves:
             leaf.grad = None

@@ -7,14 +7,16 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from small_runs import calibrated, held_out, last_block_error, reconstructed
-from support.models import FAMILIES, TinyDenoiser, calls, fast_config
-from torch import nn
+from small_runs import FAST, calibrated, held_out, last_block_error, reconstructed
+from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop
+from support.unchanged import converted
+from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export.spec import read_quantization
 from modelopt_tdq.metrics import sqnr_db
 from modelopt_tdq.reconstruction.blocks import find_blocks
+from modelopt_tdq.reconstruction.reconstruct import tdq_reconstruct
 from modelopt_tdq.training.learned import learned_intervals
 
 
@@ -71,17 +73,45 @@ def test_what_was_not_quantized_is_not_touched_and_modes_come_back() -> None:
     assert not any(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert not model._forward_hooks
-    training = reconstructed(TinyDenoiser().train(), iterations=10)
-    assert all(m.training for n, m in training.named_modules() if not n.startswith("tdq_intervals.source"))
+    mixed = converted().train()
+    mixed.conv2.eval()
+    before = {name: module.training for name, module in mixed.named_modules()}
+    tdq_reconstruct(mixed, loop(calls(4, 4)), samples=8, iterations=5, progress=False)
+    assert all(mixed.get_submodule(name).training == training for name, training in before.items())
 
 
 def test_the_same_run_gives_the_same_bits_whatever_the_global_seed() -> None:
     states = []
-    for _ in range(2):
-        model = reconstructed(intervals="mlp", qdrop=0.5, iterations=15)
-        states.append(model.state_dict())
-        torch.rand(3)
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        model = TinyDenoiser().eval()
+
+        def forward_loop(model: nn.Module, seed: int = seed) -> None:
+            loop(calls(4, 4))(model)
+            torch.manual_seed(seed)
+
+        config = fast_config(**{**FAST, "intervals": "mlp", "qdrop": 0.5, "iterations": 60})
+        states.append(mtq.quantize(model, config, forward_loop).state_dict())
+        expected = torch.Generator().manual_seed(seed)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))  # and it draws nothing from it
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@torch.no_grad()
+def test_errors_in_the_report_are_those_of_the_calibrated_block_at_each_samples_time() -> None:
+    report = tdq.reconstruction_report(reconstructed(intervals="table", iterations=5, statistic="mse"))
+    found: list[list[Tensor]] = [[], []]
+    torch.manual_seed(0)
+    config = {"method": "tdq_qat", "intervals": "table", "statistic": "mse", "learn_weights": False}
+    start = mtq.quantize(
+        TinyDenoiser().eval(), fast_config(weight_bits=3, activation_bits=6, **config), loop(calls(4, 4))
+    )
+    torch.manual_seed(0)
+    for outputs, model in zip(found, (start, TinyDenoiser().eval()), strict=True):
+        model.conv1.register_forward_hook(lambda m, a, output, outputs=outputs: outputs.append(output))
+        loop(calls(4, 4))(model)
+    error = torch.stack([(a - b).square().mean() for a, b in zip(*found, strict=True)]).mean()
+    assert report[0].error_before == pytest.approx(float(error), rel=1e-4)
 
 
 def test_tables_are_the_source_bit_for_bit() -> None:
@@ -137,9 +167,9 @@ def test_inference_mode_and_half_precision() -> None:
         )
         with torch.inference_mode(dtype == torch.float32):
             model = mtq.quantize(TinyDenoiser().eval().to(dtype), config, forward_loop)
-        report = tdq.reconstruction_report(model)
-        assert any(block.kept for block in report)
-        assert torch.equal(model.conv1.weight_quantizer(model.conv1.weight), model.conv1.weight)
+        kept = [model.get_submodule(block.name) for block in tdq.reconstruction_report(model) if block.kept]
+        assert kept
+        assert all(torch.equal(layer.weight_quantizer(layer.weight), layer.weight) for layer in kept)
 
 
 def test_time_comes_from_each_sample_also_where_the_model_is_called_with_a_time_per_sample() -> None:
@@ -162,3 +192,17 @@ def test_a_table_per_step_of_a_unet() -> None:
     )
     model = mtq.quantize(family.make().eval(), config, family.forward_loop(4))
     assert len(tdq.scale_table(model).timesteps) == 4
+
+
+def test_a_block_that_got_worse_stays_as_calibrated_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    weights = dict(TinyDenoiser().named_parameters())
+    for intervals in ("mlp", "table"):
+        learned = {"method": "tdq_qat", "intervals": intervals, "learn_weights": False}
+        torch.manual_seed(0)
+        config = fast_config(weight_bits=3, activation_bits=6, **learned)
+        start = mtq.quantize(TinyDenoiser().eval(), config, loop(calls(4, 4)))
+        model = reconstructed(intervals=intervals, iterations=3, rounding_lr=50.0, interval_lr=1.0)
+        assert not any(block.kept or block.note for block in tdq.reconstruction_report(model))
+        assert torch.equal(tdq.scale_table(model).scale, tdq.scale_table(start).scale)
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in weights.items())

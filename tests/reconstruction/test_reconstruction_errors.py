@@ -70,19 +70,20 @@ def test_a_loss_that_is_no_number_names_block_quantizer_and_time() -> None:
     assert "interval_lr" in error.cure
 
 
-def test_the_time_is_that_of_the_sample_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_time_is_that_of_the_sample_that_is_no_number(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     learn = reconstruct.learn
 
     def poisoned(parts: BlockParts, cache: Any, *args: Any) -> None:
         if parts.name == "mix":
             chunk = cache.chunk(0)
-            chunk.inputs[0][chunk.times == 300.0] = float("nan")
+            chunk.inputs[0][chunk.times == 600.0] = float("nan")
         learn(parts, cache, *args)
 
     monkeypatch.setattr(reconstruct, "learn", poisoned)
-    error = _fails(converted(), "diverged", batch_size=16)
+    error = _fails(converted(), "diverged", batch_size=16, seed=seed, iterations=5)
     assert "block mix " in error.problem
-    assert "at time 300;" in error.problem
+    assert "at time 600;" in error.problem
     assert "mix.input_quantizer" in error.problem
 
 
