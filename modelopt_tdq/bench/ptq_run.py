@@ -15,8 +15,8 @@ from torch import nn
 from modelopt_tdq.bench.budget import Budget
 from modelopt_tdq.bench.qat_run import Data, judged
 from modelopt_tdq.config import make_config
-from modelopt_tdq.demo.judge import Reference
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.judge import Reference
 from modelopt_tdq.metrics import json_numbers
 from modelopt_tdq.model_table import scale_table
 from modelopt_tdq.reconstruction.measure import calibration_loop

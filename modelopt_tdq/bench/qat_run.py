@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from modelopt_tdq.bench.budget import Budget
 from modelopt_tdq.config import make_config
-from modelopt_tdq.demo.judge import Reference, judge, reference
 from modelopt_tdq.denoising import class_count, noise_loss, noisy_batch
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.judge import Reference, judge, reference
 from modelopt_tdq.metrics import json_numbers
 from modelopt_tdq.model_table import scale_table
 from modelopt_tdq.training.finite import require_finite

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from modelopt_tdq.calibration.replay import first_tensor
 from modelopt_tdq.demo.bundled import bundled_model
 from modelopt_tdq.demo.cache import StageResult
-from modelopt_tdq.demo.judge import Reference
 from modelopt_tdq.demo.settings import DEPLOYED, DemoSettings, cores
 from modelopt_tdq.errors import require
+from modelopt_tdq.judge import Reference
 from modelopt_tdq.metrics import json_number, sqnr_db
 from modelopt_tdq.model_folder import load_model, load_quantized
 from modelopt_tdq.trajectories import noise, sample_shape

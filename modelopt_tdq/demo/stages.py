@@ -11,10 +11,10 @@ import torch
 from modelopt_tdq.demo import deploy
 from modelopt_tdq.demo.bundled import bundled_model
 from modelopt_tdq.demo.cache import StageCache, StageResult
-from modelopt_tdq.demo.judge import Reference, judge, reference
 from modelopt_tdq.demo.settings import DEPLOYED, SEEDS, DemoSettings
 from modelopt_tdq.demo.variants import VARIANTS, quantized, static_scales, table_facts, variant_config
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.judge import Reference, judge, reference
 from modelopt_tdq.metrics import json_number
 from modelopt_tdq.model_folder import describe_inputs, load_model, save_quantized
 from modelopt_tdq.model_table import scale_table

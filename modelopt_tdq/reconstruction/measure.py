@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelopt_tdq.demo.judge import Reference, judge
+from modelopt_tdq.judge import Reference, judge
 from modelopt_tdq.trajectories import noise, sample, sample_shape
 
 __all__ = ["Measurement", "calibration_loop", "measure"]
@@ -75,7 +75,7 @@ def measure(
         config: For ``mtq.quantize``.
         forward_loop: As there; see :func:`calibration_loop`.
         scheduler: For the final images.
-        against: Full-precision trajectories from :func:`modelopt_tdq.demo.judge.reference`, of another seed.
+        against: Full-precision trajectories from :func:`modelopt_tdq.judge.reference`, of another seed.
     """
     import modelopt.torch.quantization as mtq
 
