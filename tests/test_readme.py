@@ -27,8 +27,10 @@ def test_ci_runs_the_test_command() -> None:
 @pytest.mark.parametrize("line", [line for line in BASH if "modelopt-tdq " in line])
 def test_commands_parse(line: str) -> None:
     words = shlex.split(line.partition("#")[0].partition("modelopt-tdq")[2])
-    command = get_command(app).commands[words[0]]
-    context = command.make_context(words[0], list(words[1:]), resilient_parsing=True)
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    context = command.make_context(command.name, words, resilient_parsing=True)
     assert not context.args
 
 
@@ -44,3 +46,37 @@ def test_fields_of_the_algorithm_exist() -> None:
     fields = re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
     assert set(fields) <= set(tdq.TdqCalibConfig.model_fields)
     assert len(fields) >= 10
+
+
+def test_the_training_loop_runs() -> None:
+    """The block under "Train the scales", as it stands, on a tiny model."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    from support.models import FAMILIES
+
+    block = README.split("## Train the scales")[1].split("```python")[1].split("```")[0]
+    family = FAMILIES["unet"]
+    unet = family.make()
+    x = family.inputs(2, torch.tensor(0.0), 0)["sample"]
+    names = {
+        "unet": unet,
+        "forward_loop": family.forward_loop(),
+        "batches": [(x, torch.tensor([10.0, 900.0]), torch.zeros_like(x))] * 3,
+        "tdq": tdq,
+        "mtq": mtq,
+        "torch": torch,
+        "F": torch.nn.functional,
+    }
+    before = {name: value.detach().clone() for name, value in unet.named_parameters()}
+    exec(block, names)
+    assert not bool(names["table"].is_static.all())  # type: ignore[attr-defined]
+    assert not torch.equal(unet.conv_in.weight, before["conv_in.weight"])
+
+
+def test_choices_of_the_learning_algorithm_exist() -> None:
+    section = README.split("## Train the scales")[1].split("\n## ")[0]
+    table = "".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
+    for intervals in re.findall(r"`([a-z_]+)`", table)[1:]:  # the heading first
+        tdq.make_config(4, 4, method="tdq_qat", intervals=intervals)
+    for scheme in re.findall(r"`([a-z]+)`", section.split("`scheme` is ")[1].split(";")[0]):
+        tdq.make_config(4, 4, method="tdq_qat", scheme=scheme)
