@@ -16,7 +16,8 @@ __all__ = ["LearnedWeightQuantizer"]
 class LearnedWeightQuantizer(TensorQuantizer):  # type: ignore[misc]
     """A weight quantizer whose scale is a parameter, started at the calibrated one.
 
-    Codes lie in [-L, L] with L = 2^(b-1) - 1. The gradient of the scale is LSQ's, times 1 / sqrt(elements * L).
+    Codes lie in [-L, L] with L = 2^(b-1) - 1: ModelOpt's narrow range, which the quantizer has from then on. The
+    gradient of the scale is LSQ's, times 1 / sqrt(elements * L).
     """
 
     weight_scale: nn.Parameter
@@ -41,7 +42,7 @@ class LearnedWeightQuantizer(TensorQuantizer):  # type: ignore[misc]
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         quantizer.__class__ = cls
         learned: LearnedWeightQuantizer = quantizer
-        learned._learns_weight_scale = True
+        learned._learns_weight_scale = learned._narrow_range = True
         del learned._amax
         learned.register_parameter("weight_scale", nn.Parameter(scale.clone()))
         return learned

@@ -172,6 +172,18 @@ def test_the_table_follows_the_source(how: str) -> None:
     assert torch.equal(after.scale, tdq.scale_table(other).scale)
 
 
+def test_a_state_dict_holds_the_table_of_the_source_it_holds() -> None:
+    model = qat(dropout=0.5)
+    train(model, adam(model), range(3))
+    state = model.state_dict()  # in training mode, no call since the last step
+    scale = state["conv1.input_quantizer._scale_bits"].view(torch.float32)
+    learned = learned_intervals(model)
+    assert learned.source is not None
+    column = learned_quantizers(model)["conv1.input_quantizer"]._column
+    assert torch.equal(scale, learned.eval().source(learned.rows)[:, column])
+    assert float(scale.std()) > 0
+
+
 @pytest.mark.parametrize("intervals", ["mlp", "table", "dynamic_statistics_time"])
 def test_resuming_continues_the_same_trajectory(intervals: str) -> None:
     model = qat(intervals=intervals, scheme="lsq")
