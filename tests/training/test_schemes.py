@@ -125,6 +125,11 @@ def test_nipq_learns_through_its_noise(zero: float) -> None:
     assert float(noise.std()) > 0.1
     saturated = (clipped(at) - x.double()).abs() > 1e-6
     assert float(noise[saturated].abs().max()) < 1e-5
+    # drawn from the rounding errors of the tensor, and not each element's own, which would be rounding
+    own = (x.double() / (at / high)).round() - x.double() / (at / high)
+    inner = ~saturated
+    assert float(torch.corrcoef(torch.stack([noise[inner], own[inner]]))[0, 1]) < 0.5
+    assert not torch.equal(SCHEMES["nipq"].train(x, interval, zero, BITS, {}), y)
 
     def surrogate(a: Tensor) -> Tensor:
         return ((clipped(a) + noise * a / high) * upstream.double()).sum()
