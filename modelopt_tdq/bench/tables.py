@@ -77,7 +77,7 @@ QAT_TABLES = (
             FULL_PRECISION,
             Row("LSQ, static", 7.3, _STATIC),
             Row("LSQ, static, scales at the full learning rate", None, replace(_STATIC, scale_lr=1.0)),
-            Row("dynamic (a) max|x|", 6.21, _run(intervals="dynamic_absmax")),
+            Row("dynamic (a) largest magnitude", 6.21, _run(intervals="dynamic_absmax")),
             Row("dynamic (b) statistics", 5.49, _run(intervals="dynamic_statistics")),
             Row("dynamic (c) statistics and time", 4.96, _run(intervals="dynamic_statistics_time")),
             Row("TDQ", 4.48, _TDQ),
