@@ -30,7 +30,7 @@ def sample_labels(model: nn.Module, samples: int, device: torch.device | str = "
 
 
 def predict(model: nn.Module, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The model's prediction [B, C, H, W].
+    """The model's prediction of the noise [B, C, H, W], without that of its variance where it makes one.
 
     Args:
         model: Takes the noisy images and the time as its first arguments, and ``class_labels`` where it has classes.
@@ -39,8 +39,10 @@ def predict(model: nn.Module, x: Tensor, time: Tensor, labels: Tensor | None = N
         labels: [B] int64, or None.
     """
     if labels is None:
-        return first_tensor(model(x, time))
-    return first_tensor(model(x, time.expand(len(x)), class_labels=labels))
+        prediction = first_tensor(model(x, time))
+    else:
+        prediction = first_tensor(model(x, time.expand(len(x)), class_labels=labels))
+    return prediction[:, : x.shape[1]]
 
 
 def noisy_batch(
