@@ -80,6 +80,14 @@ def plot(table: Table, rows: Sequence[RowSummary], title: str, path: Path) -> Pa
         elif row.paper is not None:
             theirs.annotate("diverges", (theirs.get_xlim()[0], y), color=COLORS["max"], fontsize=8, va="center")
     ours.set_yticks(range(len(shown)), [r.label for r in shown], fontsize=8)
+    values = [100 * (loss / full - 1) for r in shown for loss in r.loss if math.isfinite(loss) and loss > full]
+    if values and max(values) > 4 * min(values):  # one row far off would leave no room for the others
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        ours.set_xscale("log")
+        ours.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ours.xaxis.set_minor_locator(NullLocator())
+        ours.xaxis.set_major_formatter("{x:g}")
     ours.set_xlabel("test loss over full precision, %", fontsize=8)
     theirs.set_xlabel("paper, FID", fontsize=8)
     _style([ours, theirs])
