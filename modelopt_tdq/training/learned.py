@@ -37,6 +37,7 @@ class LearnedIntervals(nn.Module):
 
     rows: Tensor
     settings: Tensor
+    made_from: Tensor
 
     def __init__(self, description: dict[str, Any]) -> None:
         super().__init__()
@@ -45,7 +46,10 @@ class LearnedIntervals(nn.Module):
         self.register_buffer("rows", torch.tensor(description["rows"], dtype=torch.float32))
         # travels in the state dict, as bytes, so that a checkpoint of other settings is recognised
         self.register_buffer("settings", _encoded(_settings(description)))
-        self._made_from: Tensor | None = None
+        # bits of the parameters that the table was made from, so that a loaded table is used as it is
+        nothing_yet = None if self.source is None else torch.full_like(_bits(self.source.last_parameters()), -1)
+        self.register_buffer("made_from", nothing_yet)
+        self._learned_since = False
 
     def begin(self, root: nn.Module, timestep: CurrentTimestep) -> None:
         """A call of the root begins: make its intervals, or see that the table is up to date."""
@@ -61,13 +65,9 @@ class LearnedIntervals(nn.Module):
                     "Load the model in float32, and train with autocast",
                 )
             timestep.intervals = self.source(timestep.require().to(self.rows.device))
+            self._learned_since = True
         elif not torch.compiler.is_compiling():
             self.refresh(root)
-
-    def train(self, mode: bool = True) -> LearnedIntervals:
-        """As ``nn.Module.train``; the table is made anew before it is used next."""
-        self._made_from = None
-        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedIntervals:
         """As ``nn.Module._apply``, but ``.half()`` and the like leave the source in float32."""
@@ -85,10 +85,11 @@ class LearnedIntervals(nn.Module):
 
     def refresh(self, root: nn.Module) -> None:
         """Make the tables anew if the source has changed since they were made."""
-        quantizers = learned_quantizers(root).values()
-        if self.source is None or self.rows.is_meta or any(q.awaits_state for q in quantizers) or self._is_rounded:
-            return  # a table that was loaded with such a source is better than what the source would make
-        if self._made_from is None or not torch.equal(self.source.last_parameters(), self._made_from):
+        if self.source is None or self.rows.is_meta or self._is_rounded:
+            return  # a table that was loaded with a rounded source is better than what that would make
+        if not self._learned_since and torch.equal(_bits(self.source.last_parameters()), self.made_from):
+            return
+        if not any(q.awaits_state for q in learned_quantizers(root).values()):
             self.materialize(root)
 
     @torch.no_grad()
@@ -114,7 +115,12 @@ class LearnedIntervals(nn.Module):
         for quantizer in learned_quantizers(root).values():
             made = quantizer.deployed(intervals[:, quantizer._column])
             quantizer.set_rows(self.rows, *made)
-        self._made_from = self.source.last_parameters()
+        self.made_from.copy_(_bits(self.source.last_parameters()))
+        self._learned_since = False
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.float().view(torch.int32)
 
 
 _SETTINGS = ("intervals", "scheme", "encoding", "initialization", "dropout", "timesteps", "rows")

@@ -312,6 +312,24 @@ def test_attention_and_every_layer_of_diffusers_models_train(name: str) -> None:
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
 
 
+def test_a_restored_model_uses_the_table_that_was_saved() -> None:
+    """And not one that this machine would make, whose last bits may differ."""
+    model = qat(dropout=0.0)
+    train(model, adam(model), range(3))
+    file = io.BytesIO()
+    mto.save(model.eval(), file)
+    file.seek(0)
+    restored = mto.restore(TinyDenoiser(), file).eval()
+    quantizer = learned_quantizers(restored)["conv1.input_quantizer"]
+    marked = quantizer._scale * 1.0001
+    quantizer._scale_bits.copy_(marked.view(torch.int32))
+    restored(*batch(0)[:2])
+    assert torch.equal(quantizer._scale, marked)
+    restored.train()(*batch(0)[:2])
+    restored.eval()(*batch(0)[:2])
+    assert not torch.equal(quantizer._scale, marked)  # it has learned since
+
+
 @pytest.mark.parametrize("cast", ["half", "rounded"])
 def test_scales_stay_exact_in_half_precision(cast: str) -> None:
     """`.half()` leaves the source alone; a source that was loaded in half precision leaves the table alone."""
