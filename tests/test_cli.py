@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from support.models import FAMILIES
 from typer.testing import CliRunner
 
 import modelopt_tdq as tdq
@@ -156,8 +157,17 @@ def test_analyze(pipeline: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sqnr.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_conditional_model_asks_for_a_script(tmp_path: Path) -> None:
+def test_class_conditional_model_is_calibrated_on_its_classes(tmp_path: Path) -> None:
     diffusers.UNet2DModel(**SMALL, num_class_embeds=4).save_pretrained(tmp_path / "unet")
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    arguments = ["--model", tmp_path, "--subfolder", "unet", "--samples", 2, "--steps", 4]
+    result = run("quantize", *arguments, "--output", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    assert set(json.loads((tmp_path / "q" / "quantization.json").read_text())["inputs"]) >= {"sample", "class_labels"}
+
+
+def test_text_conditional_model_asks_for_a_script(tmp_path: Path) -> None:
+    FAMILIES["unet_condition"].make().save_pretrained(tmp_path / "unet")
     diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
     message = refused("quantize", "--model", tmp_path, "--subfolder", "unet", "--output", tmp_path / "q")
     assert "--calibration-script" in message
