@@ -42,13 +42,14 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def run_supplement(bench: Bench, tables: Sequence[str], command: str) -> Iterator[str]:
+def run_supplement(bench: Bench, tables: Sequence[str], command: str, run: bool = True) -> Iterator[str]:
     """Run tables and write their results; yields each as Markdown.
 
     Args:
         bench: What all runs share.
         tables: Their numbers.
         command: To write beside the results.
+        run: Run what is missing; False: write the tables of the runs that there are.
 
     Raises:
         TdqError: There is no such table, model or data.
@@ -56,7 +57,8 @@ def run_supplement(bench: Bench, tables: Sequence[str], command: str) -> Iterato
     chosen: list[Table] = [qat_table(_number(text)) for text in tables]
     store = Store(results_file(bench))
     for table in chosen:
-        run_table(bench, table, store)
+        if run:
+            run_table(bench, table, store)
         rows = summarize(table, store.runs, bench.checksum, bench.budget)
         budget = bench.budget
         name = bench.name
@@ -70,6 +72,7 @@ def run_supplement(bench: Bench, tables: Sequence[str], command: str) -> Iterato
         ]
         stem = bench.output / f"{name}_{budget.name}_table{table.number}"
         text = markdown(table, rows, notes)
+        bench.output.mkdir(parents=True, exist_ok=True)
         stem.with_suffix(".md").write_text(text + "\n")
         plot(table, rows, f"{name}, {budget.name}", stem.with_suffix(".png"))
         yield text

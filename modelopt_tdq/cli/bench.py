@@ -32,6 +32,7 @@ def supplement(
     ),
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one per core; 1 on a GPU.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    run: Annotated[bool, typer.Option("--run/--no-run", help="--no-run: write tables of the runs there are.")] = True,
 ) -> None:
     """Train and judge the rows of Tables 1, 2, 4, 5, 6 and 7, and print them beside the paper's.
 
@@ -47,5 +48,5 @@ def supplement(
         workers = (os.cpu_count() or 1) if device == "cpu" else 1
     shared = Bench(model or bundled_model(), data, named_budget(budget), output, workers, device)
     command = " ".join(["modelopt-tdq", *sys.argv[1:]])
-    for text in run_supplement(shared, [part.strip() for part in table.split(",") if part.strip()], command):
+    for text in run_supplement(shared, [part.strip() for part in table.split(",") if part.strip()], command, run):
         typer.echo(text + "\n")

@@ -95,6 +95,8 @@ def test_the_command_writes_runs_tables_and_plots_and_resumes(folder: Path, monk
     arguments = ["bench", "supplement", "--table", "1", "--budget", "smoke", "--workers", "1"]
     arguments += ["--model", str(folder / "model"), "--data", str(folder / "cifar10.npz"), "--output"]
     output = folder / "out"
+    assert CliRunner().invoke(app, [*arguments, str(output), "--no-run"]).exit_code == 0
+    assert "| one | 7.3 | - |" in (output / "UNet2DModel_smoke_table1.md").read_text()
     result = CliRunner().invoke(app, [*arguments, str(output)])
     assert result.exit_code == 0, result.output
     content = json.loads((output / "UNet2DModel_smoke.json").read_text())
