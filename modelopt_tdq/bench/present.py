@@ -25,7 +25,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def _paper(value: float | None) -> str:
-    return "-" if value is None else "diverges" if math.isinf(value) else f"{value:g}"
+    return "-" if value is None else "no result" if math.isinf(value) else f"{value:g}"
 
 
 def markdown(table: Table, rows: Sequence[RowSummary], notes: Sequence[str]) -> str:
@@ -78,7 +78,7 @@ def plot(table: Table, rows: Sequence[RowSummary], title: str, path: Path) -> Pa
         if row.paper is not None and math.isfinite(row.paper):
             theirs.plot([row.paper], [y], "s", color=COLORS["static"], markersize=5)
         elif row.paper is not None:
-            theirs.annotate("diverges", (theirs.get_xlim()[0], y), color=COLORS["max"], fontsize=8, va="center")
+            theirs.annotate("no result", (theirs.get_xlim()[0], y), color=COLORS["max"], fontsize=8, va="center")
     ours.set_yticks(range(len(shown)), [r.label for r in shown], fontsize=8)
     values = [100 * (loss / full - 1) for r in shown for loss in r.loss if math.isfinite(loss) and loss > full]
     if values and max(values) > 4 * min(values):  # one row far off would leave no room for the others

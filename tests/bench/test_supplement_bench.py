@@ -162,7 +162,7 @@ def test_failed_and_missing_runs_are_shown(tmp_path: Path) -> None:
     summary = summarize(table, runs, *shared)
     text = markdown(table, summary, [])
     assert "| good | 4 | 0.03450 ± 0.00150 | 15.0 ± 5.0 | 20.50 ± 0.50 |" in text
-    assert "| bad | diverges | failed |" in text
+    assert "| bad | no result | failed |" in text
     assert "| missing | - | - |" in text
     assert "0 of 2" in text
     assert plot(table, summary, "tiny", tmp_path / "p.png").stat().st_size > 5_000
