@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from modelopt_tdq.denoising import predict, sample_labels
 from modelopt_tdq.errors import TdqError, require
 
-__all__ = ["is_unconditional", "load_scheduler", "noise", "sample", "sample_shape"]
+__all__ = ["calibration_loop", "is_unconditional", "load_scheduler", "noise", "sample", "sample_shape"]
 
 #: Called at every step: the time [], the input of the model [N, ...], its prediction [N, ...].
 Visit = Callable[[Tensor, Tensor, Tensor], None]
@@ -106,3 +107,20 @@ def sample(model: nn.Module, scheduler: Any, start: Tensor, steps: int, visit: V
             visit(time, model_input, prediction)
         x = scheduler.step(prediction, time, x).prev_sample
     return x
+
+
+def calibration_loop(scheduler: Any, samples: int, steps: int, seed: int) -> Callable[[nn.Module], None]:
+    """A ``forward_loop`` over as many whole trajectories as give ``samples`` samples.
+
+    Args:
+        scheduler: From diffusers; deterministic.
+        samples: Pairs of an input and its time.
+        steps: Of a trajectory.
+        seed: Of the noise that the trajectories start from.
+    """
+
+    def forward_loop(model: nn.Module) -> None:
+        start = noise(math.ceil(samples / steps), sample_shape(model), seed)
+        sample(model, scheduler, start.to(next(model.parameters()).device), steps)
+
+    return forward_loop

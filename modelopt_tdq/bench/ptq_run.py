@@ -19,7 +19,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.judge import Reference
 from modelopt_tdq.metrics import json_numbers
 from modelopt_tdq.model_table import scale_table
-from modelopt_tdq.reconstruction.measure import calibration_loop
+from modelopt_tdq.trajectories import calibration_loop
 
 __all__ = ["PtqRun"]
 

@@ -25,7 +25,7 @@ from modelopt_tdq.training.finite import require_finite
 from modelopt_tdq.training.groups import interval_penalty, parameter_groups
 from modelopt_tdq.training.learned import learned_intervals
 from modelopt_tdq.training.noise import stop_noise
-from modelopt_tdq.trajectories import noise, sample, sample_shape
+from modelopt_tdq.trajectories import calibration_loop
 
 __all__ = ["Data", "QatRun", "checksum", "full_precision_row", "run_qat", "train_qat"]
 
@@ -133,10 +133,8 @@ def train_qat(model: nn.Module, sampler: Any, data: Data, run: QatRun, budget: B
     """
     import modelopt.torch.quantization as mtq
 
-    def calibration(model: nn.Module) -> None:
-        start = noise(budget.calibration_samples, sample_shape(model), 0)
-        sample(model, sampler, start.to(next(model.parameters()).device), budget.calibration_steps)
-
+    steps = budget.calibration_steps
+    calibration = calibration_loop(sampler, budget.calibration_samples * steps, steps, 0)
     config = make_config(
         run.weight_bits, run.activation_bits, method="tdq_qat", seed=run.seed, progress=False, **run.options
     )

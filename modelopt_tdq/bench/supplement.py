@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Bench:
                 "model", str(self.model), f"it holds no diffusers model ({error!r})", "Name a folder with config.json"
             ) from error
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """Of the model's weights."""
         return checksum(self.model)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from modelopt_tdq.calibration import select
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
 from modelopt_tdq.calibration.pooling import uniform_bins
 from modelopt_tdq.calibration.snapshot import restored_on_error
@@ -124,13 +125,7 @@ def learn_scales(model: nn.Module, config: LearningFields) -> None:
 
 def weight_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     """The enabled weight quantizers of ``model``, by name."""
-    weights = {
-        id(quantizer)
-        for module in model.modules()
-        if isinstance(module, QuantModule)
-        for _, quantizer in module.iter_weights_for_calibration()
-        if quantizer.is_enabled
-    }
+    weights = {id(quantizer) for quantizer in select.weight_quantizers(model) if quantizer.is_enabled}
     return {name: module for name, module in model.named_modules() if id(module) in weights}
 
 
