@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.scales import Scales
 from modelopt_tdq.schedule import row_index
+from modelopt_tdq.table_files import read_table, write_table
 
 __all__ = ["SCHEMA_VERSION", "ScaleTable"]
 
@@ -149,35 +145,14 @@ class ScaleTable:
         Raises:
             TdqError: ``metadata`` cannot be written as JSON, or ``path`` names no file.
         """
-        arrays, sidecar = _files(path)
-        data = save_tensors({"timesteps": self.timesteps, **self._arrays()})
-        description = {
-            "schema_version": 1 if self.dequant_offset is None else 2,
-            "kind": "modelopt_tdq.ScaleTable",
-            "names": list(self.names),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "metadata": dict(self.metadata),
-        }
-        try:
-            text = json.dumps(description, indent=1)
-        except (TypeError, ValueError) as error:
-            raise TdqError(
-                "metadata",
-                self.metadata,
-                f"cannot be written as JSON ({error})",
-                "Use plain numbers, strings and lists",
-            ) from error
-        arrays.parent.mkdir(parents=True, exist_ok=True)
-        partial = [target.with_name(target.name + ".partial") for target in (arrays, sidecar)]
-        try:
-            for target, content in zip(partial, (data, text.encode()), strict=True):
-                target.write_bytes(content)
-            for source, target in zip(partial, (arrays, sidecar), strict=True):
-                os.replace(source, target)
-        finally:
-            for source in partial:
-                source.unlink(missing_ok=True)
-        return arrays
+        return write_table(
+            path,
+            "ScaleTable",
+            1 if self.dequant_offset is None else 2,
+            {"timesteps": self.timesteps, **self._arrays()},
+            {"names": list(self.names)},
+            self.metadata,
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScaleTable:
@@ -186,48 +161,19 @@ class ScaleTable:
         Raises:
             TdqError: A file is missing or no table, the schema is newer, the checksum or the content is wrong.
         """
-        arrays, sidecar = _files(path)
-        for file in (arrays, sidecar):
-            if not file.is_file():
-                raise TdqError(
-                    "path", str(file), "no such file", "A saved table is a .safetensors and a .json file side by side"
-                )
-        try:
-            description = json.loads(sidecar.read_text())
-            version = int(description["schema_version"])
-            names, digest = tuple(description["names"]), str(description["sha256"])
-            metadata = dict(description.get("metadata", {}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise TdqError(
-                "path", str(sidecar), f"no description of a scale table ({error!r})", "Save the table again"
-            ) from error
-        if version > SCHEMA_VERSION:
-            raise TdqError(
-                "schema_version", version, f"newer than this version reads ({SCHEMA_VERSION})", "Upgrade modelopt-tdq"
-            )
-        data = arrays.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise TdqError(
-                "sha256",
-                digest,
-                f"{arrays.name} does not match the checksum in {sidecar.name}",
-                "Copy or save both files again",
-            )
-        try:
-            tensors = load_tensors(data)
+
+        def make(description: dict[str, Any], metadata: dict[str, Any], arrays: dict[str, Tensor]) -> ScaleTable:
             return cls(
-                tensors["timesteps"],
-                tensors["scale"],
-                names,
-                tensors.get("offset"),
-                tensors.get("dequant_scale"),
+                arrays["timesteps"],
+                arrays["scale"],
+                tuple(description["names"]),
+                arrays.get("offset"),
+                arrays.get("dequant_scale"),
                 metadata,
-                tensors.get("dequant_offset"),
+                arrays.get("dequant_offset"),
             )
-        except (SafetensorError, KeyError) as error:
-            raise TdqError(
-                "path", str(arrays), f"not the arrays of a scale table ({error!r})", "Save the table again"
-            ) from error
+
+        return read_table(path, "ScaleTable", "scale table", SCHEMA_VERSION, ("names",), make)
 
 
 def _own(name: str, value: Any) -> Tensor:
@@ -236,12 +182,3 @@ def _own(name: str, value: Any) -> Tensor:
         return torch.as_tensor(value).detach().to("cpu", torch.float32).clone().contiguous()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TdqError(name, value, f"not an array of numbers ({error})", "Pass a tensor") from error
-
-
-def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    stem = Path(path)
-    if not stem.name:
-        raise TdqError("path", str(path), "names no file", "Pass a path such as 'scales.safetensors'")
-    if stem.suffix in (".safetensors", ".json"):
-        stem = stem.with_suffix("")
-    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
