@@ -35,6 +35,9 @@ _JUDGED_SEED, _LOSS_SEED = 77_001, 77_002
 #: NIPQ trains with noise for this part of the steps, then with rounding.
 _NOISE_PART = 0.7
 
+#: Fields of the errors that a training ends in: NaN, or intervals of zero.
+_FAILURES = ("loss", "scale")
+
 
 @dataclass(frozen=True)
 class QatRun:
@@ -190,17 +193,18 @@ def run_qat(
         table: Where to write the learned ScaleTable, if there is one.
 
     Returns:
-        Plain data for JSON, with the wall time in seconds; ``failed`` says why a training ended in NaN.
+        Plain data for JSON, with the wall time in seconds; ``failed`` says why a training ended in NaN, or in intervals
+        of zero.
     """
     start = time.perf_counter()
     try:
         student = train_qat(model, sampler, data, run, budget)
+        trained = time.perf_counter() - start
+        result = judged(student, sampler, data, budget, against)
     except TdqError as error:
-        if error.field != "loss":
+        if error.field not in _FAILURES:
             raise
         return {"failed": str(error), "run": asdict(run)}
-    trained = time.perf_counter() - start
-    result = judged(student, sampler, data, budget, against)
     if table is not None and learned_intervals(student).source is not None:
         scale_table(student).save(table)
     return {**json_numbers(result), "train_seconds": round(trained, 1), "run": asdict(run)}

@@ -24,7 +24,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.timestep import CurrentTimestep, deliver_timestep
 
-__all__ = ["Calibration", "collect"]
+__all__ = ["Calibration", "calibrate_weights", "collect"]
 
 #: `asymmetric: auto` takes an offset where it lowers the squared error by this factor (1 dB).
 _ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
@@ -47,7 +47,7 @@ class Calibration:
     replay: Replay
 
 
-def _calibrate_weights(model: nn.Module, method: str) -> None:
+def calibrate_weights(model: nn.Module, method: str) -> None:
     if method == "keep":
         return
     weights = [m for q in weight_quantizers(model) for m in q.modules() if isinstance(m, TensorQuantizer)]
@@ -129,7 +129,7 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
     per_tensor, others = activation_quantizers(model)
     temporal_names(config.temporal, list(per_tensor))
     timestep = deliver_timestep(model, config.timestep_argument)
-    _calibrate_weights(model, config.weights)
+    calibrate_weights(model, config.weights)
     calibrators = {name: quantizer._calibrator for name, quantizer in per_tensor.items()}
     statistics = {name: StepStatistics(name, timestep, config.max_steps) for name in per_tensor}
     for name, quantizer in per_tensor.items():

@@ -1,4 +1,4 @@
-"""Everything that calibration may change, so that a failed one leaves the model as it was."""
+"""Everything that calibration may change, so that a failed or tentative one leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.timestep import find_timestep
 
-__all__ = ["restored_on_error"]
+__all__ = ["restored", "restored_on_error"]
 
 
 def _cloned(value: Any) -> Any:
@@ -68,12 +68,7 @@ class _Buffers:
             buffer.copy_(value)
 
 
-@contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """If the body raises, give every module its attributes, submodules and hooks, and every quantizer its values, back.
-
-    Weights are not copied: calibration reads them only.
-    """
+def _remembered(model: nn.Module) -> list[_Attributes | _Calibrator | _Buffers]:
     states: list[_Attributes | _Calibrator | _Buffers] = []
     for module in model.modules():
         states.append(_Attributes(module))
@@ -84,9 +79,30 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     timestep = find_timestep(model)
     if timestep is not None:
         states.append(_Attributes(timestep))
+    return states
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """If the body raises, give every module its attributes, submodules and hooks, and every quantizer its values, back.
+
+    Weights are not copied: calibration reads them only.
+    """
+    states = _remembered(model)
     try:
         yield
     except BaseException:
         for state in states:
             state.restore()
         raise
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Likewise, whether the body raises or not: for trying something out."""
+    states = _remembered(model)
+    try:
+        yield
+    finally:
+        for state in states:
+            state.restore()

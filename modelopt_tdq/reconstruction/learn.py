@@ -13,7 +13,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.reconstruction.cache import BlockCache, Chunk
 from modelopt_tdq.reconstruction.columns import BlockColumns
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
-from modelopt_tdq.reconstruction.rounding import RoundingQuantizer, regularization
+from modelopt_tdq.reconstruction.rounding import RoundingQuantizer, exponent, regularization, rounding_rate
 from modelopt_tdq.timestep import CurrentTimestep
 from modelopt_tdq.training.quantizer import LearnedQuantizer
 
@@ -106,15 +106,6 @@ def _learning(parts: BlockParts, qdrop: float) -> Iterator[None]:
         parts.timestep.intervals = None
 
 
-def _beta(config: TdqReconstructConfig, step: int) -> float | None:
-    """Exponent of the regularisation; None during the warm-up."""
-    start = config.warm_up * config.iterations
-    if step < start:
-        return None
-    fraction = (step - start) / max(1.0, config.iterations - start)
-    return config.beta_end + (config.beta_start - config.beta_end) * (1.0 - fraction)
-
-
 def _interval_lr(config: TdqReconstructConfig) -> float:
     if config.interval_lr is not None:
         return config.interval_lr
@@ -127,8 +118,7 @@ class _Optimizers:
     def __init__(self, parts: BlockParts, rounding: list[Tensor], config: TdqReconstructConfig) -> None:
         self.intervals = [] if parts.columns is None else [*parts.columns.values.values(), *parts.further.values()]
         self.rounding = rounding
-        lr = config.rounding_lr
-        lr = min(0.02, max(0.001, 20.0 / config.iterations)) if lr is None else lr
+        lr = rounding_rate(config.iterations) if config.rounding_lr is None else config.rounding_lr
         self._iterations = config.iterations
         self._interval_lr = _interval_lr(config)
         groups = [{"params": self.rounding, "lr": lr}, {"params": self.intervals, "lr": self._interval_lr}]
@@ -168,7 +158,7 @@ def _loss(
     """Error of a batch in units of the calibrated error, plus the weighted regularisation: a scalar."""
     errors = _block_errors(parts, cache, batch, config.qdrop)
     loss = errors.mean() / unit
-    beta = _beta(config, step)
+    beta = exponent(step / config.iterations, config.warm_up, config.beta_start, config.beta_end)
     if beta is not None:
         for v in rounding:
             loss = loss + config.rounding_weight * regularization(v, beta)

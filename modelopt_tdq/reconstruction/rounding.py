@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.fake_quant import code_range
 
-__all__ = ["RoundingQuantizer", "can_learn_rounding", "regularization"]
+__all__ = ["RoundingQuantizer", "can_learn_rounding", "exponent", "regularization", "rounding_rate"]
 
 _STRETCH, _SHIFT = 1.2, -0.1
 
@@ -42,6 +42,25 @@ def rectified(v: Tensor) -> Tensor:
 def regularization(v: Tensor, beta: float) -> Tensor:
     """Sum over all weights of 1 - |2 h(v) - 1|^beta: a scalar."""
     return (1.0 - (2.0 * rectified(v) - 1.0).abs().pow(beta)).sum()
+
+
+def exponent(progress: float, warm_up: float, start: float, end: float) -> float | None:
+    """Beta of the regularisation, from ``start`` to ``end``; None during the warm-up.
+
+    Args:
+        progress: Fraction of the steps that are done.
+        warm_up: Fraction of the steps without regularisation.
+        start: beta after the warm-up.
+        end: beta at the end.
+    """
+    if progress < warm_up:
+        return None
+    return end + (start - end) * (1.0 - (progress - warm_up) / (1.0 - warm_up))
+
+
+def rounding_rate(iterations: int) -> float:
+    """Learning rate of Adam that lets a rounding flip within so many steps."""
+    return min(0.02, max(0.001, 20.0 / iterations))
 
 
 class RoundingQuantizer(TensorQuantizer):  # type: ignore[misc]

@@ -97,7 +97,7 @@ class LearnedIntervals(nn.Module):
         """Write the source's intervals at ``rows`` into the tables of the quantizers.
 
         Raises:
-            TdqError: The intervals are measured while the model runs.
+            TdqError: The intervals are measured while the model runs, or one became 0 or NaN. No table has changed.
         """
         if self.source is None:
             raise TdqError(
@@ -112,11 +112,25 @@ class LearnedIntervals(nn.Module):
             intervals = self.source(self.rows)
         finally:
             self.source.train(training)
-        for quantizer in learned_quantizers(root).values():
+        quantizers = learned_quantizers(root)
+        self._require_positive(intervals, quantizers)
+        for quantizer in quantizers.values():
             made = quantizer.deployed(intervals[:, quantizer._column])
             quantizer.set_rows(self.rows, *made)
         self.made_from.copy_(_bits(self.source.last_parameters()))
         self._learned_since = False
+
+    def _require_positive(self, intervals: Tensor, quantizers: dict[str, LearnedQuantizer]) -> None:
+        bad = ~((intervals > 0) & intervals.isfinite())
+        names = [name for name, quantizer in quantizers.items() if bool(bad[:, quantizer._column].any())]
+        if names:
+            times = self.rows[bad.any(1).to(self.rows.device)].tolist()
+            raise TdqError(
+                "scale",
+                names[:3],
+                f"the interval of {len(names)} quantizers is 0 or not finite after training, from time {times[0]:g} on",
+                f"Use another encoding of time than {self.description.get('encoding')!r}, or a smaller learning rate",
+            )
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -1,0 +1,233 @@
+"""The temporal block, quantized: like any other layers, or as one unit (TIB) by finite set calibration and TIAR.
+
+TIAR (*Temporal Feature Matters*, section 4.1) learns the rounding of all weights of the block jointly (AdaRound), on
+
+    sum_i || g_i(h(t)) - g^_i(h^(t)) ||^2    over all times t,
+
+here with every feature i in units of its own mean square, so that small ones count as much as large ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from torch import Tensor, nn
+
+from modelopt_tdq.calibration.collect import calibrate_weights
+from modelopt_tdq.calibration.snapshot import restored
+from modelopt_tdq.fake_quant import NumBits
+from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.reconstruction.rounding import (
+    RoundingQuantizer,
+    can_learn_rounding,
+    exponent,
+    regularization,
+    rounding_rate,
+)
+from modelopt_tdq.scales import Scales
+from modelopt_tdq.temporal_features.block import TemporalBlock
+from modelopt_tdq.temporal_features.finite_set import row_scales
+from modelopt_tdq.timestep import deliver_timestep
+
+__all__ = ["Formats", "formats", "naive_features", "tib_features"]
+
+_WARM_UP, _BETA = 0.2, (20.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Number formats of the temporal block."""
+
+    weight: NumBits
+    activation: NumBits
+
+
+def formats(model: nn.Module, weight: NumBits | None, activation: NumBits | None) -> Formats:
+    """Those that are given; else those that most enabled quantizers of the model have."""
+    counts: dict[str, Counter[Any]] = {"weight_quantizer": Counter(), "input_quantizer": Counter()}
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if isinstance(module, TensorQuantizer) and module.is_enabled and kind in counts:
+            counts[kind][module.num_bits] += 1
+    common = [next((bits for bits, _ in counter.most_common(1)), 8) for counter in counts.values()]
+    return Formats(weight or common[0], activation or common[1])
+
+
+def _quantizable(model: nn.Module, block: TemporalBlock) -> dict[str, Any]:
+    """The layers of the block that ModelOpt can quantize, by name."""
+    layers = {name: model.get_submodule(name) for name in block.layers}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, QuantModule)
+        and isinstance(getattr(layer, "weight_quantizer", None), TensorQuantizer)
+        and isinstance(getattr(layer, "input_quantizer", None), TensorQuantizer)
+    }
+
+
+def _inputs(
+    model: nn.Module, block: TemporalBlock, times: Tensor, layers: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """[K, ...] what goes into each layer, in full precision."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: seen[name].append(args[0].detach())
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        block.compute(model, times)
+    finally:
+        for handle in handles:
+            handle.remove()
+    size = block.tape.times
+    runs = -(-len(times) // size)
+    first = {name: values[:: max(1, len(values) // runs)] for name, values in seen.items()}  # of several calls in a run
+    return {name: torch.cat([value[:size] for value in values])[: len(times)] for name, values in first.items()}
+
+
+@contextmanager
+def quantized(
+    model: nn.Module,
+    block: TemporalBlock,
+    times: Tensor,
+    bits: Formats,
+    weights: str,
+    scales: Callable[[Tensor], Scales],
+) -> Iterator[dict[str, Any]]:
+    """The block with its quantizers on, and calibrated; as it was when the context ends.
+
+    Args:
+        model: Its other quantizers play no part.
+        block: Of the model.
+        times: [K].
+        bits: Of the block.
+        weights: ModelOpt's calibration of the weights, ``max`` or ``mse``.
+        scales: Of the values [K, ...] that an activation takes.
+
+    Yields:
+        The layers, by name.
+    """
+    layers = _quantizable(model, block)
+    timestep = deliver_timestep(model, block.timestep)
+    together = nn.ModuleList(layers.values())
+    with restored(together):
+        for layer in layers.values():
+            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+                quantizer.disable()
+        inputs = _inputs(model, block, times, layers)
+        for name, layer in layers.items():
+            axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+            layer.weight_quantizer.set_from_attribute_config({"num_bits": bits.weight, "axis": axis, "enable": True})
+            layer.input_quantizer.set_from_attribute_config({"num_bits": bits.activation, "axis": None, "enable": True})
+            quantizer = TemporalQuantizer.from_tensor_quantizer(layer.input_quantizer, timestep)
+            quantizer.set_rows(times, *scales(inputs[name]))
+        calibrate_weights(together, weights)
+        yield layers
+
+
+@torch.no_grad()
+def naive_features(
+    model: nn.Module, block: TemporalBlock, times: Tensor, bits: Formats, weights: str, over_time: bool = False
+) -> dict[str, Tensor]:
+    """The features [K, ...] if the block is quantized like any other layers: rounded to nearest, symmetric.
+
+    Args:
+        model: See :func:`quantized`, also for the next four.
+        block: Likewise.
+        times: Likewise.
+        bits: Likewise.
+        weights: Likewise.
+        over_time: With a scale per time instead of one.
+    """
+
+    def scales(values: Tensor) -> Scales:
+        rows = values if over_time else values.reshape(1, -1)
+        found = row_scales(rows, bits.activation, symmetric=True)
+        return found.map(lambda value: value.expand(len(values)))
+
+    with quantized(model, block, times, bits, weights, scales):
+        return block.compute(model, times)
+
+
+def tib_features(
+    model: nn.Module,
+    block: TemporalBlock,
+    times: Tensor,
+    bits: Formats,
+    weights: str,
+    targets: Mapping[str, Tensor],
+    iterations: int,
+    rounding_weight: float,
+    tick: Callable[[], None],
+) -> dict[str, Tensor]:
+    """The features [K, ...] of the block quantized as one unit.
+
+    Args:
+        model: See :func:`quantized`, also for the next four.
+        block: Likewise.
+        times: Likewise.
+        bits: Likewise.
+        weights: Likewise.
+        targets: The features in full precision.
+        iterations: Of Adam; 0: finite set calibration alone.
+        rounding_weight: Of the regularisation, the error being in units of the calibrated one.
+        tick: Called after each.
+    """
+    with (
+        torch.no_grad(),
+        quantized(model, block, times, bits, weights, lambda values: row_scales(values, bits.activation)) as layers,
+    ):
+        calibrated = block.compute(model, times)
+        rounding = _Rounding(layers)
+        if not iterations or not rounding.quantizers:
+            return calibrated
+        with torch.enable_grad():
+            rounding.learn(lambda: _error(block.compute(model, times), targets), iterations, rounding_weight, tick)
+        learned = block.compute(model, times)
+        better = float(_error(learned, targets)) < float(_error(calibrated, targets))
+        return learned if better else calibrated
+
+
+def _error(features: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+    """Mean over the features of their squared error in units of their squares: a scalar."""
+    errors = []
+    for name, target in targets.items():
+        power = target.float().square().sum().clamp(min=1e-30)
+        errors.append((features[name].float() - target.float()).square().sum() / power)
+    return torch.stack(errors).mean()
+
+
+class _Rounding:
+    """The rounding of all weights of the block."""
+
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        self.quantizers: list[tuple[nn.Parameter, RoundingQuantizer]] = []
+        for layer in layers.values():
+            if can_learn_rounding(layer.weight_quantizer, layer.weight):
+                made = RoundingQuantizer.from_tensor_quantizer(layer.weight_quantizer)
+                self.quantizers.append((layer.weight, made))
+
+    def learn(self, error: Callable[[], Tensor], iterations: int, weight: float, tick: Callable[[], None]) -> None:
+        """Minimise the error, then fix the rounding."""
+        with torch.no_grad():
+            unit = error().clamp(min=1e-30)
+        leaves = [quantizer.begin(parameter) for parameter, quantizer in self.quantizers]
+        adam = torch.optim.Adam(leaves, lr=rounding_rate(iterations))
+        for step in range(iterations):
+            loss = error() / unit
+            beta = exponent(step / iterations, _WARM_UP, *_BETA)
+            if beta is not None:
+                loss = loss + weight * torch.stack([regularization(v, beta) for v in leaves]).sum()
+            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+                leaf.grad = gradient
+            adam.step()
+            tick()
+        for _, quantizer in self.quantizers:
+            quantizer.finish()
