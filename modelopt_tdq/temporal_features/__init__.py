@@ -1,0 +1,1 @@
+"""Temporal features: what a diffusion model computes from the time alone, known before it runs."""

@@ -1,0 +1,94 @@
+"""Integer quantization of a finite set: every row of an array has a scale and a zero point of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.fake_quant import code_range, dequantize, quantize
+
+__all__ = ["quantized_rows", "require_codes"]
+
+#: Share of a row's range that its codes cover; the first is all of it.
+_FRACTIONS = tuple(1.0 - 0.02 * step for step in range(41))
+
+
+def _require_bits(num_bits: int | None) -> None:
+    if type(num_bits) is not int or not 2 <= num_bits <= 8:
+        raise TdqError("num_bits", num_bits, "not a number of bits of int8 codes", "Use 2 to 8")
+
+
+def require_codes(codes: Tensor, scale: Tensor | None, offset: Tensor | None, num_bits: int | None) -> None:
+    """See that codes [K, ...] fit their bits, and the scales [K] the codes.
+
+    Raises:
+        TdqError: They do not.
+    """
+    _require_bits(num_bits)
+    low, high = code_range(num_bits or 8)
+    if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
+        raise TdqError(
+            "codes",
+            (int(codes.min()), int(codes.max())),
+            f"outside the codes of {num_bits} bits, {low:g} to {high:g}",
+            "Pass the codes of this format, or the number of bits that they have",
+        )
+    for name, value in (("scale", scale), ("offset", offset)):
+        if name == "offset" and value is None:
+            continue
+        if value is None or tuple(value.shape) != (len(codes),):
+            shape = None if value is None else tuple(value.shape)
+            raise TdqError(name, shape, f"not of shape [K] = [{len(codes)}]", "Pass one per row of the codes")
+    if scale is not None and not (scale.isnan() | (scale > 0)).all():
+        raise TdqError("scale", scale[~(scale > 0)], "a scale is not positive", "Use scales above zero")
+
+
+def _grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset [K] float32 whose codes span ``low`` to ``high`` [K] float64, with an integer zero point."""
+    least, greatest = code_range(bits)
+    width = high - low
+    # a row of equal values v is code 1 (or -1) of scale |v|, and 0 is code 0 of any scale
+    level = torch.where(low == 0, torch.ones_like(low), low.abs())
+    scale = torch.where(width > 0, width / (greatest - least), level)
+    scale = scale.to(torch.float32).clamp(torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+    zero = torch.where(width > 0, least - torch.round(low / scale), torch.zeros_like(low))
+    return scale, -zero.to(torch.float32) * scale
+
+
+def quantized_rows(values: Tensor, num_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and offset of each row; see :meth:`modelopt_tdq.temporal_features.table.Feature.quantized`.
+
+    Args:
+        values: [K, ...], any floating dtype.
+        num_bits: 2 to 8.
+
+    Returns:
+        [K, ...] int8, [K] float32, [K] float32.
+
+    Raises:
+        TdqError: A value is NaN or infinite, or ``num_bits`` is out of range.
+    """
+    _require_bits(num_bits)
+    if values.dim() == 0 or not values.numel():
+        raise TdqError("values", tuple(values.shape), "not of shape [K, ...] with K >= 1", "Pass one row per time")
+    flat = values.detach().to("cpu", torch.float32).reshape(len(values), -1)
+    if not torch.isfinite(flat).all():
+        row = int((~torch.isfinite(flat)).any(1).nonzero()[0])
+        raise TdqError("values", row, "this row holds NaN or infinity", "Compute the features from finite weights")
+    exact = flat.to(torch.float64)
+    low, high, mean = exact.amin(1), exact.amax(1), exact.mean(1)
+    best = torch.full_like(mean, torch.inf)
+    codes, scale, offset = flat, torch.empty(0), torch.empty(0)
+    for fraction in _FRACTIONS:
+        tried = _grid(mean + fraction * (low - mean), mean + fraction * (high - mean), num_bits)
+        found = quantize(flat, tried[0][:, None], tried[1][:, None], num_bits)
+        error = (dequantize(found, tried[0][:, None], tried[1][:, None]).to(torch.float64) - exact).square().sum(1)
+        better = error < best
+        if fraction == 1.0:
+            codes, scale, offset, best = found, *tried, error
+            continue
+        codes = torch.where(better[:, None], found, codes)
+        scale, offset = (torch.where(better, new, old) for new, old in zip(tried, (scale, offset), strict=True))
+        best = torch.minimum(best, error)
+    return codes.to(torch.int8).reshape(values.shape), scale, offset

@@ -1,0 +1,208 @@
+"""Temporal features in a torch model: layers that answer from a table in its root instead of computing.
+
+In training mode the layers compute as always; in eval mode they look their output up, and what was upstream of them
+need not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import nn
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.temporal_features.looked_up import LookedUp, Superseded, swap_in, swap_out
+from modelopt_tdq.temporal_features.module import FEATURES, TemporalFeatures, describe
+from modelopt_tdq.temporal_features.table import FeatureTable
+from modelopt_tdq.timestep import deliver_timestep
+
+__all__ = [
+    "FEATURES",
+    "TemporalFeatures",
+    "feature_table",
+    "free_modules",
+    "has_features",
+    "install_features",
+    "remove_features",
+    "restore_features",
+    "temporal_features",
+]
+
+
+def has_features(model: nn.Module) -> bool:
+    """Whether layers of ``model`` look their outputs up."""
+    return isinstance(model._modules.get(FEATURES), TemporalFeatures)
+
+
+def temporal_features(model: nn.Module) -> TemporalFeatures:
+    """The module that holds the temporal features of ``model``.
+
+    Raises:
+        TdqError: There is none.
+    """
+    found = model._modules.get(FEATURES)
+    if not isinstance(found, TemporalFeatures):
+        raise TdqError(
+            "model",
+            type(model).__name__,
+            "it has no temporal features, or is not the module that they were installed in",
+            "Call install_features on it first",
+        )
+    return found
+
+
+def feature_table(model: nn.Module) -> FeatureTable:
+    """The temporal features of ``model``, copied to the CPU.
+
+    Raises:
+        TdqError: It has none, or they were restored and not loaded.
+    """
+    return temporal_features(model).table()
+
+
+def install_features(
+    model: nn.Module, table: FeatureTable, superseded: Mapping[str, tuple[int, ...]], timestep_argument: str
+) -> TemporalFeatures:
+    """Let layers of ``model`` look their outputs up, in place.
+
+    Features that were installed before are replaced.
+
+    Args:
+        model: The module whose ``forward`` receives the time.
+        table: What the layers give, by their names.
+        superseded: Layers whose output nobody needs any more, with its shape per sample. In eval mode they give
+            zeros; with the policy "exact" they run.
+        timestep_argument: Of the model's ``forward``: the one that holds the time.
+
+    Raises:
+        TdqError: A layer is not there or does not fit, or the model's ``forward`` has no such argument. Nothing is
+            changed then.
+    """
+    if has_features(model):
+        _require_parameters(temporal_features(model))
+    description = describe(table, superseded, timestep_argument)
+    _require_layers(model, description)
+    deliver_timestep(model, timestep_argument)
+    if has_features(model):
+        remove_features(model)
+    features = _install(model, description)
+    features.fill(table)
+    return features
+
+
+def restore_features(model: nn.Module, description: Mapping[str, Any]) -> TemporalFeatures:
+    """Build what :func:`install_features` built, from its description; ``load_state_dict`` brings the numbers.
+
+    Raises:
+        TdqError: The model is not the one that was described.
+    """
+    _require_layers(model, description)
+    deliver_timestep(model, str(description["timestep_argument"]))
+    if has_features(model):
+        remove_features(model)
+    features = _install(model, description)
+    if description["freed"]:
+        _free(model, features)
+    return features
+
+
+def _require_layers(model: nn.Module, description: Mapping[str, Any]) -> None:
+    shapes = {entry["name"]: entry["shape"] for entry in description["features"]}
+    both = sorted(shapes.keys() & description["superseded"].keys())
+    if both:
+        raise TdqError("superseded", both, "these layers are looked up", "Name each layer once")
+    modules = dict(model.named_modules())
+    for name, shape in {**shapes, **description["superseded"]}.items():
+        layer = modules.get(name)
+        if layer is None or layer is model:
+            raise TdqError("features", name, "the model has no such layer", "Use a table made for this model")
+        if "forward" in layer.__dict__:
+            raise TdqError(
+                "features", name, "its forward was replaced by a function", "Install the features before such hooks"
+            )
+        width = layer.out_features if isinstance(layer, nn.Linear) else None
+        if width is not None and (not shape or shape[-1] != width):
+            raise TdqError(
+                "features", name, f"of shape {tuple(shape)}, and the layer gives {width}", "Use a table of this model"
+            )
+
+
+def _install(model: nn.Module, description: Mapping[str, Any]) -> TemporalFeatures:
+    features = TemporalFeatures(description)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model.add_module(FEATURES, features.to(device).train(model.training))
+    features._timestep = deliver_timestep(model, str(description["timestep_argument"]))
+    for index, entry in enumerate(features.description["features"]):
+        swap_in(model.get_submodule(entry["name"]), LookedUp, features, index)
+    if features.outside != "exact":
+        for name, shape in features.description["superseded"].items():
+            swap_in(model.get_submodule(name), Superseded, features, tuple(shape))
+    return features
+
+
+def _layers(model: nn.Module, features: TemporalFeatures) -> list[nn.Module]:
+    names = [entry["name"] for entry in features.description["features"]]
+    return [model.get_submodule(name) for name in [*names, *features.description["superseded"]]]
+
+
+def _require_parameters(features: TemporalFeatures) -> None:
+    if features.description["freed"]:
+        raise TdqError(
+            "model",
+            FEATURES,
+            "the parameters of the layers that are looked up were dropped",
+            "Load the model as it was before free_modules",
+        )
+
+
+def remove_features(model: nn.Module) -> None:
+    """Let the layers compute again; the time is still delivered.
+
+    Raises:
+        TdqError: The model has no features, or its layers' parameters were dropped.
+    """
+    features = temporal_features(model)
+    _require_parameters(features)
+    for layer in _layers(model, features):
+        swap_out(layer)
+    del model._modules[FEATURES]
+
+
+def free_modules(model: nn.Module) -> int:
+    """Drop the parameters of the layers that are looked up or superseded: empty ones take their place.
+
+    Their quantizers are disabled: nothing is left for them to quantize. Then the model cannot be trained any more, and
+    its features cannot be removed.
+
+    Returns:
+        Bytes of the parameters dropped. Those that other layers use too are not counted.
+
+    Raises:
+        TdqError: The model has no features, or the policy is "exact", which needs the layers.
+    """
+    features = temporal_features(model)
+    if features.outside == "exact":
+        raise TdqError("outside", "exact", "times that are no rows need the layers", 'Use "nearest" or "linear"')
+    if features.awaits_state:
+        features.table()  # says what is missing
+    before = _nbytes(model)
+    _free(model, features)
+    features.description["freed"] = True
+    return before - _nbytes(model)
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _free(model: nn.Module, features: TemporalFeatures) -> None:
+    for layer in _layers(model, features):
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                layer._parameters[name] = nn.Parameter(parameter.detach().new_empty(0), requires_grad=False)
+        for module in layer.modules():
+            if isinstance(module, TensorQuantizer):
+                module.disable()
