@@ -16,6 +16,12 @@ from modelopt_tdq.reconstruction.reconstruct import reconstruction_report
 from modelopt_tdq.runtime.build import build_engine
 from modelopt_tdq.runtime.engine_report import EngineReport
 from modelopt_tdq.table import ScaleTable
+from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
+from modelopt_tdq.temporal_features.config import TdqTemporalConfig
+from modelopt_tdq.temporal_features.maintain import set_feature_table
+from modelopt_tdq.temporal_features.mode import register as _register_temporal
+from modelopt_tdq.temporal_features.runtime import feature_table, free_modules, remove_features
+from modelopt_tdq.temporal_features.table import Feature, FeatureTable
 from modelopt_tdq.training.checkpointing import checkpoint
 from modelopt_tdq.training.config import TdqQatConfig
 from modelopt_tdq.training.finite import require_finite
@@ -28,6 +34,7 @@ __version__ = "0.1.0"
 
 _register()
 _register_learning()
+_register_temporal()
 
 TDQ_INT8_CFG = recipe("int8")
 TDQ_FP8_CFG = recipe("fp8")
@@ -49,25 +56,34 @@ __all__ = [
     "Analysis",
     "EngineReport",
     "ExportReport",
+    "Feature",
+    "FeatureTable",
     "MissingExtraError",
     "ScaleTable",
     "TdqCalibConfig",
     "TdqError",
     "TdqQatConfig",
     "TdqReconstructConfig",
+    "TdqTemporalConfig",
+    "TemporalBlock",
     "TemporalQuantizer",
     "analyze",
     "build_engine",
     "checkpoint",
     "export_onnx",
+    "feature_table",
+    "find_temporal_block",
+    "free_modules",
     "interval_penalty",
     "make_config",
     "materialize",
     "parameter_groups",
     "recipe",
     "reconstruction_report",
+    "remove_features",
     "require_finite",
     "scale_table",
+    "set_feature_table",
     "set_scale_table",
     "stop_noise",
     "temporal_quantizers",

@@ -48,6 +48,7 @@ class Calibration:
 
 
 def calibrate_weights(model: nn.Module, method: str) -> None:
+    """Let ModelOpt calibrate the enabled weight quantizers: ``max``, ``mse``, or ``keep`` them as they are."""
     if method == "keep":
         return
     weights = [m for q in weight_quantizers(model) for m in q.modules() if isinstance(m, TensorQuantizer)]

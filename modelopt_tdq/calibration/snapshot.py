@@ -23,6 +23,16 @@ def _cloned(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, (dict, list, set, np.ndarray)) else value
 
 
+def _same(container: Any, content: Any) -> bool:
+    """Whether a container holds the same objects as its copy did, in the same order."""
+    if isinstance(container, dict):
+        pairs = (list(container.items()), list(content.items()))
+        return len(container) == len(content) and all(k == m and v is w for (k, v), (m, w) in zip(*pairs, strict=True))
+    if isinstance(container, list):
+        return len(container) == len(content) and all(v is w for v, w in zip(container, content, strict=True))
+    return bool(container == content)
+
+
 class _Attributes:
     """The attributes of one object: which objects they are, and what was in those that can change in place."""
 
@@ -40,6 +50,8 @@ class _Attributes:
         for name, content in self._contents.items():
             # refilled rather than replaced: handles of hooks refer to these very dicts
             container = self._objects[name]
+            if _same(container, content):
+                continue  # what nobody changed may be frozen, as diffusers' configs are
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
 

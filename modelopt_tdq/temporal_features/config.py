@@ -66,6 +66,9 @@ class TdqTemporalConfig(CalibrationFields):
     keep_layers: bool = ModeloptField(
         default=True, title="False: the weights of the temporal block are dropped; the table is all that is left"
     )
+    recalibrate: bool = ModeloptField(
+        default=True, title="False: the other layers keep the scales they have, after another algorithm"
+    )
     temporal_weight_bits: int | list[int] | None = ModeloptField(
         default=None, title="Of the temporal block; None: as most other weights"
     )

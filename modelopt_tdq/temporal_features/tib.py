@@ -35,7 +35,7 @@ from modelopt_tdq.temporal_features.block import TemporalBlock
 from modelopt_tdq.temporal_features.finite_set import row_scales
 from modelopt_tdq.timestep import deliver_timestep
 
-__all__ = ["Formats", "formats", "naive_features", "tib_features"]
+__all__ = ["Formats", "formats", "naive_features", "naive_scales", "quantizable", "switch_on", "tib_features"]
 
 _WARM_UP, _BETA = 0.2, (20.0, 2.0)
 
@@ -59,7 +59,7 @@ def formats(model: nn.Module, weight: NumBits | None, activation: NumBits | None
     return Formats(weight or common[0], activation or common[1])
 
 
-def _quantizable(model: nn.Module, block: TemporalBlock) -> dict[str, Any]:
+def quantizable(model: nn.Module, block: TemporalBlock) -> dict[str, Any]:
     """The layers of the block that ModelOpt can quantize, by name."""
     layers = {name: model.get_submodule(name) for name in block.layers}
     return {
@@ -92,16 +92,15 @@ def _inputs(
     return {name: torch.cat([value[:size] for value in values])[: len(times)] for name, values in first.items()}
 
 
-@contextmanager
-def quantized(
+def switch_on(
     model: nn.Module,
     block: TemporalBlock,
     times: Tensor,
     bits: Formats,
     weights: str,
     scales: Callable[[Tensor], Scales],
-) -> Iterator[dict[str, Any]]:
-    """The block with its quantizers on, and calibrated; as it was when the context ends.
+) -> dict[str, Any]:
+    """Switch the quantizers of the block on, and calibrate them.
 
     Args:
         model: Its other quantizers play no part.
@@ -111,25 +110,38 @@ def quantized(
         weights: ModelOpt's calibration of the weights, ``max`` or ``mse``.
         scales: Of the values [K, ...] that an activation takes.
 
-    Yields:
+    Returns:
         The layers, by name.
     """
-    layers = _quantizable(model, block)
+    layers = quantizable(model, block)
     timestep = deliver_timestep(model, block.timestep)
-    together = nn.ModuleList(layers.values())
-    with restored(together):
-        for layer in layers.values():
-            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-                quantizer.disable()
+    with torch.no_grad():
         inputs = _inputs(model, block, times, layers)
-        for name, layer in layers.items():
-            axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-            layer.weight_quantizer.set_from_attribute_config({"num_bits": bits.weight, "axis": axis, "enable": True})
-            layer.input_quantizer.set_from_attribute_config({"num_bits": bits.activation, "axis": None, "enable": True})
-            quantizer = TemporalQuantizer.from_tensor_quantizer(layer.input_quantizer, timestep)
-            quantizer.set_rows(times, *scales(inputs[name]))
-        calibrate_weights(together, weights)
-        yield layers
+    for name, layer in layers.items():
+        axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+        layer.weight_quantizer.set_from_attribute_config({"num_bits": bits.weight, "axis": axis, "enable": True})
+        layer.input_quantizer.set_from_attribute_config({"num_bits": bits.activation, "axis": None, "enable": True})
+        quantizer = TemporalQuantizer.from_tensor_quantizer(layer.input_quantizer, timestep)
+        quantizer.set_rows(times, *scales(inputs[name]))
+    calibrate_weights(nn.ModuleList(layers.values()), weights)
+    return layers
+
+
+@contextmanager
+def _quantized(model: nn.Module, block: TemporalBlock, *how: Any) -> Iterator[dict[str, Any]]:
+    """See :func:`switch_on`; the block is as it was when the context ends."""
+    with restored(nn.ModuleList(quantizable(model, block).values())):
+        yield switch_on(model, block, *how)
+
+
+def naive_scales(bits: Formats, over_time: bool = False) -> Callable[[Tensor], Scales]:
+    """Symmetric scales with the least squared error, as the other layers have them: one for all times, or one each."""
+
+    def scales(values: Tensor) -> Scales:
+        rows = values if over_time else values.reshape(1, -1)
+        return row_scales(rows, bits.activation, symmetric=True).map(lambda value: value.expand(len(values)))
+
+    return scales
 
 
 @torch.no_grad()
@@ -139,20 +151,14 @@ def naive_features(
     """The features [K, ...] if the block is quantized like any other layers: rounded to nearest, symmetric.
 
     Args:
-        model: See :func:`quantized`, also for the next four.
+        model: See :func:`switch_on`, also for the next four.
         block: Likewise.
         times: Likewise.
         bits: Likewise.
         weights: Likewise.
         over_time: With a scale per time instead of one.
     """
-
-    def scales(values: Tensor) -> Scales:
-        rows = values if over_time else values.reshape(1, -1)
-        found = row_scales(rows, bits.activation, symmetric=True)
-        return found.map(lambda value: value.expand(len(values)))
-
-    with quantized(model, block, times, bits, weights, scales):
+    with _quantized(model, block, times, bits, weights, naive_scales(bits, over_time)):
         return block.compute(model, times)
 
 
@@ -165,12 +171,12 @@ def tib_features(
     targets: Mapping[str, Tensor],
     iterations: int,
     rounding_weight: float,
-    tick: Callable[[], None],
+    tick: Callable[[], object],
 ) -> dict[str, Tensor]:
     """The features [K, ...] of the block quantized as one unit.
 
     Args:
-        model: See :func:`quantized`, also for the next four.
+        model: See :func:`switch_on`, also for the next four.
         block: Likewise.
         times: Likewise.
         bits: Likewise.
@@ -182,7 +188,7 @@ def tib_features(
     """
     with (
         torch.no_grad(),
-        quantized(model, block, times, bits, weights, lambda values: row_scales(values, bits.activation)) as layers,
+        _quantized(model, block, times, bits, weights, lambda values: row_scales(values, bits.activation)) as layers,
     ):
         calibrated = block.compute(model, times)
         rounding = _Rounding(layers)
@@ -214,7 +220,7 @@ class _Rounding:
                 made = RoundingQuantizer.from_tensor_quantizer(layer.weight_quantizer)
                 self.quantizers.append((layer.weight, made))
 
-    def learn(self, error: Callable[[], Tensor], iterations: int, weight: float, tick: Callable[[], None]) -> None:
+    def learn(self, error: Callable[[], Tensor], iterations: int, weight: float, tick: Callable[[], object]) -> None:
         """Minimise the error, then fix the rounding."""
         with torch.no_grad():
             unit = error().clamp(min=1e-30)

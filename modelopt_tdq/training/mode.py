@@ -22,12 +22,12 @@ from modelopt_tdq.training.config import TdqQatConfig
 from modelopt_tdq.training.learned import LearnedIntervals
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
-__all__ = ["register"]
+__all__ = ["LearningModeDescriptor", "SavedName", "register", "restore", "update_metadata"]
 
 _DESCRIPTION = "tdq_learning"
 
 
-def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
+def update_metadata(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
     """What ModelOpt saves, and how to build the source of the intervals again."""
     update_quantize_metadata(model, config, metadata)
     learned = model._modules.get(INTERVALS)
@@ -37,7 +37,8 @@ def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[st
         metadata.pop(_DESCRIPTION, None)
 
 
-def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
+def restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
+    """Make the saved quantizers what they were, before ModelOpt fills them."""
     states = metadata.get("quantizer_state", {})
     timestep = deliver_timestep(model, config.timestep_argument)
     for name, module in model.named_modules():
@@ -56,7 +57,7 @@ def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, An
     return restored
 
 
-class _LearningModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[misc]
+class LearningModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[misc]
     """Mode of an algorithm that learns; a subclass sets ``_calib_func`` and ``_config``."""
 
     _supports_layerwise = False
@@ -64,52 +65,57 @@ class _LearningModeDescriptor(BaseCalibrateModeDescriptor):  # type: ignore[misc
 
     @property
     def config_class(self) -> type[QuantizeAlgorithmConfig]:
+        """Config of the algorithm."""
         return self._config
 
     @property
     def restore(self) -> RestoreEntrypoint:
-        return _restore
+        """See :func:`restore`."""
+        return restore
 
     @property
     def update_for_save(self) -> UpdateEntrypoint:
-        return _update
+        """See :func:`update_metadata`."""
+        return update_metadata
 
     @property
     def update_for_new_mode(self) -> UpdateEntrypoint:
-        return _update
+        """Likewise."""
+        return update_metadata
 
     def __str__(self) -> str:
         """The name that ModelOpt saves."""
         return saved_name(self._config().method)
 
 
-class _SavedName:
+class SavedName:
     """Makes a mode be found by the name in saved states."""
 
     @property
     def name(self) -> str:
+        """The name in saved states."""
         return str(self)
 
 
-class TdqQatModeDescriptor(_LearningModeDescriptor):
+class TdqQatModeDescriptor(LearningModeDescriptor):
     """Mode of the algorithm ``{"method": "tdq_qat"}``."""
 
     _calib_func = tdq_qat
     _config = TdqQatConfig
 
 
-class SavedTdqQatModeDescriptor(_SavedName, TdqQatModeDescriptor):
+class SavedTdqQatModeDescriptor(SavedName, TdqQatModeDescriptor):
     """The same mode, found by the name in saved states."""
 
 
-class TdqReconstructModeDescriptor(_LearningModeDescriptor):
+class TdqReconstructModeDescriptor(LearningModeDescriptor):
     """Mode of the algorithm ``{"method": "tdq_reconstruct"}``."""
 
     _calib_func = tdq_reconstruct
     _config = TdqReconstructConfig
 
 
-class SavedTdqReconstructModeDescriptor(_SavedName, TdqReconstructModeDescriptor):
+class SavedTdqReconstructModeDescriptor(SavedName, TdqReconstructModeDescriptor):
     """The same mode, found by the name in saved states."""
 
 

@@ -1,0 +1,241 @@
+"""Temporal feature maintenance: from a calibrated model to one whose temporal features come from a table."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model_table import scale_table, set_scale_table
+from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
+from modelopt_tdq.temporal_features.config import Strategy, TdqTemporalConfig
+from modelopt_tdq.temporal_features.errors import FeatureErrors, cosine_similarity, relative_squared_error
+from modelopt_tdq.temporal_features.runtime import (
+    feature_table,
+    free_modules,
+    has_features,
+    install_features,
+    remove_features,
+    temporal_features,
+)
+from modelopt_tdq.temporal_features.select import Choice, by_hand, merged, select
+from modelopt_tdq.temporal_features.table import Feature, FeatureTable
+from modelopt_tdq.temporal_features.tib import (
+    Formats,
+    formats,
+    naive_features,
+    naive_scales,
+    quantizable,
+    switch_on,
+    tib_features,
+)
+from modelopt_tdq.timestep import INTERVALS
+
+__all__ = ["block_checksum", "maintain", "set_feature_table"]
+
+
+def block_checksum(model: nn.Module, layers: Sequence[str]) -> str:
+    """SHA-256 of the weights of some layers, the first 16 digits: of float32, whatever their dtype."""
+    digest = hashlib.sha256()
+    for name in layers:
+        for key, parameter in model.get_submodule(name).named_parameters():
+            digest.update(f"{name}.{key}".encode())
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporalConfig) -> None:
+    """Quantize and maintain the temporal features of a calibrated model, in place.
+
+    Args:
+        model: Calibrated; its scale table gives the times.
+        arguments: Of one call of it, by name.
+        config: Of the algorithm.
+
+    Raises:
+        TdqError: The model has no temporal block, or a glob matches nothing of it.
+    """
+    if has_features(model):
+        remove_features(model)
+    times = _share_rows(model, config.times)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    block = find_temporal_block(model, arguments, config.timestep_argument, len(times))
+    block = block.only(_wanted(block, config.features))
+    bits = formats(model, _bits(config.temporal_weight_bits), _bits(config.temporal_activation_bits))
+    for layer in quantizable(model, block).values():
+        layer.weight_quantizer.disable()
+        layer.input_quantizer.disable()
+    if config.maintenance == "naive":
+        switch_on(model, block, times.to(device), bits, config.weights, naive_scales(bits))
+        return
+    with torch.no_grad():
+        targets = _on_cpu(block.compute(model, times.to(device)))
+    candidates, cached = _candidates(model, block, times.to(device), bits, targets, config)
+    errors = {strategy: relative_squared_error(targets, made) for strategy, made in candidates.items()}
+    choice = _choice(errors, config)
+    features = merged(choice, candidates)
+    whole = {name for name, strategies in choice.items() if set(strategies) == {"cache"}}
+    stored = {name: cached[name] if name in whole else Feature(_stored(value)) for name, value in features.items()}
+    measured: dict[str, Mapping[str, Tensor]] = {**dict(candidates.items()), "chosen": features}
+    metadata: dict[str, Any] = {
+        "timestep_argument": config.timestep_argument,
+        "checksum": block_checksum(model, block.layers),
+        "layers": list(block.layers),
+        "superseded": {name: list(shape) for name, shape in block.superseded().items()},
+        "parameters": block.parameters,
+        "multiply_adds": block.multiply_adds,
+        "weight_bits": bits.weight,
+        "activation_bits": bits.activation,
+        "cache_bits": _cache_bits(bits, config),
+        "strategy": choice,
+        "relative_squared_error": _numbers(targets, measured, relative_squared_error),
+        "cosine_similarity": _numbers(targets, measured, cosine_similarity),
+    }
+    install_features(
+        model, FeatureTable(times, stored, config.outside, metadata), block.superseded(), config.timestep_argument
+    )
+    if not config.keep_layers:
+        free_modules(model)
+
+
+def _share_rows(model: nn.Module, times: list[float] | None) -> Tensor:
+    """[K] the rows of the scale table, to which further times are added; so scales and features share a row index."""
+    table = scale_table(model)
+    if not times:
+        return table.timesteps
+    if INTERVALS in model._modules:
+        raise TdqError(
+            "times", times[:3], "the scales of this model are still learned", 'Set their times with "rows" instead'
+        )
+    union: Tensor = torch.unique(torch.cat([table.timesteps, torch.tensor(times, dtype=torch.float32)]))
+    set_scale_table(model, table.resample(union))
+    return union
+
+
+def _wanted(block: TemporalBlock, patterns: list[str]) -> list[str]:
+    names: list[str] = []
+    for pattern in patterns:
+        matching = fnmatch.filter([*block.features, *block.depends], pattern)
+        if not matching:
+            raise TdqError(
+                "features", pattern, "it matches no temporal feature", f"Features: {', '.join(block.features)}"
+            )
+        exact = [name for name in matching if name in block.features]
+        names += exact or matching  # layers that depend on more are refused by name
+    return list(dict.fromkeys(names))
+
+
+def _bits(value: int | list[int] | None) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _cache_bits(bits: Formats, config: TdqTemporalConfig) -> int:
+    if config.cache_bits is not None:
+        return config.cache_bits
+    return bits.activation if isinstance(bits.activation, int) else 8
+
+
+def _on_cpu(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in features.items()}
+
+
+def _stored(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float16 else values.float()
+
+
+def _candidates(
+    model: nn.Module,
+    block: TemporalBlock,
+    times: Tensor,
+    bits: Formats,
+    targets: Mapping[str, Tensor],
+    config: TdqTemporalConfig,
+) -> tuple[dict[Strategy, dict[str, Tensor]], dict[str, Feature]]:
+    """[K, ...] of every feature by every strategy, and the cached form of each."""
+    made: dict[Strategy, dict[str, Tensor]] = {"naive": {}}
+    made["naive"] = _on_cpu(naive_features(model, block, times, bits, config.weights))
+    stored_bits = _cache_bits(bits, config)
+    cached = {name: _cached(value, stored_bits) for name, value in targets.items()}
+    made["cache"] = {name: feature.dense() for name, feature in cached.items()}
+    if config.maintenance != "cache" or "tib" in config.choose.values():
+        with tqdm(total=config.iterations, desc="temporal block", unit="step", disable=not config.progress) as bar:
+            learned = tib_features(
+                model,
+                block,
+                times,
+                bits,
+                config.weights,
+                {name: value.to(times.device) for name, value in targets.items()},
+                config.iterations,
+                config.rounding_weight,
+                bar.update,
+            )
+        made["tib"] = _on_cpu(learned)
+    return made, cached
+
+
+def _cached(values: Tensor, bits: int) -> Feature:
+    if bits == 32:
+        return Feature(values.float())
+    return Feature(values.half()) if bits == 16 else Feature.quantized(values, bits)
+
+
+def _choice(errors: Mapping[Strategy, FeatureErrors], config: TdqTemporalConfig) -> Choice:
+    if config.maintenance == "auto":
+        choice = select(errors, config.granularity)
+    else:
+        strategy: Strategy = config.maintenance
+        choice = {name: [strategy] * len(naive) for name, naive in errors["naive"].items()}
+    return by_hand(choice, config.choose)
+
+
+def _numbers(
+    targets: Mapping[str, Tensor],
+    measured: Mapping[str, Mapping[str, Tensor]],
+    measure: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], FeatureErrors],
+) -> dict[str, dict[str, list[float]]]:
+    """For JSON, six digits: by strategy and feature, one number per time."""
+    return {
+        strategy: {
+            name: [float(f"{value:.6g}") for value in values.tolist()]
+            for name, values in measure(targets, features).items()
+        }
+        for strategy, features in measured.items()
+    }
+
+
+def set_feature_table(model: nn.Module, table: FeatureTable) -> None:
+    """Give a quantized model temporal features that were made before, for the same weights.
+
+    Args:
+        model: The module that ``mtq.quantize`` was called with.
+        table: From :func:`feature_table` or ``FeatureTable.load``.
+
+    Raises:
+        TdqError: The table is for other layers, or for other weights. Nothing is changed then.
+    """
+    metadata = table.metadata
+    missing_facts = [key for key in ("layers", "superseded", "checksum", "timestep_argument") if key not in metadata]
+    if missing_facts:
+        raise TdqError("metadata", missing_facts, "not in the table", "Use a table made by the tdq_temporal algorithm")
+    modules = dict(model.named_modules())
+    missing = [name for name in metadata["layers"] if name not in modules]
+    if missing:
+        raise TdqError("features", missing[:3], "the model has no such layers", "Use a table made for this model")
+    freed = has_features(model) and temporal_features(model).description["freed"]
+    own = feature_table(model).metadata.get("checksum") if freed else block_checksum(model, metadata["layers"])
+    if own != metadata["checksum"]:
+        raise TdqError(
+            "checksum",
+            metadata["checksum"],
+            f"the features were made from other weights than this model's ({own})",
+            'Make them from this model, with {"method": "tdq_temporal"}',
+        )
+    superseded = {name: tuple(shape) for name, shape in metadata["superseded"].items()}
+    install_features(model, table, superseded, str(metadata["timestep_argument"]))

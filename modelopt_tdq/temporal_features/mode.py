@@ -1,0 +1,115 @@
+"""The ``tdq_temporal`` algorithm, and its registration with ModelOpt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from modelopt.torch.opt.mode import RestoreEntrypoint, UpdateEntrypoint
+from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
+from modelopt.torch.quantization.mode import CalibrateModeRegistry
+from torch import nn
+
+from modelopt_tdq.calibration.calibrate import tdq_calibrate
+from modelopt_tdq.calibration.replay import cloned
+from modelopt_tdq.calibration.snapshot import restored_on_error
+from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.temporal_features.config import TdqTemporalConfig
+from modelopt_tdq.temporal_features.maintain import maintain
+from modelopt_tdq.temporal_features.runtime import has_features, restore_features, temporal_features
+from modelopt_tdq.training.mode import LearningModeDescriptor, SavedName, restore, update_metadata
+
+__all__ = ["register", "tdq_temporal"]
+
+_DESCRIPTION = "tdq_temporal_features"
+
+
+def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = None, **fields: Any) -> None:
+    """Calibrate a ModelOpt-quantized model, and maintain its temporal features.
+
+    Args:
+        model: Quantized by ``mtq.quantize``; its forward takes the time.
+        forward_loop: As for :func:`modelopt_tdq.calibration.calibrate.tdq_calibrate`.
+        **fields: Fields of :class:`TdqTemporalConfig`.
+
+    Raises:
+        TdqError: As calibration; or the model has no temporal block, or a glob matches nothing of it. The model is left
+            as it was.
+    """
+    config = TdqTemporalConfig(**{name: v for name, v in fields.items() if name in TdqTemporalConfig.model_fields})
+    with restored_on_error(model):
+        call: dict[str, Any] = {}
+
+        def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not call:
+                bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+                further = bound.pop("kwargs", {})
+                call.update(cloned({**bound, **further}))
+
+        def recorded(module: nn.Module) -> None:
+            handle = module.register_forward_pre_hook(first_call, with_kwargs=True)
+            try:
+                forward_loop(module)  # type: ignore[misc]
+            finally:
+                handle.remove()
+
+        loop = None if forward_loop is None else recorded
+        if config.recalibrate:
+            fields = {name: getattr(config, name) for name in CalibrationFields.model_fields if name != "method"}
+            tdq_calibrate(model, loop, **fields)
+        elif loop is None:
+            raise TdqError("forward_loop", None, "a call of the model is needed", "Pass a forward_loop to mtq.quantize")
+        else:
+            loop(model)
+        maintain(model, call, config)
+
+
+def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
+    update_metadata(model, config, metadata)
+    if has_features(model):
+        metadata[_DESCRIPTION] = temporal_features(model).description
+    else:
+        metadata.pop(_DESCRIPTION, None)
+
+
+def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
+    restored = restore(model, config, metadata)
+    if _DESCRIPTION in metadata:
+        restore_features(restored, metadata[_DESCRIPTION])
+    return restored
+
+
+class TdqTemporalModeDescriptor(LearningModeDescriptor):
+    """Mode of the algorithm ``{"method": "tdq_temporal"}``."""
+
+    _calib_func = tdq_temporal
+    _config = TdqTemporalConfig
+
+    @property
+    def restore(self) -> RestoreEntrypoint:
+        """Build the layers that look up what was saved."""
+        return _restore
+
+    @property
+    def update_for_save(self) -> UpdateEntrypoint:
+        """With the description of the features."""
+        return _update
+
+    @property
+    def update_for_new_mode(self) -> UpdateEntrypoint:
+        """Likewise."""
+        return _update
+
+
+class SavedTdqTemporalModeDescriptor(SavedName, TdqTemporalModeDescriptor):
+    """The same mode, found by the name in saved states."""
+
+
+def register() -> None:
+    """Register the mode; harmless when done before."""
+    for mode in (TdqTemporalModeDescriptor, SavedTdqTemporalModeDescriptor):
+        name = mode().name
+        if not CalibrateModeRegistry.contained_in_any(name):
+            CalibrateModeRegistry.register_mode(mode)
