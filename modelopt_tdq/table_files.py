@@ -119,12 +119,12 @@ def read_table(
         description = dict(json.loads(sidecar.read_text()))
         version, digest = int(description["schema_version"]), str(description["sha256"])
         metadata = dict(description.get("metadata", {}))
-        missing = [name for name in fields if name not in description]
-        if missing:
-            raise KeyError(missing[0])
         found = str(description.get("kind", kind)).rpartition(".")[2]
         if found != kind:
             raise ValueError(f"it describes a {found}")
+        missing = [name for name in fields if name not in description]
+        if missing:
+            raise KeyError(missing[0])
     except (ValueError, KeyError, TypeError) as error:
         raise TdqError(
             "path", str(sidecar), f"no description of a {noun} ({error!r})", "Save the table again"

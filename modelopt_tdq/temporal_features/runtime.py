@@ -68,7 +68,7 @@ def install_features(
 ) -> TemporalFeatures:
     """Let layers of ``model`` look their outputs up, in place.
 
-    Features that were installed before are replaced.
+    Features that were installed before are replaced; after :func:`free_modules`, by features of the same layers.
 
     Args:
         model: The module whose ``forward`` receives the time.
@@ -81,13 +81,12 @@ def install_features(
         TdqError: A layer is not there or does not fit, or the model's ``forward`` has no such argument. Nothing is
             changed then.
     """
-    if has_features(model):
-        _require_parameters(temporal_features(model))
     description = describe(table, superseded, timestep_argument)
+    if has_features(model) and temporal_features(model).description["freed"]:
+        if table.outside == "exact" or _names(description) != _names(temporal_features(model).description):
+            _require_parameters(temporal_features(model))
+        description["freed"] = True
     _require_layers(model, description)
-    deliver_timestep(model, timestep_argument)
-    if has_features(model):
-        remove_features(model)
     features = _install(model, description)
     features.fill(table)
     return features
@@ -100,12 +99,9 @@ def restore_features(model: nn.Module, description: Mapping[str, Any]) -> Tempor
         TdqError: The model is not the one that was described.
     """
     _require_layers(model, description)
-    deliver_timestep(model, str(description["timestep_argument"]))
-    if has_features(model):
-        remove_features(model)
     features = _install(model, description)
     if description["freed"]:
-        _free(model, features)
+        _free(model)
     return features
 
 
@@ -131,10 +127,13 @@ def _require_layers(model: nn.Module, description: Mapping[str, Any]) -> None:
 
 
 def _install(model: nn.Module, description: Mapping[str, Any]) -> TemporalFeatures:
+    timestep = deliver_timestep(model, str(description["timestep_argument"]))
     features = TemporalFeatures(description)
+    if has_features(model):
+        _remove(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.add_module(FEATURES, features.to(device).train(model.training))
-    features._timestep = deliver_timestep(model, str(description["timestep_argument"]))
+    features._timestep = timestep
     for index, entry in enumerate(features.description["features"]):
         swap_in(model.get_submodule(entry["name"]), LookedUp, features, index)
     if features.outside != "exact":
@@ -143,9 +142,13 @@ def _install(model: nn.Module, description: Mapping[str, Any]) -> TemporalFeatur
     return features
 
 
-def _layers(model: nn.Module, features: TemporalFeatures) -> list[nn.Module]:
-    names = [entry["name"] for entry in features.description["features"]]
-    return [model.get_submodule(name) for name in [*names, *features.description["superseded"]]]
+def _names(description: Mapping[str, Any]) -> list[str]:
+    """Of the layers that are looked up or superseded."""
+    return sorted([*(entry["name"] for entry in description["features"]), *description["superseded"]])
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in _names(temporal_features(model).description)]
 
 
 def _require_parameters(features: TemporalFeatures) -> None:
@@ -164,9 +167,12 @@ def remove_features(model: nn.Module) -> None:
     Raises:
         TdqError: The model has no features, or its layers' parameters were dropped.
     """
-    features = temporal_features(model)
-    _require_parameters(features)
-    for layer in _layers(model, features):
+    _require_parameters(temporal_features(model))
+    _remove(model)
+
+
+def _remove(model: nn.Module) -> None:
+    for layer in _layers(model):
         swap_out(layer)
     del model._modules[FEATURES]
 
@@ -189,7 +195,7 @@ def free_modules(model: nn.Module) -> int:
     if features.awaits_state:
         features.table()  # says what is missing
     before = _nbytes(model)
-    _free(model, features)
+    _free(model)
     features.description["freed"] = True
     return before - _nbytes(model)
 
@@ -198,8 +204,8 @@ def _nbytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _free(model: nn.Module, features: TemporalFeatures) -> None:
-    for layer in _layers(model, features):
+def _free(model: nn.Module) -> None:
+    for layer in _layers(model):
         for name, parameter in layer._parameters.items():
             if parameter is not None:
                 layer._parameters[name] = nn.Parameter(parameter.detach().new_empty(0), requires_grad=False)
