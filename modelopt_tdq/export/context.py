@@ -29,6 +29,8 @@ class LoweringContext:
         weights: The quantized weight behind a value.
         shapes: Those that each marker saw in the sample run, by quantizer name.
         samples: Times per call in the sample run.
+        batch: Samples per call in the sample run.
+        features: Names of the layers whose output is looked up.
     """
 
     editor: GraphEditor
@@ -37,6 +39,8 @@ class LoweringContext:
     weights: dict[ir.Value, LoweredWeight]
     shapes: dict[str, list[tuple[int, ...]]]
     samples: int
+    batch: int = 1
+    features: list[str] = field(default_factory=list)
     low_precision: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Lookup", "reference_scale"]
+__all__ = ["Lookup", "TimeRow", "reference_scale"]
 
 _Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -24,6 +26,58 @@ def reference_scale(spec: ActivationSpec) -> np.float32:
     exact in float32, so that the lowering adds no rounding of its own to any scale.
     """
     return np.float32(2.0 ** np.floor(np.log2(spec.value_scale.min())))
+
+
+class TimeRow:
+    """The time of the call, and its row of the table: made when first asked for, once for the whole graph.
+
+    Args:
+        editor: Of the graph.
+        edges: [K - 1] float32, half-way points between the rows.
+        timestep: Graph input that holds the time; None if nothing will ask for it.
+        times: Number of times T per call; None if that is the dynamic batch.
+
+    Attributes:
+        anchor: The node before which everything is inserted: the first of the graph.
+        size: T, or the name of the dynamic batch.
+    """
+
+    def __init__(self, editor: GraphEditor, edges: _Array, timestep: ir.Value | None, times: int | None) -> None:
+        self._editor, self._edges, self._timestep = editor, edges, timestep
+        self.anchor = editor.graph[0]
+        self.size: int | str = "batch" if times is None else times
+
+    @cached_property
+    def column(self) -> ir.Value:
+        """[T, 1] float32: the times."""
+        editor = self._editor
+        if self._timestep is None:
+            raise TdqError("timestep", None, "the graph has no such input", "Report this")
+        time = editor.cast(self.anchor, self._timestep, editor.ir.DataType.FLOAT, "time/float32")
+        column: ir.Value = editor.before(
+            self.anchor, "Reshape", [time, editor.ints([-1, 1])], "time/column", shape=[self.size, 1]
+        )
+        return column
+
+    @cached_property
+    def count(self) -> ir.Value:
+        """[T] float32: the row, as a number of edges strictly below the time."""
+        editor, anchor, types = self._editor, self.anchor, self._editor.ir.DataType
+        # a table of one row has no edges, and operators on nothing are not for every backend
+        edges = self._edges if self._edges.size else np.array([np.inf], dtype=np.float32)
+        edge = editor.constant("time/edges", edges[None])
+        below = editor.before(anchor, "Greater", [self.column, edge], "time/below", dtype=types.BOOL)
+        # counted in float: every backend reduces floats, not every one reduces integers
+        below = editor.cast(anchor, below, types.FLOAT, "time/below_float")
+        count: ir.Value = editor.before(
+            anchor, "ReduceSum", [below, editor.ints([1])], "time/count", shape=[self.size], keepdims=0
+        )
+        return count
+
+    @cached_property
+    def row(self) -> ir.Value:
+        """[T] int64."""
+        return self._editor.cast(self.anchor, self.count, self._editor.ir.DataType.INT64, "time/row")
 
 
 class Lookup:
@@ -41,6 +95,9 @@ class Lookup:
         times: Number of times per call; None if that is the dynamic batch.
         ratios: Whether a scale that turns codes back, and depends on time, is wanted as ``s' / s_ref``.
 
+    Attributes:
+        time: The time and its row, for others that look something up.
+
     The quantities are "scale" and "offset" (of those that have one); "dequant_scale" and "dequant_offset", whether
     they differ from those or not; and "ratio" instead of a "dequant_scale" that depends on time, with ``ratios``.
     """
@@ -55,6 +112,7 @@ class Lookup:
         ratios: bool,
     ) -> None:
         self._editor = editor
+        self.time = TimeRow(editor, spec.edges, timestep, times)
         self._shaped: dict[tuple[ir.Value, int, int], ir.Value] = {}
         self.per_sample = times != 1
         columns: dict[str, _Array] = {}
@@ -71,30 +129,18 @@ class Lookup:
         self._constant = {name: column for name, column in columns.items() if column.size == 1}
         temporal = {name: column for name, column in columns.items() if column.size > 1}
         self._temporal: dict[str, ir.Value] = {}
-        self._anchor = editor.graph[0]
         if temporal and timestep is not None:
-            self._temporal = self._gather(temporal, spec.edges, timestep, times)
+            self._temporal = self._gather(temporal)
 
-    def _gather(
-        self, columns: dict[str, _Array], edges: _Array, timestep: ir.Value, times: int | None
-    ) -> dict[str, ir.Value]:
-        editor, anchor, types = self._editor, self._anchor, self._editor.ir.DataType
-        time = editor.cast(anchor, timestep, types.FLOAT, "time/float32")
-        time = editor.before(anchor, "Reshape", [time, editor.ints([-1, 1])], "time/column")
-        below = editor.before(
-            anchor, "Greater", [time, editor.constant("time/edges", edges[None])], "time/below", dtype=types.BOOL
-        )
-        # counted in float: every backend reduces floats, not every one reduces integers
-        below = editor.cast(anchor, below, types.FLOAT, "time/below_float")
-        count = editor.before(anchor, "ReduceSum", [below, editor.ints([1])], "time/count", keepdims=0)
-        row = editor.cast(anchor, count, types.INT64, "time/row")
+    def _gather(self, columns: dict[str, _Array]) -> dict[str, ir.Value]:
+        editor, anchor = self._editor, self.time.anchor
         # Quantizers of the same tensor often have equal columns (to_q, to_k, to_v): one value for all of them lets
         # a backend see that they compute the same codes, and compute them once.
         distinct = {column.tobytes(): column for column in columns.values()}
         packed = np.stack(list(distinct.values()), axis=1)[:, :, None, None]
-        shape = [times if times is not None else "batch", packed.shape[1], 1, 1]
+        shape = [self.time.size, packed.shape[1], 1, 1]
         table = editor.constant("time/table", np.ascontiguousarray(packed))
-        values = editor.before(anchor, "Gather", [table, row], "time/table_row", shape=shape, axis=0)
+        values = editor.before(anchor, "Gather", [table, self.time.row], "time/table_row", shape=shape, axis=0)
         split = [values]
         if len(distinct) > 1:
             split = editor.before(
@@ -136,7 +182,7 @@ class Lookup:
             return value
         key = (value, rank, fold)
         if key not in self._shaped:
-            editor, anchor = self._editor, self._anchor
+            editor, anchor = self._editor, self.time.anchor
             if fold > 1:
                 value = editor.before(anchor, "Reshape", [value, editor.ints([-1, 1])], f"{name}/column")
                 value = editor.before(anchor, "Expand", [value, editor.ints([1, fold])], f"{name}/folded")

@@ -1,7 +1,8 @@
 """A copy of the model in which every enabled quantizer is a marker, one node of the exported graph.
 
 The graph that torch exports then has standard operators only, except for ``tdq::FakeQuantize`` where an
-activation is quantized and ``tdq::QuantizedWeight`` where a weight is; the lowerings replace those.
+activation is quantized, ``tdq::QuantizedWeight`` where a weight is, and ``tdq::TemporalFeature`` where a layer's output
+is looked up; the lowerings replace those.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modelopt_tdq.export.spec import weight_quantizers
+from modelopt_tdq.temporal_features.looked_up import LookedUp, first_tensor, output_dtype, own_output
 from modelopt_tdq.timestep import _DeliveryHook
 
-__all__ = ["ACTIVATION_MARKER", "DOMAIN", "WEIGHT_MARKER", "Marker", "with_markers"]
+__all__ = ["ACTIVATION_MARKER", "DOMAIN", "FEATURE_MARKER", "WEIGHT_MARKER", "Marker", "with_markers"]
 
 DOMAIN = "tdq"
 ACTIVATION_MARKER = "FakeQuantize"
 WEIGHT_MARKER = "QuantizedWeight"
+FEATURE_MARKER = "TemporalFeature"
 
 
 class Marker:
@@ -53,6 +56,36 @@ class Marker:
             {"quantizer": self.marker_name},
             dtype=x.dtype,
             shape=x.shape,
+            version=1,
+        )
+        return marked
+
+
+class _FeatureMarker(Marker):
+    """Likewise for a layer that looks its output up. The node takes the layer's own output where it still matters.
+
+    Otherwise it takes the layer's input, which says where in the graph the node is, and the layer does not run.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The marker node, with the shape and dtype of the layer's output."""
+        layer: Any = self
+        inputs = first_tensor(args, kwargs)
+        if layer._tdq_features.outside == "exact":
+            source = output = own_output(layer, args, kwargs)
+        else:
+            row_shape = layer._tdq_features.rows(layer._tdq_what).data.shape[1:]
+            source, shape = inputs, (inputs.shape[0], *row_shape)
+            output = inputs.new_zeros(shape, dtype=output_dtype(layer, inputs))
+        if not torch.compiler.is_exporting():
+            self.shapes.append(tuple(output.shape))
+            return output
+        marked: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{FEATURE_MARKER}",
+            (source,),
+            {"feature": self.marker_name},
+            dtype=output.dtype,
+            shape=output.shape,
             version=1,
         )
         return marked
@@ -132,6 +165,8 @@ def with_markers(model: nn.Module) -> nn.Module:
             _put_in_front(module, Marker, marker_name=name, marker_type=ACTIVATION_MARKER, shapes=[])
         elif isinstance(module, TensorQuantizer):
             _put_in_front(module, _Disabled)
+        elif issubclass(type(module), LookedUp):
+            _put_in_front(module, _FeatureMarker, marker_name=name, marker_type=FEATURE_MARKER, shapes=[])
     for module in prepared.modules():
         if isinstance(module, _QuantFunctionalMixin) and hasattr(module, "q_bmm_quantizer"):
             kind = type(module)

@@ -14,6 +14,7 @@ from torch import nn
 
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.context import LoweringContext
+from modelopt_tdq.export.features import lower_features
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.inputs import flatten_inputs
 from modelopt_tdq.export.lookup import Lookup
@@ -45,12 +46,17 @@ class ExportReport:
         quantized: Names of the quantizers that are deployed in low precision.
         skipped: The other enabled quantizers, each with the reason: their numbers are those of the torch
             model, but the operator computes in floating point.
+        features: Names of the layers whose output is looked up by time, and that are gone from the graph (but stay,
+            for other times, with the policy "exact").
+        features_form: The form that they have: "table of outputs", with its size; "" if there are none.
     """
 
     path: Path
     lowering: str
     quantized: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
+    features: tuple[str, ...] = ()
+    features_form: str = ""
 
 
 def export_onnx(
@@ -106,6 +112,7 @@ class MarkerGraph:
         shapes: That each marker saw in the sample run, by quantizer name.
         samples: Times per call in the sample run.
         dynamic_batch: Whether dimension 0 is open.
+        batch: Samples per call in the sample run.
     """
 
     model: ir.Model
@@ -113,12 +120,13 @@ class MarkerGraph:
     shapes: dict[str, list[tuple[int, ...]]]
     samples: int
     dynamic_batch: bool
+    batch: int = 1
 
 
 def marker_graph(model: nn.Module, sample_inputs: Mapping[str, Any], *, dynamic_batch: bool) -> MarkerGraph:
     """The first half of :func:`export_onnx`, with its arguments and errors."""
     spec = read_quantization(model)
-    if not spec.activations and not spec.weights and not spec.folded:
+    if not spec.activations and not spec.weights and not spec.folded and spec.features is None:
         raise TdqError(
             "model",
             type(model).__name__,
@@ -127,8 +135,10 @@ def marker_graph(model: nn.Module, sample_inputs: Mapping[str, Any], *, dynamic_
         )
     inputs = flatten_inputs(sample_inputs, spec.timestep)
     samples = 1 if spec.timestep is None else inputs.tensors[inputs.names.index(spec.timestep)].numel()
+    others = (t for n, t in zip(inputs.names, inputs.tensors, strict=True) if n != spec.timestep and t.dim())
+    batch = next((len(tensor) for tensor in others), 1)
     exported, shapes = trace(with_markers(model), inputs, spec.timestep, dynamic_batch)
-    return MarkerGraph(exported, spec, shapes, samples, dynamic_batch)
+    return MarkerGraph(exported, spec, shapes, samples, dynamic_batch, batch)
 
 
 def lower(graph: MarkerGraph, lowering: str) -> LoweringContext:
@@ -138,7 +148,8 @@ def lower(graph: MarkerGraph, lowering: str) -> LoweringContext:
     times = None if graph.dynamic_batch and graph.samples > 1 else graph.samples
     lookup = Lookup(editor, graph.spec, time, times, ratios=lowering == "ratio")
     weights = lower_weights(editor, graph.spec)
-    context = LoweringContext(editor, graph.spec, lookup, weights, graph.shapes, graph.samples)
+    context = LoweringContext(editor, graph.spec, lookup, weights, graph.shapes, graph.samples, graph.batch)
+    lower_features(context)
     _LOWERINGS[lowering](context)
     _finish(graph.model, lowering)
     return context
@@ -189,4 +200,14 @@ def _report(context: LoweringContext, path: Path, lowering: str) -> ExportReport
             skipped.append((name, f"the weight has {spec.folded[name][1]}; its values are stored as floats"))
         else:
             skipped.append((name, "the model does not run this layer on these sample inputs"))
-    return ExportReport(path, lowering, tuple(quantized), tuple(skipped))
+    return ExportReport(
+        path, lowering, tuple(quantized), tuple(skipped), tuple(context.features), _features_form(context)
+    )
+
+
+def _features_form(context: LoweringContext) -> str:
+    table = context.spec.features
+    if table is None or not context.features:
+        return ""
+    size = sum(table.features[name].nbytes for name in context.features)
+    return f"table of outputs, {len(table)} times, {size:,} bytes, times between the rows: {table.outside}"

@@ -15,6 +15,8 @@ from modelopt_tdq.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_rang
 from modelopt_tdq.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.schedule import edges
+from modelopt_tdq.temporal_features.runtime import feature_table, has_features, idle_layers
+from modelopt_tdq.temporal_features.table import FeatureTable
 from modelopt_tdq.timestep import find_timestep
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
@@ -112,7 +114,8 @@ class QuantizationSpec:
         folded: Weight quantizers whose format ONNX cannot hold per channel, with the reason; their
             fake-quantized weights are deployed as floats.
         edges: [K - 1] float32, half-way points between the rows of the table.
-        timestep: Name of the model's argument that holds the time; None if no scale depends on it.
+        timestep: Name of the model's argument that holds the time; None if nothing depends on it.
+        features: The outputs of layers that are looked up, on the CPU; None if there are none.
     """
 
     activations: dict[str, ActivationSpec]
@@ -120,6 +123,7 @@ class QuantizationSpec:
     folded: dict[str, tuple[np.ndarray[Any, np.dtype[np.float32]], str]]
     edges: np.ndarray[Any, np.dtype[np.float32]]
     timestep: str | None
+    features: FeatureTable | None = None
 
 
 def weight_quantizers(model: nn.Module) -> dict[int, Tensor]:
@@ -193,33 +197,59 @@ def _weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple[Any
     return WeightSpec(name, stored.numpy(), bits == FP8_E4M3, scale.numpy(), channel)
 
 
+def _temporal_activations(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict[str, ActivationSpec], Tensor | None]:
+    """The quantizers of layers that run; and the times [K] of their table, if a scale depends on time."""
+    temporal = temporal_quantizers(model)
+    if not temporal:
+        return {}, None
+    table = scale_table(model)
+    activations: dict[str, ActivationSpec] = {}
+    static = True
+    for column, name in enumerate(table.names):
+        if name.startswith(idle):
+            continue
+        scale, *others = table.column(column)
+        rows = [None if value is None else _constant(value) for value in others]
+        activations[name] = ActivationSpec(name, temporal[name].num_bits, _constant(scale), *rows)
+        static &= bool(table.is_static[column])
+    return activations, None if static else table.timesteps
+
+
+def _times(model: nn.Module, scales: Tensor | None, features: FeatureTable | None) -> tuple[Tensor, str | None]:
+    """[K] the times that rows stand for, and the argument of the model that holds the time."""
+    if scales is None and features is None:
+        return torch.zeros(1), None
+    if scales is not None and features is not None and not torch.equal(scales, features.timesteps):
+        raise TdqError(
+            "timesteps",
+            features.timesteps.tolist(),
+            f"the rows of the temporal features are not those of the scales ({len(scales)} times)",
+            "Make the features at the times of the scale table: scale_table(model).timesteps",
+        )
+    delivery = find_timestep(model)
+    if delivery is None:
+        raise TdqError(
+            "model",
+            type(model).__name__,
+            "its scales depend on time, but it is not the module that was calibrated",
+            "Pass the module that mtq.quantize was called with",
+        )
+    return scales if features is None else features.timesteps, delivery.argument  # type: ignore[return-value]
+
+
 def read_quantization(model: nn.Module) -> QuantizationSpec:
-    """Read the enabled quantizers of ``model``.
+    """Read the enabled quantizers of ``model``, and its temporal features.
+
+    Quantizers of layers that never run, since their output is looked up, are left out.
 
     Raises:
         TdqError: A quantizer is not calibrated or has a form that cannot be exported; scales depend on
             time but the model does not receive the time.
     """
-    temporal = temporal_quantizers(model)
-    activations: dict[str, ActivationSpec] = {}
-    timesteps, argument = torch.zeros(1), None
-    if temporal:
-        table = scale_table(model)
-        for column, name in enumerate(table.names):
-            scale, *others = table.column(column)
-            rows = [None if value is None else _constant(value) for value in others]
-            activations[name] = ActivationSpec(name, temporal[name].num_bits, _constant(scale), *rows)
-        if not bool(table.is_static.all()):
-            timesteps = table.timesteps
-            delivery = find_timestep(model)
-            if delivery is None:
-                raise TdqError(
-                    "model",
-                    type(model).__name__,
-                    "its scales depend on time, but it is not the module that was calibrated",
-                    "Pass the module that mtq.quantize was called with",
-                )
-            argument = delivery.argument
+    features = feature_table(model) if has_features(model) else None
+    idle = tuple(f"{name}." for name in idle_layers(model))
+    activations, timesteps = _temporal_activations(model, idle)
+    times, argument = _times(model, timesteps, features)
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.rotate_is_enabled:
             raise _unsupported(name, "rotate", "a quantizer that rotates its input")
@@ -227,6 +257,8 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
     folded: dict[str, tuple[Any, str]] = {}
     found = weight_quantizers(model)
     for name, module in model.named_modules():
+        if name.startswith(idle):
+            continue
         if id(module) in found:
             spec = _weight(name, module, found[id(module)])
             if isinstance(spec, WeightSpec):
@@ -240,4 +272,4 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
             if isinstance(parent, SequentialQuantizer):
                 raise _unsupported(name, "SequentialQuantizer", "several activation quantizers in a row")
             activations[name] = _static_activation(name, module)
-    return QuantizationSpec(activations, weights, folded, edges(timesteps).numpy(), argument)
+    return QuantizationSpec(activations, weights, folded, edges(times).numpy(), argument, features)

@@ -25,6 +25,7 @@ __all__ = [
     "feature_table",
     "free_modules",
     "has_features",
+    "idle_layers",
     "install_features",
     "remove_features",
     "restore_features",
@@ -61,6 +62,13 @@ def feature_table(model: nn.Module) -> FeatureTable:
         TdqError: It has none, or they were restored and not loaded.
     """
     return temporal_features(model).table()
+
+
+def idle_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that never run in eval mode: those that are looked up or superseded, unless "exact"."""
+    if not has_features(model) or temporal_features(model).outside == "exact":
+        return ()
+    return tuple(_names(temporal_features(model).description))
 
 
 def install_features(
