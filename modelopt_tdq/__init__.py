@@ -10,6 +10,7 @@ from modelopt_tdq.config import RECIPES, TdqCalibConfig, make_config, recipe
 from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.export import ExportReport, export_onnx
 from modelopt_tdq.model_table import scale_table, set_scale_table, temporal_quantizers
+from modelopt_tdq.pipeline import EngineDenoiser, quantize_pipeline, sample_inputs, swap_denoiser
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.reconstruction.reconstruct import reconstruction_report
@@ -54,6 +55,7 @@ __all__ = [
     "TDQ_W4A8_CFG",
     "TDQ_W8A4_CFG",
     "Analysis",
+    "EngineDenoiser",
     "EngineReport",
     "ExportReport",
     "Feature",
@@ -78,13 +80,16 @@ __all__ = [
     "make_config",
     "materialize",
     "parameter_groups",
+    "quantize_pipeline",
     "recipe",
     "reconstruction_report",
     "remove_features",
     "require_finite",
+    "sample_inputs",
     "scale_table",
     "set_feature_table",
     "set_scale_table",
     "stop_noise",
+    "swap_denoiser",
     "temporal_quantizers",
 ]

@@ -124,12 +124,26 @@ def trace(
     if exported is None:
         raise TdqError("model", type(model).__name__, "torch.onnx.export returned nothing", "Report this")
     graph: ir.Model = exported.model
+    _drop_idle_squeezes(graph)
     if dynamic is not None:
         _name_batch(graph)
     for value in list(graph.graph.initializers.values()):
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
     return graph, shapes
+
+
+def _drop_idle_squeezes(model: ir.Model) -> None:
+    """Remove every Squeeze of a dimension that is not 1: torch leaves such a one alone, ONNX refuses it."""
+    convenience = require("onnx_ir", "onnx").convenience
+    for node in [n for n in model.graph if n.op_type == "Squeeze" and len(n.inputs) == 2]:
+        value, axes = node.inputs[0], node.inputs[1].const_value
+        if value is None or value.shape is None or axes is None:
+            continue
+        sizes = [value.shape[int(axis)] for axis in axes.numpy().reshape(-1)]
+        if sizes and all(isinstance(size, int) and size != 1 for size in sizes):
+            convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
 
 
 @contextmanager

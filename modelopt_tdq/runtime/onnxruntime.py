@@ -99,6 +99,7 @@ class OnnxRuntimeSession:
                 "model", str(model)[:80], f"ONNX Runtime cannot load it ({error})", "Export it with modelopt_tdq"
             ) from error
         self.inputs = {v.name: _numpy_dtype(v.type) for v in self._session.get_inputs()}
+        self.shapes = {v.name: tuple(v.shape) for v in self._session.get_inputs()}
         self.outputs = [v.name for v in self._session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

@@ -46,6 +46,10 @@ class OpenVinoSession:
             ) from error
         self._request = self._compiled.create_infer_request()
         self.inputs = {port.get_any_name(): port.get_element_type().to_dtype() for port in self._compiled.inputs}
+        self.shapes = {
+            port.get_any_name(): tuple(d.get_length() if d.is_static else str(d) for d in port.get_partial_shape())
+            for port in self._compiled.inputs
+        }
         self.outputs = [port.get_any_name() for port in self._compiled.outputs]
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

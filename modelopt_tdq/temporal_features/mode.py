@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,10 @@ from modelopt.torch.quantization.mode import CalibrateModeRegistry
 from torch import nn
 
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
-from modelopt_tdq.calibration.replay import cloned
 from modelopt_tdq.calibration.snapshot import restored_on_error
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.recording import recorded_call
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
 from modelopt_tdq.temporal_features.maintain import maintain
 from modelopt_tdq.temporal_features.runtime import has_features, restore_features, temporal_features
@@ -42,18 +41,10 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
     with restored_on_error(model):
         call: dict[str, Any] = {}
 
-        def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not call:
-                bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-                further = bound.pop("kwargs", {})
-                call.update(cloned({**bound, **further}))
-
         def recorded(module: nn.Module) -> None:
-            handle = module.register_forward_pre_hook(first_call, with_kwargs=True)
-            try:
+            with recorded_call(module) as first:
                 forward_loop(module)  # type: ignore[misc]
-            finally:
-                handle.remove()
+            call.update(first)
 
         loop = None if forward_loop is None else recorded
         if config.recalibrate:

@@ -1,0 +1,6 @@
+"""Whole diffusers pipelines: quantize their denoiser in place, and run them on an engine."""
+
+from modelopt_tdq.pipeline.quantize import quantize_pipeline, sample_inputs
+from modelopt_tdq.pipeline.swap import EngineDenoiser, swap_denoiser
+
+__all__ = ["EngineDenoiser", "quantize_pipeline", "sample_inputs", "swap_denoiser"]

@@ -1,0 +1,45 @@
+"""Which component of a pipeline is the denoiser: the one whose forward takes the time."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from modelopt_tdq.errors import TdqError
+
+__all__ = ["denoiser_name"]
+
+
+def _components(pipeline: Any) -> dict[str, Any]:
+    components: Any = getattr(pipeline, "components", None)
+    if not isinstance(components, dict):
+        raise TdqError(
+            "pipeline", type(pipeline).__name__, "not a diffusers pipeline", "Pass one, or quantize the model itself"
+        )
+    return components
+
+
+def denoiser_name(pipeline: Any, component: str | None, timestep: str) -> str:
+    """Name of the denoiser among the components of ``pipeline``.
+
+    Args:
+        pipeline: From diffusers.
+        component: Its name, if the caller knows it.
+        timestep: The argument of its forward that holds the time.
+
+    Raises:
+        TdqError: There is no such component, or none or several take the time.
+    """
+    components = _components(pipeline)
+    models = {name: value for name, value in components.items() if isinstance(value, nn.Module)}
+    if component is not None:
+        if component not in models:
+            raise TdqError("component", component, "the pipeline has no such model", f"It has {', '.join(models)}")
+        return component
+    found = [name for name, model in models.items() if timestep in inspect.signature(model.forward).parameters]
+    if len(found) != 1:
+        problem = "several models take a time" if found else f"no model of the pipeline takes `{timestep}`"
+        raise TdqError("component", found or list(models), problem, "Name the denoiser: component='transformer'")
+    return found[0]
