@@ -21,6 +21,7 @@ from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_bl
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
 from modelopt_tdq.temporal_features.maintain import set_feature_table
 from modelopt_tdq.temporal_features.mode import register as _register_temporal
+from modelopt_tdq.temporal_features.report import TemporalReport, temporal_report
 from modelopt_tdq.temporal_features.runtime import feature_table, free_modules, remove_features
 from modelopt_tdq.temporal_features.table import Feature, FeatureTable
 from modelopt_tdq.training.checkpointing import checkpoint
@@ -69,6 +70,7 @@ __all__ = [
     "TdqTemporalConfig",
     "TemporalBlock",
     "TemporalQuantizer",
+    "TemporalReport",
     "analyze",
     "build_engine",
     "checkpoint",
@@ -92,4 +94,5 @@ __all__ = [
     "stop_noise",
     "swap_denoiser",
     "temporal_quantizers",
+    "temporal_report",
 ]
