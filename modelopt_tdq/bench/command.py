@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +10,7 @@ from modelopt_tdq.bench.summary import summarize
 from modelopt_tdq.bench.supplement import Bench, Store, run_table
 from modelopt_tdq.bench.tables import Table, qat_table
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.provenance import provenance, provenance_line
 
 __all__ = ["results_file", "run_supplement"]
 
@@ -21,19 +18,6 @@ __all__ = ["results_file", "run_supplement"]
 def results_file(bench: Bench) -> Path:
     """All runs of one model and budget."""
     return bench.output / f"{bench.name}_{bench.budget.name}.json"
-
-
-def _machine() -> str:
-    names = (line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name"))
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "nvidia-modelopt", "diffusers"))
-    return f"{next(names, platform.processor())}, {os.cpu_count()} cores; {versions}"
-
-
-def _cpu_lines() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _number(text: str) -> int:
@@ -68,7 +52,7 @@ def run_supplement(bench: Bench, tables: Sequence[str], command: str, run: bool 
             f"{budget.lr:g}, plain diffusion loss. Test loss: noise prediction on {budget.loss_images} test images at "
             f"fixed noises and times. SQNR: against full precision on {budget.judged_samples} of its trajectories of "
             f"{budget.judged_steps} steps. PSNR: images of the same seeds.",
-            f"`{command}`, {datetime.date.today().isoformat()}, {_machine()}",
+            provenance_line(provenance(command)),
         ]
         stem = bench.output / f"{name}_{budget.name}_table{table.number}"
         text = markdown(table, rows, notes)

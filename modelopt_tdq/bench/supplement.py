@@ -23,9 +23,23 @@ from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.model_folder import load_model
 from modelopt_tdq.trajectories import load_scheduler
 
-__all__ = ["Bench", "Store", "full_precision_key", "run_table", "runs_of", "table_path"]
+__all__ = ["Bench", "Store", "class_name", "full_precision_key", "run_table", "runs_of", "table_path"]
 
 _SCHEMA_VERSION = 1
+
+
+def class_name(folder: Path) -> str:
+    """Of the diffusers model in a folder.
+
+    Raises:
+        TdqError: There is none.
+    """
+    try:
+        return str(json.loads((folder / "config.json").read_text())["_class_name"])
+    except (OSError, ValueError, KeyError) as error:
+        raise TdqError(
+            "model", str(folder), f"it holds no diffusers model ({error!r})", "Name a folder with config.json"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,7 @@ class Bench:
     @property
     def name(self) -> str:
         """Class of the model, which results are named by."""
-        try:
-            return str(json.loads((self.model / "config.json").read_text())["_class_name"])
-        except (OSError, ValueError, KeyError) as error:
-            raise TdqError(
-                "model", str(self.model), f"it holds no diffusers model ({error!r})", "Name a folder with config.json"
-            ) from error
+        return class_name(self.model)
 
     @cached_property
     def checksum(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from modelopt_tdq.demo.settings import DEPLOYED, DemoSettings, cores, preset_lab
 from modelopt_tdq.demo.stages import load, stages
 from modelopt_tdq.demo.variants import VARIANTS, variant_label
 from modelopt_tdq.metrics import db_text, json_number
+from modelopt_tdq.provenance import cpu_name
 from modelopt_tdq.report.results import KIND, SCHEMA_VERSION
 
 __all__ = ["gather"]
@@ -117,13 +117,8 @@ def _openvino(values: dict[str, Any] | None, variant: str) -> dict[str, Any] | N
 
 
 def _machine() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
