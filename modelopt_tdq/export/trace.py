@@ -137,10 +137,10 @@ def _drop_idle_squeezes(model: ir.Model) -> None:
     """Remove every Squeeze of a dimension that is not 1: torch leaves such a one alone, ONNX refuses it."""
     convenience = require("onnx_ir", "onnx").convenience
     for node in [n for n in model.graph if n.op_type == "Squeeze" and len(n.inputs) == 2]:
-        value, axes = node.inputs[0], node.inputs[1].const_value
-        if value is None or value.shape is None or axes is None:
+        value, axes = node.inputs
+        if value is None or value.shape is None or axes is None or axes.const_value is None:
             continue
-        sizes = [value.shape[int(axis)] for axis in axes.numpy().reshape(-1)]
+        sizes = [value.shape[int(axis)] for axis in axes.const_value.numpy().reshape(-1)]
         if sizes and all(isinstance(size, int) and size != 1 for size in sizes):
             convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)

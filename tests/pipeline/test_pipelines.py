@@ -71,21 +71,23 @@ def test_is_calibrated_at_the_times_of_the_pipelines_own_schedule(quantized: tup
     assert tdq.scale_table(_denoiser(pipeline)).timesteps.tolist() == sorted(set(np.float32(seen).tolist()))
 
 
-@pytest.mark.parametrize("steps", [3, 9])
-def test_samples_with_other_numbers_of_steps_and_stays_close(quantized: tuple[str, Any, Any], steps: int) -> None:
+def test_stays_close_on_the_schedule_of_its_calibration(quantized: tuple[str, Any, Any]) -> None:
     """On the calls of a full-precision trajectory: the trajectory of a random model is chaotic."""
     name, original, pipeline = quantized
     calls: list[tuple[Any, Any, torch.Tensor]] = []
     handle = _denoiser(original).register_forward_hook(
         lambda module, args, kwargs, output: calls.append((args, kwargs, output[0])), with_kwargs=True
     )
-    _images(original, PIPELINES[name].call, steps)
+    _images(original, PIPELINES[name].call, 4)
     handle.remove()
-    assert len(calls) >= steps
     with torch.no_grad():
         decibels = [sqnr_db(exact, _denoiser(pipeline)(*args, **kwargs)[0]) for args, kwargs, exact in calls]
-    assert min(decibels) > 6  # a time between two calibrated ones, of a model calibrated on two samples
-    assert 15 < np.mean(decibels) < 100
+    assert 15 < min(decibels) < 100
+
+
+@pytest.mark.parametrize("steps", [8, 50])
+def test_samples_with_other_numbers_of_steps(quantized: tuple[str, Any, Any], steps: int) -> None:
+    name, _, pipeline = quantized
     assert np.isfinite(_images(pipeline, PIPELINES[name].call, steps)).all()
 
 
