@@ -23,9 +23,12 @@ def reference_scale(spec: ActivationSpec) -> np.float32:
     """s_ref: the power of two at or below the smallest scale that turns codes back, s'.
 
     ``s' / s_ref`` is at least 1, so that nothing overflows in front of it that would not behind it; and it is
-    exact in float32, so that the lowering adds no rounding of its own to any scale.
+    exact in float32, so that the lowering adds no rounding of its own to any scale. 1 for scales below the smallest
+    normal float32, as in the plugin.
     """
-    return np.float32(2.0 ** np.floor(np.log2(spec.value_scale.min())))
+    least = spec.value_scale.min()
+    # by the exponent's bits: a float32 logarithm of the number just below a power of two is that of the power
+    return np.float32(np.ldexp(0.5, np.frexp(least)[1]) if least >= np.finfo(np.float32).tiny else 1.0)
 
 
 class TimeRow:

@@ -72,4 +72,5 @@ def scale_lookup(  # type: ignore[no-untyped-def]  # Triton reads the annotation
     reference = tl.where(usable, power, 1.0)
     output = sample * columns + column
     tl.store(scale_ptr + output, scale, mask=inside)
-    tl.store(ratio_ptr + output, scale / reference, mask=inside)
+    # correctly rounded, hence exact for a power of two; a plain "/" compiles to an approximate division
+    tl.store(ratio_ptr + output, tl.div_rn(scale, reference), mask=inside)
