@@ -2,12 +2,13 @@
 
 A dispatch mode sees every operator. The result of an operator depends on whatever its operands depend on; views and
 in-place operators are followed through their storage. Once a value is read into Python (``.item()``), everything
-after it may depend on it. Names of layers play no part.
+after it may depend on it; if it was the time, nothing after it can be computed again for another time. Names of layers
+play no part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,14 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from modelopt_tdq.calibration.output_error import full_precision
+from modelopt_tdq.temporal_features.operators import ReadingMethods, is_random, reads_values, written_operands
 from modelopt_tdq.temporal_features.tape import Entry, Parameter, Slot, Tape
 
 __all__ = ["Watched", "layers_with_parameters", "watch"]
 
 _NOTHING: frozenset[str] = frozenset()
 
-#: Operators that hand a value of a tensor to Python.
-_READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
+#: What depends on a generator of random numbers is not known before the model runs.
+_RANDOM = "random numbers"
 
 
 def layers_with_parameters(model: nn.Module) -> dict[str, nn.Module]:
@@ -73,6 +76,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
         self._depends: dict[int, frozenset[str]] = {}
         self._origins: dict[int, frozenset[str]] = {}
+        self._taken: dict[str, frozenset[str]] = {}
         self._slots = WeakTensorKeyDictionary()
         self._count = 0
         self._read = _NOTHING
@@ -84,12 +88,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.multiply_adds: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in labels:
-            self._depends[self._key(tensor)] = frozenset([name])
+            self._depends[self._key(tensor)] = self.depends_on(tensor) | {name}
 
     def slot(self, tensor: Tensor) -> Slot:
         """The slot of a tensor, new where it has none."""
         if tensor not in self._slots:
-            self._slots[tensor] = Slot(self._count)
+            self._slots[tensor] = Slot(self._count, self._key(tensor))
             self._count += 1
         found: Slot = self._slots[tensor]
         return found
@@ -102,6 +106,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def depends_on(self, tensor: Tensor) -> frozenset[str]:
         """Names of the model's inputs."""
         return self._depends.get(self._key(tensor), _NOTHING)
+
+    def _made_by(self, tensors: list[Tensor]) -> frozenset[str]:
+        """The layers whose outputs these temporal values come from, without a layer in between."""
+        return _NOTHING.union(*(self._origins.get(self._key(t), _NOTHING) for t in tensors))
+
+    def read(self, *tensors: Tensor) -> None:
+        """Values are handed to Python."""
+        read = _NOTHING.union(self._read, *(self.depends_on(t) for t in tensors))
+        if self.time <= read:  # what the tape would hold is true of this time only
+            read |= {f"{next(iter(self.time))}.item()"}
+        self._read = read
+        self.features.update(dict.fromkeys(sorted(self._made_by(list(tensors)))))
 
     def _reference(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -117,12 +133,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = pytree.tree_leaves(result)
         inputs = _NOTHING.union(self._read, *(self.depends_on(t) for t in tensors))
-        if func._schema.name in _READS:
-            self._read = inputs
-        written = _written(func, args, kwargs)
+        if is_random(func, args, kwargs):
+            inputs |= {_RANDOM}
+        if reads_values(func):
+            self.read(*tensors)
+            inputs |= self._read
+        written = written_operands(func, args, kwargs)
         touched = [leaf for leaf in outputs if isinstance(leaf, Tensor)] + written
         known = inputs.union(*(self.depends_on(t) for t in touched))
-        origins = _NOTHING.union(*(self._origins.get(self._key(t), _NOTHING) for t in tensors))
+        origins = self._made_by(tensors)
         for tensor in touched:
             key = self._key(tensor)
             self._depends[key] = self._depends.get(key, _NOTHING) | inputs
@@ -143,6 +162,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A layer begins."""
         if self._layer is None:
             self._layer = name
+            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._taken[name] = self._taken.get(name, _NOTHING) | self._made_by(tensors)
 
     def leave(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A layer ends."""
@@ -157,30 +178,26 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         recorded = pytree.tree_map(self._reference, (args, kwargs))
         slots = tuple(self.slot(leaf) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output))
         self.entries.append(Entry(None, name, recorded[0], recorded[1], slots))
-        if len(tensors) == 1 and depends == self.time:
+        if len(tensors) == 1 and tensors[0].dim() and depends == self.time:
             self.results.setdefault(name, []).append(self.slot(tensors[0]))
             self.shapes[name] = tuple(tensors[0].shape)
             self._origins[self._key(tensors[0])] = frozenset([name])
 
     def finish(self, output: Any) -> None:
-        """The model's outputs need what they are."""
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self.features.update(dict.fromkeys(sorted(self._origins.get(self._key(leaf), _NOTHING))))
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The operands that an operator changes in place."""
-    found: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return found
+        """The model's outputs need what they are; so do layers that depend on more in another of their calls."""
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.features.update(dict.fromkeys(sorted(self._made_by(leaves))))
+        for name in self.results.keys() & self.depends.keys():
+            self.depends[name] |= self.time
+        waiting = [name for name in self.features if name in self.depends]
+        while waiting:
+            taken = self._taken[waiting.pop()]
+            waiting += [name for name in taken - self.features.keys() if name in self.depends]
+            self.features.update(dict.fromkeys(sorted(taken)))
 
 
 def watch(
-    model: nn.Module, call: Callable[[], Any], labels: list[tuple[str, Tensor]], time: tuple[str, Tensor]
+    model: nn.Module, call: Callable[[], Any], labels: list[tuple[str, Tensor]], time: tuple[str, Tensor], times: int
 ) -> Watched:
     """Run ``call`` and see what depends on what.
 
@@ -188,7 +205,8 @@ def watch(
         model: Whose layers are watched; its quantizers do nothing meanwhile.
         call: Calls the model once.
         labels: Every tensor that goes in, by the name of its argument; the time too.
-        time: Name and tensor [] or [T] of the time.
+        time: Name and tensor [], [1] or [B] of the time.
+        times: How many different times a run of the tape shall compute: as many as that tensor has, or 1.
     """
     mode = _Watch(model, labels, time[0])
     start = mode.slot(time[1])
@@ -197,16 +215,11 @@ def watch(
             enter, leave = _hooks(mode, name)
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=False).remove)
-        for quantizer in [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]:
-            quantizer.disable()
-            stack.callback(quantizer.enable)
-        with torch.no_grad(), mode:
+        with full_precision(model), torch.no_grad(), mode, ReadingMethods(mode.read):
             output = call()
     mode.finish(output)
     results = {name: tuple(slots) for name, slots in mode.results.items() if name not in mode.depends}
-    times = 1 if time[1].dim() == 0 else len(time[1])
-    tape = Tape(tuple(mode.entries), start, time[1].dtype, times, results, time[1].dim() == 0)
-    watched = Watched(tape)
+    watched = Watched(Tape(tuple(mode.entries), start, time[1].dtype, tuple(time[1].shape), times, results))
     watched.features = {name: mode.shapes[name] for name in results if name in mode.features}
     watched.depends, watched.multiply_adds, watched.shapes = mode.depends, mode.multiply_adds, mode.shapes
     return watched
