@@ -50,3 +50,32 @@ def supplement(
     command = " ".join(["modelopt-tdq", *sys.argv[1:]])
     for text in run_supplement(shared, [part.strip() for part in table.split(",") if part.strip()], command, run):
         typer.echo(text + "\n")
+
+
+@bench.command("temporal-features")
+def temporal_features(
+    budget: Annotated[str, typer.Option(help="quick: minutes on two CPU cores; full: hours.")] = "quick",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a diffusers model with its scheduler. Default: the bundled UNet."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results; finished rows in it are kept.")] = Path(
+        "benchmarks/results/temporal"
+    ),
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="--no-run: write the table of the rows there are.")
+    ] = True,
+) -> None:
+    """Compare what becomes of the temporal features: full precision, naive, TIB, cache, or whichever is better.
+
+    At W8A8, W4A8 and W4A4, on one calibration each: error of the features, SQNR of the noise prediction on other
+    trajectories of 20 and of 50 steps, images, calibration time, engine kernels and sizes. Writes a Markdown table, a
+    plot of every feature at every time, and a JSON file. An interrupted benchmark goes on where it stopped.
+    """
+    from modelopt_tdq.bench.temporal.command import run_temporal
+    from modelopt_tdq.bench.temporal.rows import temporal_budget
+    from modelopt_tdq.bench.temporal.run import TemporalBench
+    from modelopt_tdq.demo.bundled import bundled_model
+
+    shared = TemporalBench(model or bundled_model(), temporal_budget(budget), output)
+    typer.echo(run_temporal(shared, " ".join(["modelopt-tdq", *sys.argv[1:]]), run))

@@ -62,7 +62,7 @@ def test_what_is_replaced_is_counted(calibrated: torch.nn.Module) -> None:
 
 def test_text(calibrated: torch.nn.Module) -> None:
     text = str(temporal_report(maintained(calibrated, granularity="step")))
-    rows = text.split("\n\n")[0].splitlines()
+    rows = text.split("\n\n", maxsplit=1)[0].splitlines()
     names = [name for name in rows if "time_emb_proj" in name]
     assert len(names) == len(rows) - 3
     assert "TIB feature is deployed as the table of its outputs" in text

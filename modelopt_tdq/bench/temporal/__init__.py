@@ -1,0 +1,1 @@
+"""``modelopt-tdq bench temporal-features``: what maintaining the temporal features is worth."""
