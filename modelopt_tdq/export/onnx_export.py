@@ -149,7 +149,7 @@ def lower(graph: MarkerGraph, lowering: str) -> LoweringContext:
     lookup = Lookup(editor, graph.spec, time, times, ratios=lowering == "ratio")
     weights = lower_weights(editor, graph.spec)
     context = LoweringContext(editor, graph.spec, lookup, weights, graph.shapes, graph.samples, graph.batch)
-    lower_features(context)
+    lower_features(context, gather_int8=lowering == "reference")
     _LOWERINGS[lowering](context)
     _finish(graph.model, lowering)
     return context

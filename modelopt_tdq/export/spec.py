@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.export.weight_spec import WeightSpec, read_weight, unsupported, weight_quantizers
 from modelopt_tdq.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, quantize
 from modelopt_tdq.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.quantizer import TemporalQuantizer
@@ -18,7 +19,6 @@ from modelopt_tdq.schedule import edges
 from modelopt_tdq.temporal_features.runtime import feature_table, has_features, idle_layers
 from modelopt_tdq.temporal_features.table import FeatureTable
 from modelopt_tdq.timestep import find_timestep
-from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
 __all__ = ["ActivationSpec", "QuantizationSpec", "WeightSpec", "read_quantization", "weight_quantizers"]
 
@@ -86,25 +86,6 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
-class WeightSpec:
-    """One weight quantizer.
-
-    Attributes:
-        name: As in ``model.named_modules()``.
-        codes: The weight's shape; int8, or the bytes of FP8 E4M3 values as uint8.
-        is_fp8: Whether the codes are FP8 E4M3.
-        scale: float32, [C] along ``axis``, or [] per tensor.
-        axis: Of the channels, or None per tensor.
-    """
-
-    name: str
-    codes: np.ndarray[Any, np.dtype[Any]]
-    is_fp8: bool
-    scale: np.ndarray[Any, np.dtype[np.float32]]
-    axis: int | None
-
-
-@dataclass(frozen=True)
 class QuantizationSpec:
     """All that the graph needs to know about the quantizers of one model.
 
@@ -126,75 +107,21 @@ class QuantizationSpec:
     features: FeatureTable | None = None
 
 
-def weight_quantizers(model: nn.Module) -> dict[int, Tensor]:
-    """The weight of each enabled weight quantizer of ``model``, by the quantizer's id."""
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, QuantModule):
-            for weight, quantizer in module.iter_weights_for_calibration():
-                if quantizer.is_enabled:
-                    found[id(quantizer)] = weight
-    return found
-
-
 def _constant(rows: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     values: np.ndarray[Any, np.dtype[np.float32]] = rows.detach().cpu().to(torch.float32).numpy()
     return values[:1] if (values == values[0]).all() else values
 
 
-def _unsupported(name: str, value: Any, problem: str) -> TdqError:
-    return TdqError(
-        name,
-        value,
-        f"{problem} cannot be exported",
-        f"Leave it out with the quant_cfg rule {{'quantizer_name': '{name}', 'enable': False}}",
-    )
-
-
 def _static_activation(name: str, quantizer: TensorQuantizer) -> ActivationSpec:
     if quantizer.num_bits not in SUPPORTED_BITS or quantizer.unsigned:
-        raise _unsupported(name, quantizer.num_bits, "an activation format other than signed integers and FP8 E4M3")
+        raise unsupported(name, quantizer.num_bits, "an activation format other than signed integers and FP8 E4M3")
     amax = torch.tensor(448.0) if quantizer._use_constant_amax else quantizer.amax
     if quantizer.block_sizes is not None or quantizer._dynamic or quantizer.bias_calibrator is not None:
-        raise _unsupported(name, type(quantizer).__name__, "a block-wise, dynamic or affine activation quantizer")
+        raise unsupported(name, type(quantizer).__name__, "a block-wise, dynamic or affine activation quantizer")
     if amax is None or amax.numel() != 1:
-        raise _unsupported(name, amax, "an activation quantizer without one calibrated amax per tensor")
+        raise unsupported(name, amax, "an activation quantizer without one calibrated amax per tensor")
     scale = amax.detach().float().cpu().reshape(1) / quantizer.maxbound
     return ActivationSpec(name, quantizer.num_bits, scale.numpy())
-
-
-def _weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple[Any, str]:
-    """The codes of one weight, or its fake-quantized values and why they have no codes."""
-    if not quantizer.fake_quant:
-        raise _unsupported(name, type(weight).__name__, "a weight that is stored compressed")
-    values = quantizer(weight.detach().float()).detach().float().cpu()
-    if not isinstance(quantizer, TensorQuantizer) or isinstance(quantizer, SequentialQuantizer):
-        return values.numpy(), "several quantizers in a row"
-    bits, axis = quantizer.num_bits, quantizer.axis
-    axes = (axis,) if isinstance(axis, int) else tuple(axis or ())
-    if quantizer.block_sizes is not None or bits not in SUPPORTED_BITS or quantizer.unsigned or len(axes) > 1:
-        return values.numpy(), f"no per-channel weight format of ONNX: {quantizer.extra_repr()}"
-    amax = quantizer.amax
-    if amax is None:
-        return values.numpy(), "no calibrated amax"
-    channel = axes[0] % weight.dim() if axes else None
-    if isinstance(quantizer, LearnedWeightQuantizer):
-        scale = quantizer.scale.detach().cpu()
-    else:
-        scale = amax.detach().float().cpu() / quantizer.maxbound
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    if amax.numel() != (1 if channel is None else weight.shape[channel]):
-        return values.numpy(), f"its amax has shape {tuple(amax.shape)}"
-    shape = [1] * weight.dim()
-    if channel is not None:
-        shape[channel] = -1
-    codes = values / scale.reshape(shape)
-    codes = codes.to(torch.float8_e4m3fn) if bits == FP8_E4M3 else torch.round(codes)
-    if not torch.allclose(codes.float() * scale.reshape(shape), values, rtol=1e-5, atol=0.0):
-        return values.numpy(), "its values are no multiples of its scale"
-    stored = codes.view(torch.uint8) if bits == FP8_E4M3 else codes.to(torch.int8)
-    scale = scale.reshape(()) if channel is None else scale.reshape(-1)
-    return WeightSpec(name, stored.numpy(), bits == FP8_E4M3, scale.numpy(), channel)
 
 
 def _temporal_activations(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict[str, ActivationSpec], Tensor | None]:
@@ -252,7 +179,7 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
     times, argument = _times(model, timesteps, features)
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.rotate_is_enabled:
-            raise _unsupported(name, "rotate", "a quantizer that rotates its input")
+            raise unsupported(name, "rotate", "a quantizer that rotates its input")
     weights: dict[str, WeightSpec] = {}
     folded: dict[str, tuple[Any, str]] = {}
     found = weight_quantizers(model)
@@ -260,7 +187,7 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
         if name.startswith(idle):
             continue
         if id(module) in found:
-            spec = _weight(name, module, found[id(module)])
+            spec = read_weight(name, module, found[id(module)])
             if isinstance(spec, WeightSpec):
                 weights[name] = spec
             else:
@@ -270,6 +197,6 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
             if id(parent) in found:
                 continue
             if isinstance(parent, SequentialQuantizer):
-                raise _unsupported(name, "SequentialQuantizer", "several activation quantizers in a row")
+                raise unsupported(name, "SequentialQuantizer", "several activation quantizers in a row")
             activations[name] = _static_activation(name, module)
     return QuantizationSpec(activations, weights, folded, edges(times).numpy(), argument, features)
