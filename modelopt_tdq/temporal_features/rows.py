@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.fake_quant import code_range, dequantize, quantize
+from modelopt_tdq.fake_quant import code_range, quantize
+from modelopt_tdq.temporal_features.finite_set import row_scales
 
 __all__ = ["quantized_rows", "require_codes"]
-
-#: Share of a row's range that its codes cover; the first is all of it.
-_FRACTIONS = tuple(1.0 - 0.02 * step for step in range(41))
 
 
 def _require_bits(num_bits: int | None) -> None:
@@ -44,18 +42,6 @@ def require_codes(codes: Tensor, scale: Tensor | None, offset: Tensor | None, nu
         raise TdqError("scale", scale[~(scale > 0)], "a scale is not positive", "Use scales above zero")
 
 
-def _grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and offset [K] float32 whose codes span ``low`` to ``high`` [K] float64, with an integer zero point."""
-    least, greatest = code_range(bits)
-    width = high - low
-    # a row of equal values v is code 1 (or -1) of scale |v|, and 0 is code 0 of any scale
-    level = torch.where(low == 0, torch.ones_like(low), low.abs())
-    scale = torch.where(width > 0, width / (greatest - least), level)
-    scale = scale.to(torch.float32).clamp(torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
-    zero = torch.where(width > 0, least - torch.round(low / scale), torch.zeros_like(low))
-    return scale, -zero.to(torch.float32) * scale
-
-
 def quantized_rows(values: Tensor, num_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and offset of each row; see :meth:`modelopt_tdq.temporal_features.table.Feature.quantized`.
 
@@ -76,19 +62,7 @@ def quantized_rows(values: Tensor, num_bits: int) -> tuple[Tensor, Tensor, Tenso
     if not torch.isfinite(flat).all():
         row = int((~torch.isfinite(flat)).any(1).nonzero()[0])
         raise TdqError("values", row, "this row holds NaN or infinity", "Compute the features from finite weights")
-    exact = flat.to(torch.float64)
-    low, high, mean = exact.amin(1), exact.amax(1), exact.mean(1)
-    best = torch.full_like(mean, torch.inf)
-    codes, scale, offset = flat, torch.empty(0), torch.empty(0)
-    for fraction in _FRACTIONS:
-        tried = _grid(mean + fraction * (low - mean), mean + fraction * (high - mean), num_bits)
-        found = quantize(flat, tried[0][:, None], tried[1][:, None], num_bits)
-        error = (dequantize(found, tried[0][:, None], tried[1][:, None]).to(torch.float64) - exact).square().sum(1)
-        better = error < best
-        if fraction == 1.0:
-            codes, scale, offset, best = found, *tried, error
-            continue
-        codes = torch.where(better[:, None], found, codes)
-        scale, offset = (torch.where(better, new, old) for new, old in zip(tried, (scale, offset), strict=True))
-        best = torch.minimum(best, error)
-    return codes.to(torch.int8).reshape(values.shape), scale, offset
+    scale, offset, *_ = row_scales(flat, num_bits)
+    column = None if offset is None else offset[:, None]
+    codes = quantize(flat, scale[:, None], column, num_bits).to(torch.int8).reshape(values.shape)
+    return codes, scale, torch.zeros_like(scale) if offset is None else offset
