@@ -86,6 +86,33 @@ def test_quantized_folder(quantized: Path) -> None:
     assert len(table) == 3
 
 
+@pytest.mark.parametrize("maintenance", ["naive", "tib", "cache", "auto"])
+def test_temporal_features_are_maintained(pipeline: Path, tmp_path: Path, maintenance: str) -> None:
+    recipe = tmp_path / "fast.yaml"
+    fast = "{method: tdq_temporal, statistic: max, weights: max, iterations: 3}"
+    recipe.write_text(f"weight_bits: 4\nactivation_bits: 4\nalgorithm: {fast}\n")
+    call = ("quantize", "--model", pipeline, "--subfolder", "unet", "--output", tmp_path / "q", "--recipe", recipe)
+    result = run(*call, "--samples", 1, "--steps", 2, "--maintenance", maintenance)
+    assert result.exit_code == 0, result.output
+    found = load_quantized(tmp_path / "q")
+    assert found.description["maintenance"] == maintenance
+    if maintenance == "naive":
+        assert not (tmp_path / "q" / "feature_table.safetensors").exists()
+        return
+    table = tdq.FeatureTable.load(tmp_path / "q" / "feature_table")
+    strategies = {strategy for rows in table.metadata["strategy"].values() for strategy in rows}
+    assert strategies <= ({"tib", "cache"} if maintenance == "auto" else {maintenance})
+    assert set(tdq.feature_table(found.model).features) == set(table.features)
+    assert f"{len(table.features)} temporal features at 2 times will take" in result.output
+    assert str(tdq.temporal_report(found.model)) in result.output
+
+
+def test_recipes_that_learn_leave_the_features_alone(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("weight_bits: 8\nactivation_bits: 8\nalgorithm: {method: tdq_qat}\n")
+    arguments = ["quantize", "--output", tmp_path / "q", "--recipe", tmp_path / "r.yaml"]
+    assert "tdq_qat" in refused(*arguments, "--maintenance", "tib")
+
+
 def test_export_and_compare(quantized: Path, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("polygraphy")
@@ -200,6 +227,8 @@ def _script(text: str) -> Callable[[Path], list[object]]:
         (lambda f: ["build", f / "gone.onnx", "--backend", "cuda"], "backend"),
         (lambda f: ["report", f / "results.json"], "no such file"),
         (lambda f: ["demo", "--output", f / "d", "--presets", "int8,w9a9"], "presets"),
+        (lambda f: ["demo", "--output", f / "d", "--maintenance", "some"], "maintenance"),
+        (lambda f: ["quantize", "--output", f / "q", "--maintenance", "some"], "none, naive, tib, cache, auto"),
     ],
 )
 def test_mistakes_are_one_clear_line(arguments: Any, message: str, tmp_path: Path) -> None:

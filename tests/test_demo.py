@@ -15,6 +15,7 @@ from modelopt_tdq.demo.cache import StageCache, StageResult
 from modelopt_tdq.demo.pool import run_stages
 from modelopt_tdq.demo.run import available_backends, unfinished
 from modelopt_tdq.demo.stages import stages
+from modelopt_tdq.demo.variants import variant_config
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model_folder import load_quantized
 from modelopt_tdq.report.results import load_results
@@ -147,8 +148,45 @@ def test_cache_keeps_and_forgets(tmp_path: Path) -> None:
     assert not cache.folder.exists()
 
 
+@pytest.mark.parametrize("maintenance", ["naive", "cache"])
+def test_temporal_features(settings: DemoSettings, first: tuple[dict[str, Any], str], maintenance: str) -> None:
+    output = settings.output.parent / maintenance
+    changed = dataclasses.replace(settings, output=output, maintenance=maintenance)
+    results, text = _run(changed)
+    assert f"TDQ mse + {maintenance}" in text
+    rows = {row["variant"]: row for row in results["rows"]}
+    plain = {row["variant"]: row for row in first[0]["rows"]}
+    for variant in ("max", "static"):
+        assert rows[variant]["sqnr_db"] == plain[variant]["sqnr_db"]
+    facts = results["features"]["int8"]
+    assert len(facts["names"]) == 11
+    page = (output / "report.html").read_text()
+    assert "Temporal features" in page
+    assert (output / "plots" / "features.png").stat().st_size > 10_000
+    assert load_results(output / "results.json")["features"] == results["features"]
+    if maintenance == "cache":
+        assert [cells[2] for cells in facts["rows"]] == ["cache"] * 11
+        assert facts["sqnr_exact_db"] == plain["tdq"]["sqnr_db"]  # nothing else differs
+        assert rows["tdq"]["sqnr_db"] != plain["tdq"]["sqnr_db"]
+        assert "down_blocks.0.resnets.0.time_emb_proj" in page
+
+
+def test_without_maintenance_nothing_changes(settings: DemoSettings) -> None:
+    assert "maintenance" not in settings.calibrated("int8")  # so that older results still count
+    assert variant_config("int8", "tdq") == variant_config("int8", "tdq", "none", [1.0])
+    left = [s.name for s in unfinished(dataclasses.replace(settings, maintenance="auto"), available_backends())]
+    assert left == ["preset-int8"]
+
+
 def test_settings_are_checked() -> None:
-    for wrong in ({"presets": ("int9",)}, {"presets": ()}, {"steps": 1}, {"samples": 0}, {"workers": 0}):
+    for wrong in (
+        {"maintenance": "some"},
+        {"presets": ("int9",)},
+        {"presets": ()},
+        {"steps": 1},
+        {"samples": 0},
+        {"workers": 0},
+    ):
         with pytest.raises(TdqError):
             DemoSettings(**wrong)  # type: ignore[arg-type]
     settings = DemoSettings(presets=("w4a4",), workers=3)

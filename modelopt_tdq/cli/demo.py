@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from modelopt_tdq.cli.options import Maintenance
 from modelopt_tdq.demo.settings import DEFAULT_PRESETS, DemoSettings
 
 __all__ = ["demo"]
@@ -28,6 +29,7 @@ def demo(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes. Default: one per core, up to one per recipe.")
     ] = None,
+    maintenance: Maintenance = "none",
     restart: Annotated[bool, typer.Option("--restart", help="Do everything again.")] = False,
 ) -> None:
     """Compare full precision, ModelOpt's static quantization, and scales over time on the bundled model.
@@ -48,5 +50,6 @@ def demo(
         engines=engines,
         workers=workers,
         restart=restart,
+        maintenance=maintenance,
     )
     run_demo(settings, command=" ".join(["modelopt-tdq", *sys.argv[1:]]))

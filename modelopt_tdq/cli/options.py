@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["CalibrationScript", "Model", "Recipe", "Samples", "Seed", "Steps", "Subfolder"]
+__all__ = ["CalibrationScript", "Maintenance", "Model", "Recipe", "Samples", "Seed", "Steps", "Subfolder"]
 
 Model = Annotated[
     str | None,
@@ -25,6 +25,15 @@ CalibrationScript = Annotated[
         help="Your own calibration: function(model) in a Python file, which samples with it over whole trajectories. "
         "Needed for models that take more than a sample and a time. The file is executed.",
         metavar="FILE.py:FUNCTION",
+    ),
+]
+Maintenance = Annotated[
+    str,
+    typer.Option(
+        help="What becomes of the temporal features, the outputs of layers that depend on the time alone. none: as the "
+        "recipe has it, usually full precision; naive: quantized like any other layer; tib: quantized as one unit, "
+        "deployed as a table; cache: stored quantized; auto: tib or cache, whichever errs less.",
+        metavar="none|naive|tib|cache|auto",
     ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Sampling trajectories to calibrate on.")]

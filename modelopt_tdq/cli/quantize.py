@@ -9,10 +9,13 @@ from typing import Annotated, Any
 import typer
 
 import modelopt_tdq
-from modelopt_tdq.cli.calibration import prepare
-from modelopt_tdq.cli.options import CalibrationScript, Model, Recipe, Samples, Seed, Steps, Subfolder
+from modelopt_tdq.cli.calibration import Calibrated, prepare
+from modelopt_tdq.cli.options import CalibrationScript, Maintenance, Model, Recipe, Samples, Seed, Steps, Subfolder
 
 __all__ = ["quantize"]
+
+#: Name of the file with the temporal features, without its suffix.
+FEATURE_TABLE = "feature_table"
 
 
 def quantize(
@@ -24,20 +27,26 @@ def quantize(
     samples: Samples = 16,
     steps: Steps = 20,
     seed: Seed = 0,
+    maintenance: Maintenance = "none",
 ) -> None:
     """Quantize a diffusers model: weights per channel, activations with a scale per time step.
 
-    Writes the model (save_pretrained, with ModelOpt's state), its scale table, and quantization.json.
+    Writes the model (save_pretrained, with ModelOpt's state), its scale table, and quantization.json; with
+    --maintenance, the temporal features are in the model's state, and their table lies beside the scales.
     An unconditional model is calibrated on its own sampling trajectories, with the scheduler beside it.
     """
     import modelopt.torch.quantization as mtq
 
+    from modelopt_tdq.maintenance import with_maintenance
     from modelopt_tdq.model_folder import check_output, describe_inputs, save_quantized
+    from modelopt_tdq.temporal_features.runtime import has_features
 
     check_output(output)
-    config = modelopt_tdq.recipe(recipe)
+    config = with_maintenance(modelopt_tdq.recipe(recipe), maintenance)
     prepared = prepare(model, subfolder, calibration_script, samples, steps, seed)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
+    if maintenance not in ("none", "naive"):
+        _announce(prepared, config, steps)
     inputs: dict[str, Any] = {}
 
     def first_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -52,6 +61,7 @@ def quantize(
     done = {
         "source": {"model": prepared.source, "subfolder": subfolder},
         "recipe": recipe,
+        "maintenance": maintenance,
         "config": config,
         "calibration": prepared.done,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -61,4 +71,25 @@ def quantize(
     table = modelopt_tdq.scale_table(prepared.model)
     following = int((~table.is_static).sum())
     typer.echo(f"{folder}: {len(table.names)} quantized activations, {following} of them follow {len(table)} times")
+    if has_features(prepared.model):
+        modelopt_tdq.feature_table(prepared.model).save(folder / FEATURE_TABLE)
+        typer.echo(f"\n{modelopt_tdq.temporal_report(prepared.model)}\n")
     typer.echo(f"Next: modelopt-tdq export {folder} --output model.onnx")
+
+
+def _announce(prepared: Calibrated, config: dict[str, Any], steps: int) -> None:
+    """Say what the temporal features will take, before calibration; where the model can be called without a script."""
+    from modelopt_tdq.example_call import example_call
+    from modelopt_tdq.temporal_features.report import cache_memory, memory_text
+    from modelopt_tdq.trajectories import is_unconditional
+
+    if not is_unconditional(prepared.model):
+        return
+    block = modelopt_tdq.find_temporal_block(prepared.model, example_call(prepared.model), times=steps)
+    algorithm = config["algorithm"]
+    formats = [rule["cfg"]["num_bits"] for rule in config["quant_cfg"] if rule["quantizer_name"] == "*input_quantizer"]
+    bits = algorithm.get("cache_bits") or next((b for b in formats if isinstance(b, int)), 8)
+    sizes = {"cache": [bits], "tib": [32]}.get(algorithm["maintenance"], [bits, 32])
+    # below 8 bits a code still takes a byte where it is looked up
+    texts = [f"{memory_text(cache_memory(block, steps, max(b, 8)))} ({b} bits)" for b in sizes]
+    typer.echo(f"{len(block.features)} temporal features at {steps} times will take {' to '.join(texts)}")

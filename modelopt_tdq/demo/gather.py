@@ -47,7 +47,7 @@ def gather(
     for preset in settings.presets:
         values = found[f"preset-{preset}"].values
         for variant in VARIANTS:
-            row = _row(preset, variant, values[variant])
+            row = _row(preset, variant, values[variant], settings.maintenance)
             if preset == DEPLOYED:
                 engine = found.get(f"deploy-{variant}", StageResult()).values.get("engine")
                 row |= {"engine": engine, "openvino": _openvino(openvino, variant)}
@@ -69,6 +69,8 @@ def gather(
     arrays = {"reference": reference, **{p: found[f"preset-{p}"].tensors for p in settings.presets}}
     arrays_names = {p: found[f"preset-{p}"].values["names"] for p in settings.presets}
     results["quantizers"] = arrays_names
+    if settings.maintenance != "none":
+        results["features"] = {p: found[f"preset-{p}"].values["features"] for p in settings.presets}
     return results, arrays
 
 
@@ -88,13 +90,13 @@ def _full_precision(openvino: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _row(preset: str, variant: str, values: dict[str, Any]) -> dict[str, Any]:
+def _row(preset: str, variant: str, values: dict[str, Any], maintenance: str) -> dict[str, Any]:
     decibels = [float(v) for v in values["sqnr_db"]]
     return {
         "preset": preset,
         "label": preset_label(preset),
         "variant": variant,
-        "name": variant_label(preset, variant),
+        "name": variant_label(preset, variant, maintenance),
         "sqnr_db": values["sqnr_db"],
         "sqnr_mean_db": json_number(sum(decibels) / len(decibels)),
         "sqnr_worst_db": json_number(min(decibels)),
@@ -138,6 +140,11 @@ def _notes(
         notes.append(
             "Codes below 8 bits travel in INT8 tensors: those rows have the accuracy of their bits, and the kernels "
             "and speed of W8A8."
+        )
+    if settings.maintenance != "none":
+        notes.append(
+            f"TDQ + {settings.maintenance}: the layers that depend on the time alone are quantized too (tdq_temporal, "
+            f'maintenance="{settings.maintenance}"), with a row for every time of both schedules.'
         )
     engines = [row["engine"] for row in rows if row["engine"]]
     if engines:

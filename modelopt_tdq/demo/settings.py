@@ -15,6 +15,7 @@ import torch
 from modelopt_tdq.config import RECIPES, recipe
 from modelopt_tdq.demo.bundled import bundled_model
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.maintenance import check_maintenance
 
 __all__ = ["DEFAULT_PRESETS", "SEEDS", "DemoSettings", "preset_label"]
 
@@ -48,6 +49,8 @@ class DemoSettings:
         batch: Of the OpenVINO measurement.
         workers: Processes; by default one per processor core, up to one per preset.
         restart: Do everything again, whatever an earlier run left.
+        maintenance: What becomes of the temporal features where scales follow time, see
+            :data:`modelopt_tdq.maintenance.MAINTENANCE`.
 
     Raises:
         TdqError: A number is too small, or a preset unknown.
@@ -63,6 +66,7 @@ class DemoSettings:
     batch: int = 8
     workers: int | None = None
     restart: bool = False
+    maintenance: str = "none"
 
     def __post_init__(self) -> None:
         unknown = [preset for preset in self.presets if preset not in RECIPES]
@@ -70,6 +74,7 @@ class DemoSettings:
             raise TdqError(
                 "presets", unknown or list(self.presets), "not different bundled recipes", f"Use {', '.join(RECIPES)}"
             )
+        check_maintenance(self.maintenance)
         smallest = {"steps": 2, "samples": 1, "calibration_samples": 1, "calibration_steps": 2, "batch": 1}
         for name, least in smallest.items():
             if getattr(self, name) < least:
@@ -95,13 +100,16 @@ class DemoSettings:
 
     def calibrated(self, preset: str) -> dict[str, Any]:
         """What a calibration depends on."""
-        return {
+        depends = {
             "model": _model_checksum(),
             "recipe": recipe(preset),
             "samples": self.calibration_samples,
             "steps": self.calibration_steps,
             "seed": SEEDS["calibration"],
         }
+        if self.maintenance != "none":
+            depends |= {"maintenance": self.maintenance, "sampling_steps": self.steps}
+        return depends
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -11,10 +11,12 @@ import torch
 from modelopt_tdq.demo import deploy
 from modelopt_tdq.demo.bundled import bundled_model
 from modelopt_tdq.demo.cache import StageCache, StageResult
+from modelopt_tdq.demo.features import feature_facts, feature_tensors
 from modelopt_tdq.demo.settings import DEPLOYED, SEEDS, DemoSettings
 from modelopt_tdq.demo.variants import VARIANTS, quantized, static_scales, table_facts, variant_config
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.judge import Reference, judge, reference
+from modelopt_tdq.maintenance import schedule_times
 from modelopt_tdq.metrics import json_number
 from modelopt_tdq.model_folder import describe_inputs, load_model, save_quantized
 from modelopt_tdq.model_table import scale_table
@@ -56,7 +58,8 @@ def stages(settings: DemoSettings, backends: frozenset[str]) -> list[Stage]:
     """
     judged, calls = settings.judged(), settings.steps * settings.samples
     found = [Stage("reference", "full precision", judged, 2.0 + 0.01 * calls)]
-    calibration = 12.0 + 0.05 * settings.calibration_samples * settings.calibration_steps
+    learning = 40.0 if settings.maintenance in ("tib", "auto") else 0.0
+    calibration = 12.0 + learning + 0.05 * settings.calibration_samples * settings.calibration_steps
     for preset in settings.presets:
         depends = {"judged": judged, "calibrated": settings.calibrated(preset)}
         cost = calibration + 0.09 * calls
@@ -134,13 +137,14 @@ def _preset(settings: DemoSettings, preset: str, against: Reference, report: Rep
     def forward_loop(model: torch.nn.Module) -> None:
         sample(model, scheduler, start, settings.calibration_steps, lambda *_: tick())
 
+    times = schedule_times(scheduler, [settings.calibration_steps, settings.steps])
     inputs = describe_inputs(model, (start, against.timesteps[0]), {})
     values: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     files = []
     models = {}
     for variant in VARIANTS:
-        config = variant_config(preset, variant)
+        config = variant_config(preset, variant, settings.maintenance, times)
         models[variant] = quantized(model, config, forward_loop)
         found = judge(models[variant], scheduler, against, tick)
         values[variant] = {"sqnr_db": [json_number(v) for v in found.sqnr_db], "psnr_db": json_number(found.psnr_db)}
@@ -150,14 +154,18 @@ def _preset(settings: DemoSettings, preset: str, against: Reference, report: Rep
             done = {"recipe": preset, "config": config, "calibration": settings.calibrated(preset)}
             save_quantized(models[variant], settings.output / folder, inputs, done)
             files.append(folder)
-    table = scale_table(models["tdq"])
+    table, static = scale_table(models["tdq"]), scale_table(models["static"])
+    shared = [table.names.index(name) for name in static.names]  # naive maintenance quantizes more layers
     for variant in VARIANTS:
         values[variant]["table"] = table_facts(models[variant])
-    values["names"] = list(table.names)
+    values["names"] = list(static.names)
     tensors |= {
         "timesteps": table.timesteps,
-        "scale.tdq": table.scale,
-        "scale.static": scale_table(models["static"]).scale[0],
-        "scale.max": static_scales(models["max"], tuple(table.names)),
+        "scale.tdq": table.scale[:, shared],
+        "scale.static": static.scale[0],
+        "scale.max": static_scales(models["max"], tuple(static.names)),
     }
+    if settings.maintenance != "none":
+        values["features"] = feature_facts(model, models["tdq"], against)
+        tensors |= feature_tensors(model, models["tdq"], table.timesteps)
     return StageResult(values, tensors, files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.config import recipe
 from modelopt_tdq.fake_quant import code_range
+from modelopt_tdq.maintenance import with_maintenance
 from modelopt_tdq.model_table import scale_table, temporal_quantizers
 
 __all__ = ["VARIANTS", "quantized", "static_scales", "table_facts", "variant_config", "variant_label"]
@@ -21,8 +22,17 @@ __all__ = ["VARIANTS", "quantized", "static_scales", "table_facts", "variant_con
 VARIANTS = ("max", "static", "tdq")
 
 
-def variant_config(preset: str, variant: str) -> dict[str, Any]:
-    """The config for ``mtq.quantize``: the same layers and bits in all variants."""
+def variant_config(
+    preset: str, variant: str, maintenance: str = "none", times: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """The config for ``mtq.quantize``: the same layers and bits in all variants.
+
+    Args:
+        preset: Name of a recipe.
+        variant: One of :data:`VARIANTS`.
+        maintenance: Of the temporal features, where scales follow time.
+        times: For which those have rows, besides the calibrated ones.
+    """
     config = recipe(preset)
     if variant == "max":
         config["algorithm"] = "max"
@@ -30,13 +40,15 @@ def variant_config(preset: str, variant: str) -> dict[str, Any]:
     config["algorithm"]["progress"] = False
     if variant == "static":
         config["algorithm"]["bins"] = 1
-    return config
+        return config
+    return with_maintenance(config, maintenance, times)
 
 
-def variant_label(preset: str, variant: str) -> str:
+def variant_label(preset: str, variant: str, maintenance: str = "none") -> str:
     """As shown in tables."""
+    kept = "" if maintenance == "none" else f" + {maintenance}"
     statistic = recipe(preset)["algorithm"].get("statistic", "output")
-    return {"max": "ModelOpt max", "static": f"static {statistic}", "tdq": f"TDQ {statistic}"}[variant]
+    return {"max": "ModelOpt max", "static": f"static {statistic}", "tdq": f"TDQ {statistic}{kept}"}[variant]
 
 
 def quantized(model: nn.Module, config: dict[str, Any], forward_loop: Callable[[nn.Module], Any]) -> nn.Module:

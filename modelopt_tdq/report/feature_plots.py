@@ -19,6 +19,7 @@ __all__ = ["STRATEGY_COLORS", "FeatureErrorPanels", "draw_feature_errors", "feat
 STRATEGY_COLORS = {
     "naive": "#D55E00",
     "TIB": "#0072B2",
+    "tib": "#0072B2",
     "cache": "#CC79A7",
     "chosen": "#009E73",
 }

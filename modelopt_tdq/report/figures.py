@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelopt_tdq.report.feature_plots import FeatureErrorPanels, draw_feature_errors
 from modelopt_tdq.report.plots import image_grid, scale_heat_map, scales_over_time, sqnr_per_step
 
 __all__ = ["draw_figures"]
@@ -22,7 +23,8 @@ def draw_figures(
     Args:
         results: Of the demo.
         arrays: Per preset ``images.<variant>`` [N, 3, H, W], ``timesteps`` [K], ``scale.tdq`` [K, Q],
-            ``scale.static`` and ``scale.max`` [Q]; and ``images`` of "reference".
+            ``scale.static`` and ``scale.max`` [Q]; ``feature_error.<strategy>`` [F, K] where temporal features are
+            maintained; and ``images`` of "reference".
         folder: Of the demo.
 
     Returns:
@@ -38,6 +40,8 @@ def draw_figures(
     for index, (preset, rows) in enumerate(groups.items()):
         section = "scales" if index == 0 else "details"
         figures += _scales(preset, rows, results["quantizers"][preset], arrays[preset], folder, section)
+    if results.get("features"):
+        figures.append(_features(results, groups, arrays, folder))
     return figures
 
 
@@ -94,3 +98,30 @@ def _scales(
         _figure(section, moving, folder, f"{label}: the ten that move most", "Dashed: one scale for all times."),
         _figure("details", every, folder, f"{label}: every quantizer", "In the order of the model."),
     ]
+
+
+def _features(
+    results: dict[str, Any],
+    groups: dict[str, list[dict[str, Any]]],
+    arrays: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
+) -> dict[str, str]:
+    prefix = "feature_error."
+    lines = []
+    for preset, facts in results["features"].items():
+        errors = {k.removeprefix(prefix): v for k, v in arrays[preset].items() if k.startswith(prefix)}
+        ours = next(row for row in groups[preset] if row["variant"] == "tdq")
+        label = "chosen" if "chosen" in errors else "naive"
+        sqnr = {label: (results["timesteps"], [float(v) for v in ours["sqnr_db"]])}
+        if facts["sqnr_exact_db"] is not None:
+            sqnr = {"none": (results["timesteps"], [float(v) for v in facts["sqnr_exact_db"]]), **sqnr}
+        times = arrays[preset]["timesteps"].tolist()
+        # the strategies of a file are in alphabetical order
+        ordered: dict[str, Tensor] = {k: errors[k] for k in ("naive", "tib", "cache", "chosen") if k in errors}
+        lines.append(FeatureErrorPanels(ours["label"], times, facts["names"], ordered, sqnr))
+    path = draw_feature_errors(lines, folder / "plots" / "features.png")
+    caption = (
+        "Error of each temporal feature at each time against full precision, by what could become of it; and the noise "
+        "prediction of the model as quantized, where there is a table against the same with exact features."
+    )
+    return _figure("features", path, folder, "Temporal features", caption)

@@ -44,8 +44,12 @@ def write_html(results: dict[str, Any], folder: Path, output: str | os.PathLike[
         columns=COLUMNS,
         rows=rows,
         gains=_gains(results["rows"]),
+        features={
+            row["preset"]: row["label"] for row in results["rows"] if row["preset"] in results.get("features", {})
+        },
         sections={
-            name: [f for f in figures if f["section"] == name] for name in ("sqnr", "images", "scales", "details")
+            name: [f for f in figures if f["section"] == name]
+            for name in ("sqnr", "images", "scales", "details", "features")
         },
     )
     target = Path(output)

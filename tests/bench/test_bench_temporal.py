@@ -20,12 +20,13 @@ from modelopt_tdq.bench.temporal.deploy import deploy
 from modelopt_tdq.bench.temporal.measure import compute_features, measure
 from modelopt_tdq.bench.temporal.present import markdown, panels
 from modelopt_tdq.bench.temporal.rows import ROWS, TemporalRun, runs, temporal_budget
-from modelopt_tdq.bench.temporal.run import TemporalBench, _calibrated, maintained, schedule, yardstick
+from modelopt_tdq.bench.temporal.run import TemporalBench, _calibrated, maintained, yardstick
 from modelopt_tdq.cli import app
 from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.example_call import example_call
 from modelopt_tdq.image_metrics.images import to_uint8
 from modelopt_tdq.image_metrics.statistics import feature_statistics
+from modelopt_tdq.maintenance import schedule_times
 from modelopt_tdq.model_folder import load_model
 from modelopt_tdq.temporal_features.runtime import feature_table, has_features
 from modelopt_tdq.trajectories import load_scheduler
@@ -155,7 +156,7 @@ def test_a_key_changes_with_everything_that_changes_the_result() -> None:
 
 def test_the_features_measured_are_those_that_the_model_uses(folder: Path) -> None:
     model, scheduler = load_model(folder), load_scheduler(folder)
-    times = torch.tensor(schedule(scheduler, [3, 4]))
+    times = torch.tensor(schedule_times(scheduler, [3, 4]))
     full = compute_features(model, times)
     calibrated = _calibrated(model, scheduler, runs()[0], _SMOKE)
     for label in ("none", "naive", "cache"):
@@ -179,7 +180,7 @@ def test_the_features_measured_are_those_that_the_model_uses(folder: Path) -> No
 
 def test_rows_of_the_feature_table_are_the_judged_times(folder: Path) -> None:
     model, scheduler = load_model(folder), load_scheduler(folder)
-    times = torch.tensor(schedule(scheduler, [3, 4]))
+    times = torch.tensor(schedule_times(scheduler, [3, 4]))
     assert times.tolist() == sorted({0.0, 333.0, 666.0, 250.0, 500.0, 750.0} | set(times.tolist()))
     calibrated = _calibrated(model, scheduler, runs()[0], _SMOKE)
     student, _ = maintained(calibrated, TemporalRun(8, 8, "cache", ROWS["cache"]), times, 4)

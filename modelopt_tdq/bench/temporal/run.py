@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,11 +29,12 @@ from modelopt_tdq.image_metrics.extractor import FeatureExtractor
 from modelopt_tdq.image_metrics.images import to_uint8
 from modelopt_tdq.image_metrics.statistics import feature_statistics
 from modelopt_tdq.judge import reference
+from modelopt_tdq.maintenance import schedule_times
 from modelopt_tdq.model_folder import load_model
 from modelopt_tdq.provenance import provenance
 from modelopt_tdq.trajectories import calibration_loop, is_unconditional, load_scheduler
 
-__all__ = ["TemporalBench", "maintained", "run_rows", "schedule", "yardstick"]
+__all__ = ["TemporalBench", "maintained", "run_rows", "yardstick"]
 
 #: Seeds of what is calibrated on, and of what is judged.
 _CALIBRATION_SEED, _JUDGED_SEED = 0, 77_001
@@ -76,15 +77,6 @@ class TemporalBench:
         return run.key(self.checksum, self.budget)
 
 
-def schedule(scheduler: Any, steps: Sequence[int]) -> list[float]:
-    """All times that a scheduler visits with these numbers of steps, ascending."""
-    times: set[float] = set()
-    for count in steps:
-        scheduler.set_timesteps(count)
-        times |= {float(t) for t in scheduler.timesteps}
-    return sorted(times)
-
-
 def _extractor() -> FeatureExtractor | None:
     try:
         return EfficientNetLite0()
@@ -98,7 +90,7 @@ def yardstick(model: nn.Module, scheduler: Any, budget: TemporalBudget, tick: Ca
         steps: reference(model, scheduler, samples, steps, _JUDGED_SEED, tick)
         for steps, samples in budget.judged.items()
     }
-    times = torch.tensor(schedule(scheduler, list(budget.judged)))
+    times = torch.tensor(schedule_times(scheduler, list(budget.judged)))
     extractor = _extractor()
     shortest = references[min(references)]
     images = None if extractor is None else feature_statistics(to_uint8(shortest.images), extractor)
