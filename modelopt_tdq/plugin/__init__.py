@@ -1,1 +1,5 @@
 """The TensorRT plugin ``TdqScaleLookup``: from the time to all scales of a model, once per step."""
+
+from modelopt_tdq.plugin.aot import register
+
+__all__ = ["register"]
