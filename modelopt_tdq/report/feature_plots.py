@@ -129,7 +129,7 @@ def _curves(axis: Any, line: FeatureErrorPanels, legend: bool, last: bool) -> No
     base = line.sqnr.get("none")
     for strategy, (times, decibels) in line.sqnr.items():
         if strategy == "none":
-            axis.axhline(0.0, label="full precision", color="#000000", linewidth=0.8)
+            axis.axhline(0.0, label="exact features", color="#000000", linewidth=0.8)
             continue
         less = [0.0] * len(decibels) if base is None else base[1]
         shown = [value - other for value, other in zip(decibels, less, strict=True)]
@@ -138,7 +138,7 @@ def _curves(axis: Any, line: FeatureErrorPanels, legend: bool, last: bool) -> No
             [value if math.isfinite(value) else math.nan for value in shown],
             label=strategy,
             color=STRATEGY_COLORS.get(strategy),
-            linestyle=_DASHES.get(strategy, "-"),
+            linestyle=_DASHES.get(strategy, "-") if len(line.sqnr) > 2 else "-",
             linewidth=1.3,
         )
     axis.yaxis.tick_right()
@@ -150,4 +150,4 @@ def _curves(axis: Any, line: FeatureErrorPanels, legend: bool, last: bool) -> No
     axis.invert_xaxis()
     if legend:
         axis.set_title("SQNR of the noise prediction", fontsize=FONT + 1, pad=4)
-        axis.legend(fontsize=FONT - 2, frameon=False, ncols=2, loc="lower left", handlelength=2.2, columnspacing=1.0)
+        axis.legend(fontsize=FONT - 2, frameon=False, ncols=2, loc="best", handlelength=2.2, columnspacing=1.0)

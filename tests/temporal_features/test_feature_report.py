@@ -98,7 +98,7 @@ def test_models_without_features_are_refused(calibrated: torch.nn.Module) -> Non
 
 @pytest.mark.parametrize("bits", [2, 4, 5, 8, 16, 32])
 def test_memory_is_that_of_the_table(calibrated: torch.nn.Module, bits: int) -> None:
-    model = mtq.quantize(TinyDenoiser().eval(), fast_config(), loop(calls()))
+    model = mtq.quantize(TinyDenoiser(7).eval(), fast_config(), loop(calls()))
     block = tdq.find_temporal_block(model, {"sample": torch.zeros(1, 3, 8, 8), "timestep": torch.zeros(1)})
     fields = {"method": "tdq_temporal", "maintenance": "cache", "cache_bits": bits, "weights": "max", "progress": False}
     cached = mtq.calibrate(model, {**fields, "recalibrate": False}, loop(calls()))
