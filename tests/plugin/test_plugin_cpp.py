@@ -6,6 +6,7 @@ Its headers come in no package: set TENSORRT_INCLUDE to the folder of TensorRT's
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
+_VERSION = Path(INCLUDE, "NvInferVersion.h")
+MAJOR = int(re.findall(r"#define \w*MAJOR\w* +(\d+)", _VERSION.read_text())[0]) if INCLUDE else 0
 SOURCES = Path(modelopt_tdq.plugin.__file__).parent / "cpp"
 
 
@@ -97,30 +100,49 @@ def test_gpu_that_is_too_old(build: Path) -> None:
 
 REGISTERED = """
 import ctypes, importlib.util, pathlib, sys
+library, way, *shim = sys.argv[1:]
 folder = pathlib.Path(importlib.util.find_spec("tensorrt_rtx_libs").origin).parent
-ctypes.CDLL(str(folder / "libtensorrt_rtx.so.1"), mode=ctypes.RTLD_GLOBAL)
+for name in [*shim, folder / "libtensorrt_rtx.so.1"]:
+    ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
 import tensorrt_rtx as trt
 registry = trt.get_plugin_registry()
-if sys.argv[2] == "load_library":
-    assert registry.load_library(sys.argv[1]) is not None
+if way == "load_library":
+    assert registry.load_library(library) is not None
 else:
-    ctypes.CDLL(sys.argv[1])
-creator = registry.get_creator("TdqScaleLookup", "1", "tdq")
-print(creator.name, creator.plugin_version, creator.plugin_namespace, len(creator.field_names))
+    ctypes.CDLL(library)
+for creator in registry.all_creators:
+    if creator.name == "TdqScaleLookup":
+        print(creator.plugin_namespace, creator.plugin_version, len(creator.field_names))
 """
 
 
-@pytest.mark.parametrize(("library", "way"), [("tdq_scale_lookup", "dlopen"), ("tdq_scale_lookup_vc", "load_library")])
-def test_a_real_registry_takes_it(build: Path, library: str, way: str) -> None:
+def test_a_real_registry_loads_it(build: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    done = run(sys.executable, "-c", REGISTERED, build / f"lib{library}.so", way)
-    assert succeeded(done).split() == ["TdqScaleLookup", "1", "tdq", "0"]
+    done = run(sys.executable, "-c", REGISTERED, build / "libtdq_scale_lookup_vc.so", "load_library")
+    assert succeeded(done).split() == ["tdq", "1", "0"]
+
+
+@pytest.mark.skipif(MAJOR != 11, reason="the registry of TensorRT-RTX 1 is that of TensorRT 11")
+def test_registers_itself_with_a_real_registry(build: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    shim = tmp_path / "shim.so"
+    (tmp_path / "shim.c").write_text("int getInferLibMajorVersion(void) { return 11; }")
+    succeeded(run("cc", "-shared", "-fPIC", tmp_path / "shim.c", "-o", shim))
+    done = run(sys.executable, "-c", REGISTERED, build / "libtdq_scale_lookup.so", "dlopen", shim)
+    assert succeeded(done).split() == ["tdq", "1", "0"]
+
+
+def test_loaded_into_another_version(build: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    done = run(sys.executable, "-c", REGISTERED, build / "libtdq_scale_lookup.so", "dlopen")
+    assert succeeded(done) == ""
+    assert f"built for TensorRT {MAJOR}, but version 1 is loaded" in done.stderr
 
 
 def test_loaded_before_tensorrt(build: Path) -> None:
     done = run(sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(build / 'libtdq_scale_lookup.so')!r})")
     assert done.returncode == 0
-    assert "the plugin is not registered" in done.stderr
+    assert "but none is loaded; the plugin is not registered" in done.stderr
 
 
 def test_missing_headers(tmp_path: Path) -> None:

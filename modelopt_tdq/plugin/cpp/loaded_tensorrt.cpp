@@ -26,6 +26,12 @@ Function find(char const* name) noexcept
 
 } // namespace
 
+int32_t loadedMajorVersion() noexcept
+{
+    auto const function = find<decltype(&getInferLibMajorVersion)>("getInferLibMajorVersion");
+    return function == nullptr ? 0 : function();
+}
+
 nvinfer1::IPluginRegistry* findRegistry() noexcept
 {
     auto const function = find<decltype(&getPluginRegistry)>("getPluginRegistry");

@@ -9,7 +9,11 @@
 namespace tdq
 {
 
-//! The global registry of plugins, or null if no TensorRT is loaded.
+//! The major version of TensorRT that is loaded, or 0.
+int32_t loadedMajorVersion() noexcept;
+
+//! The global registry of plugins, or null if no TensorRT is loaded. Its functions are those of this library's headers
+//! if the major versions agree.
 nvinfer1::IPluginRegistry* findRegistry() noexcept;
 
 //! Where to log: that of `setLoggerFinder` if there is one, else TensorRT's own; null if there is none.

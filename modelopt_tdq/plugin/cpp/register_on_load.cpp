@@ -6,6 +6,7 @@
 #include "tdq_scale_lookup.h"
 
 #include <cstdio>
+#include <string>
 
 namespace
 {
@@ -13,12 +14,13 @@ namespace
 bool registerPlugin()
 {
     static tdq::ScaleLookupCreator creator;
-    nvinfer1::IPluginRegistry* registry = tdq::findRegistry();
+    int32_t const loaded = tdq::loadedMajorVersion();
+    nvinfer1::IPluginRegistry* registry = loaded == NV_TENSORRT_MAJOR ? tdq::findRegistry() : nullptr;
     if (registry == nullptr)
     {
-        // there is no logger either
-        std::fprintf(stderr, "%s: load TensorRT %d first; the plugin is not registered\n", tdq::kName,
-            NV_TENSORRT_MAJOR);
+        // without a logger, which is TensorRT's; calling another version's would crash
+        std::fprintf(stderr, "%s: built for TensorRT %d, but %s is loaded; the plugin is not registered\n", tdq::kName,
+            NV_TENSORRT_MAJOR, loaded == 0 ? "none" : ("version " + std::to_string(loaded)).c_str());
         return false;
     }
     // REGISTER_TENSORRT_PLUGIN would register it under the empty namespace
