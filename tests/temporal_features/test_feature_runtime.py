@@ -92,12 +92,16 @@ def test_the_model_computes_with_the_rows_and_nothing_upstream_runs(
 ) -> None:
     model, (table, _) = _with_features(quantized, outside, bits), _table(outside, bits)
     _break_layers(model)
+    upstream: list[Tensor] = []
+    for name in UPSTREAM:
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: upstream.append(output))
     sample = noise(2, 3, 8, 8, seed=5)
     times = [*TIMES, BETWEEN, 0.0, 1000.0]
     for time in [*(torch.tensor(t) for t in times), torch.tensor([BETWEEN]), torch.tensor([300.0, BETWEEN])]:
         expected = _by_hooks(quantized, table, time)(sample, time).sample
         assert torch.equal(model(sample, time).sample, expected), time
     assert len({float(model(sample, torch.tensor(t)).sample.sum()) for t in times[:4]}) == 4
+    assert all(not bool(output.any()) and output.shape == (2, 32) for output in upstream)
 
 
 def test_exact_computes_where_a_time_is_no_row(quantized: nn.Module) -> None:
