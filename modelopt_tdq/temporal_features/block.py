@@ -18,7 +18,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.temporal_features.search import search
 from modelopt_tdq.temporal_features.tape import Tape
 from modelopt_tdq.temporal_features.trace import layers_with_parameters
-from modelopt_tdq.timestep import find_timestep
+from modelopt_tdq.timestep import INTERVALS, find_timestep
 
 __all__ = ["TemporalBlock", "find_temporal_block"]
 
@@ -162,6 +162,21 @@ def _own_time(model: nn.Module, times: Tensor | None = None) -> Iterator[None]:
         timestep.value, timestep.intervals = before
 
 
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and without the module that makes learned intervals at every call."""
+    training, children = [module for module in model.modules() if module.training], dict(model._modules)
+    model.eval()
+    model._modules.pop(INTERVALS, None)
+    try:
+        yield
+    finally:
+        model._modules.clear()
+        model._modules.update(children)
+        for module in training:
+            module.training = True
+
+
 def find_temporal_block(
     model: nn.Module, arguments: Mapping[str, Any], timestep: str = "timestep", times: int | None = 1
 ) -> TemporalBlock:
@@ -181,14 +196,8 @@ def find_temporal_block(
     """
     if arguments.get(timestep) is None:
         raise TdqError("timestep", timestep, "not among the arguments of the call", f"Given: {', '.join(arguments)}")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with _own_time(model):
-            found = search(model, arguments, timestep, times)
-    finally:
-        for module in training:
-            module.training = True
+    with _own_time(model), _at_rest(model):
+        found = search(model, arguments, timestep, times)
     depends = {name: tuple(sorted(on - {timestep})) for name, on in found.depends.items() if timestep in on}
     if not found.features:
         example = next(iter(depends.items()), None)

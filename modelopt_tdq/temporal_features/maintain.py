@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modelopt_tdq.calibration.output_error import full_precision
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model_table import scale_table, set_scale_table
 from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
@@ -21,7 +22,6 @@ from modelopt_tdq.temporal_features.runtime import (
     free_modules,
     has_features,
     install_features,
-    remove_features,
     temporal_features,
 )
 from modelopt_tdq.temporal_features.select import Choice, by_hand, merged, select
@@ -40,13 +40,27 @@ from modelopt_tdq.timestep import INTERVALS
 __all__ = ["block_checksum", "maintain", "set_feature_table"]
 
 
-def block_checksum(model: nn.Module, layers: Sequence[str]) -> str:
-    """SHA-256 of the weights of some layers, the first 16 digits: of float32, whatever their dtype."""
+def block_checksum(model: nn.Module, layers: Sequence[str], tensors: Sequence[str] = ()) -> str:
+    """SHA-256 of weights, the first 16 digits: of float32, whatever their dtype.
+
+    Args:
+        model: Has them.
+        layers: Names of modules whose parameters count.
+        tensors: Names of further parameters and buffers.
+    """
     digest = hashlib.sha256()
+
+    def update(name: str, value: Tensor) -> None:
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+
     for name in layers:
         for key, parameter in model.get_submodule(name).named_parameters():
-            digest.update(f"{name}.{key}".encode())
-            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+            if "quantizer." not in key:
+                update(f"{name}.{key}", parameter)
+    for name in tensors:
+        path, _, own = name.rpartition(".")
+        update(name, getattr(model.get_submodule(path), own))
     return digest.hexdigest()[:16]
 
 
@@ -54,19 +68,19 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
     """Quantize and maintain the temporal features of a calibrated model, in place.
 
     Args:
-        model: Calibrated; its scale table gives the times.
+        model: Calibrated, without features; its scale table gives the times.
         arguments: Of one call of it, by name.
         config: Of the algorithm.
 
     Raises:
         TdqError: The model has no temporal block, or a glob matches nothing of it.
     """
-    if has_features(model):
-        remove_features(model)
     times = _share_rows(model, config.times)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    called = find_temporal_block(model, arguments, config.timestep_argument, None)
+    called = called.only(_wanted(called, config.features))
     block = find_temporal_block(model, arguments, config.timestep_argument, len(times))
-    block = block.only(_wanted(block, config.features))
+    block = block.only(list(called.features)) if block.features.keys() >= called.features.keys() else called
     bits = formats(model, _bits(config.temporal_weight_bits), _bits(config.temporal_activation_bits))
     for layer in quantizable(model, block).values():
         layer.weight_quantizer.disable()
@@ -74,9 +88,11 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
     if config.maintenance == "naive":
         switch_on(model, block, times.to(device), bits, config.weights, naive_scales(bits))
         return
-    with torch.no_grad():
-        targets = _on_cpu(block.compute(model, times.to(device)))
-    candidates, cached = _candidates(model, block, times.to(device), bits, targets, config)
+    kept = nn.ModuleList(model.get_submodule(name) for name in sorted(block.kept))
+    with full_precision(kept):
+        with torch.no_grad():
+            targets = _on_cpu(called.compute(model, times.to(device)))
+        candidates, cached = _candidates(model, block, times.to(device), bits, targets, config)
     errors = {strategy: relative_squared_error(targets, made) for strategy, made in candidates.items()}
     choice = _choice(errors, config)
     features = merged(choice, candidates)
@@ -85,8 +101,9 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
     measured: dict[str, Mapping[str, Tensor]] = {**dict(candidates.items()), "chosen": features}
     metadata: dict[str, Any] = {
         "timestep_argument": config.timestep_argument,
-        "checksum": block_checksum(model, block.layers),
+        "checksum": block_checksum(model, block.layers, block.tape.parameters),
         "layers": list(block.layers),
+        "tensors": list(block.tape.parameters),
         "superseded": {name: list(shape) for name, shape in block.superseded().items()},
         "parameters": block.parameters,
         "multiply_adds": block.multiply_adds,
@@ -229,7 +246,10 @@ def set_feature_table(model: nn.Module, table: FeatureTable) -> None:
     if missing:
         raise TdqError("features", missing[:3], "the model has no such layers", "Use a table made for this model")
     freed = has_features(model) and temporal_features(model).description["freed"]
-    own = feature_table(model).metadata.get("checksum") if freed else block_checksum(model, metadata["layers"])
+    if freed:
+        own = feature_table(model).metadata.get("checksum")
+    else:
+        own = block_checksum(model, metadata["layers"], metadata.get("tensors", ()))
     if own != metadata["checksum"]:
         raise TdqError(
             "checksum",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from modelopt.torch.opt.mode import RestoreEntrypoint, UpdateEntrypoint
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
 from modelopt.torch.quantization.mode import CalibrateModeRegistry
@@ -17,7 +18,12 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.recording import recorded_call
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
 from modelopt_tdq.temporal_features.maintain import maintain
-from modelopt_tdq.temporal_features.runtime import has_features, restore_features, temporal_features
+from modelopt_tdq.temporal_features.runtime import (
+    has_features,
+    remove_features,
+    restore_features,
+    temporal_features,
+)
 from modelopt_tdq.training.mode import LearningModeDescriptor, SavedName, restore, update_metadata
 
 __all__ = ["register", "tdq_temporal"]
@@ -39,6 +45,8 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
     """
     config = TdqTemporalConfig(**{name: v for name, v in fields.items() if name in TdqTemporalConfig.model_fields})
     with restored_on_error(model):
+        if has_features(model):
+            remove_features(model)
         call: dict[str, Any] = {}
 
         def recorded(module: nn.Module) -> None:
@@ -54,7 +62,8 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
             raise TdqError("forward_loop", None, "a call of the model is needed", "Pass a forward_loop to mtq.quantize")
         else:
             loop(model)
-        maintain(model, call, config)
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be learned on
+            maintain(model, call, config)
 
 
 def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
@@ -69,6 +78,8 @@ def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, An
     restored = restore(model, config, metadata)
     if _DESCRIPTION in metadata:
         restore_features(restored, metadata[_DESCRIPTION])
+    elif has_features(restored):  # of an algorithm before this one
+        remove_features(restored)
     return restored
 
 

@@ -4,7 +4,8 @@ TIAR (*Temporal Feature Matters*, section 4.1) learns the rounding of all weight
 
     sum_i || g_i(h(t)) - g^_i(h^(t)) ||^2    over all times t,
 
-here with every feature i in units of its own mean square, so that small ones count as much as large ones.
+here with every feature i in units of its own square at that time, so that small ones count as much as large ones: the
+relative squared error by which strategies are selected.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ from modelopt_tdq.reconstruction.rounding import (
 from modelopt_tdq.scales import Scales
 from modelopt_tdq.temporal_features.block import TemporalBlock
 from modelopt_tdq.temporal_features.finite_set import row_scales
+from modelopt_tdq.temporal_features.looked_up import first_tensor
 from modelopt_tdq.timestep import deliver_timestep
 
 __all__ = ["Formats", "formats", "naive_features", "naive_scales", "quantizable", "switch_on", "tib_features"]
+
+#: Of every quantizer of the block, whatever the rules of the model say.
+_PLAIN = {"enable": True, "block_sizes": None, "type": "static", "unsigned": False, "narrow_range": False}
 
 _WARM_UP, _BETA = 0.2, (20.0, 2.0)
 
@@ -60,8 +65,8 @@ def formats(model: nn.Module, weight: NumBits | None, activation: NumBits | None
 
 
 def quantizable(model: nn.Module, block: TemporalBlock) -> dict[str, Any]:
-    """The layers of the block that ModelOpt can quantize, by name."""
-    layers = {name: model.get_submodule(name) for name in block.layers}
+    """The layers of the block that ModelOpt can quantize, by name; without those that the model goes on to run."""
+    layers = {name: model.get_submodule(name) for name in block.layers if name not in block.kept}
     return {
         name: layer
         for name, layer in layers.items()
@@ -74,22 +79,26 @@ def quantizable(model: nn.Module, block: TemporalBlock) -> dict[str, Any]:
 def _inputs(
     model: nn.Module, block: TemporalBlock, times: Tensor, layers: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """[K, ...] what goes into each layer, in full precision."""
+    """[K, N] what goes into each layer, in all its calls, in full precision."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    size = block.tape.times
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: seen[name].append(args[0].detach())
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: seen[name].append(first_tensor(args, kwargs).detach()[:size].flatten(1))
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         block.compute(model, times)
     finally:
         for handle in handles:
             handle.remove()
-    size = block.tape.times
     runs = -(-len(times) // size)
-    first = {name: values[:: max(1, len(values) // runs)] for name, values in seen.items()}  # of several calls in a run
-    return {name: torch.cat([value[:size] for value in values])[: len(times)] for name, values in first.items()}
+
+    def rows(values: list[Tensor]) -> Tensor:
+        calls = len(values) // runs
+        return torch.cat([torch.cat(values[i : i + calls], 1) for i in range(0, len(values), calls)])[: len(times)]
+
+    return {name: rows(values) for name, values in seen.items()}
 
 
 def switch_on(
@@ -107,8 +116,9 @@ def switch_on(
         block: Of the model.
         times: [K].
         bits: Of the block.
-        weights: ModelOpt's calibration of the weights, ``max`` or ``mse``.
-        scales: Of the values [K, ...] that an activation takes.
+        weights: ModelOpt's calibration of the weights, ``max`` or ``mse``. With ``keep``, which is for weights that are
+            calibrated already, ``mse``.
+        scales: Of the values [K, N] that an activation takes.
 
     Returns:
         The layers, by name.
@@ -119,11 +129,15 @@ def switch_on(
         inputs = _inputs(model, block, times, layers)
     for name, layer in layers.items():
         axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-        layer.weight_quantizer.set_from_attribute_config({"num_bits": bits.weight, "axis": axis, "enable": True})
-        layer.input_quantizer.set_from_attribute_config({"num_bits": bits.activation, "axis": None, "enable": True})
+        for quantizer, num_bits, along in (
+            (layer.weight_quantizer, bits.weight, axis),
+            (layer.input_quantizer, bits.activation, None),
+        ):
+            quantizer.reset_amax()  # it may be of another shape
+            quantizer.set_from_attribute_config({**_PLAIN, "num_bits": num_bits, "axis": along})
         quantizer = TemporalQuantizer.from_tensor_quantizer(layer.input_quantizer, timestep)
         quantizer.set_rows(times, *scales(inputs[name]))
-    calibrate_weights(nn.ModuleList(layers.values()), weights)
+    calibrate_weights(nn.ModuleList(layers.values()), "mse" if weights == "keep" else weights)
     return layers
 
 
@@ -202,11 +216,12 @@ def tib_features(
 
 
 def _error(features: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-    """Mean over the features of their squared error in units of their squares: a scalar."""
+    """Mean over features and times of the squared error in units of the squared feature: a scalar."""
     errors = []
     for name, target in targets.items():
-        power = target.float().square().sum().clamp(min=1e-30)
-        errors.append((features[name].float() - target.float()).square().sum() / power)
+        rows = target.float().flatten(1)
+        power = rows.square().sum(1).clamp(min=1e-30)
+        errors.append(((features[name].float().flatten(1) - rows).square().sum(1) / power).mean())
     return torch.stack(errors).mean()
 
 
