@@ -192,6 +192,7 @@ def test_quantizers_of_another_shape_and_kind_become_those_of_the_block(two: Fou
     expected = learned(two, Formats(4, 4), 0)["head"]
     blocks = {"num_bits": 4, "block_sizes": {-1: 3, "type": "dynamic"}}
     for layer in (model.mlp, model.head):
+        layer.weight_quantizer.amax = torch.tensor(1.0)
         layer.weight_quantizer.set_from_attribute_config(blocks)
         layer.input_quantizer.set_from_attribute_config({"num_bits": 8, "axis": -1})
         layer.input_quantizer.amax = torch.ones(1, 6)
