@@ -1,5 +1,7 @@
 """Export: torch to a marker graph, and its lowerings to standard ONNX operators."""
 
 from modelopt_tdq.export.onnx_export import ExportReport, export_onnx
+from modelopt_tdq.export.plugin import plugin_free
+from modelopt_tdq.export.table_input import engine_table
 
-__all__ = ["ExportReport", "export_onnx"]
+__all__ = ["ExportReport", "engine_table", "export_onnx", "plugin_free"]

@@ -29,6 +29,8 @@ class GraphEditor:
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
         for node in graph:
             self._names.update(v.name for v in node.outputs if v.name)
+            if node.name:
+                self._names.add(node.name)
 
     def unique(self, name: str) -> str:
         """``name``, numbered if it is taken."""
@@ -67,6 +69,7 @@ class GraphEditor:
         dtype: Any = None,
         shape: Any = None,
         outputs: int = 1,
+        domain: str = "",
         **attributes: Any,
     ) -> Any:
         """Insert a node before ``anchor``.
@@ -74,7 +77,8 @@ class GraphEditor:
         Returns:
             Its output, or the list of its outputs where ``outputs`` is not 1.
         """
-        node = self.ir.node(op_type, inputs, attributes, num_outputs=outputs, name=self.unique(f"node/{name}"))
+        unique = self.unique(f"node/{name}")
+        node = self.ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=unique)
         for value in node.outputs:
             value.name = self.unique(name)
             value.dtype = self.ir.DataType.FLOAT if dtype is None else dtype

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,21 +15,28 @@ from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Lookup", "TimeRow", "reference_scale"]
+__all__ = ["ColumnSource", "Lookup", "TimeRow", "gathered", "power_of_two", "reference_scale", "split_columns"]
 
 _Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def power_of_two(least: Any) -> Any:
+    """The power of two at or below each number, float32; 1 for numbers below the smallest normal float32, or infinite.
+
+    By the exponent's bits: a float32 logarithm of the number just below a power of two is that of the power.
+    """
+    least = np.asarray(least, dtype=np.float32)
+    usable = (least >= np.finfo(np.float32).tiny) & np.isfinite(least)
+    return np.where(usable, np.ldexp(np.float32(0.5), np.frexp(least)[1]), np.float32(1.0)).astype(np.float32)
 
 
 def reference_scale(spec: ActivationSpec) -> np.float32:
     """s_ref: the power of two at or below the smallest scale that turns codes back, s'.
 
     ``s' / s_ref`` is at least 1, so that nothing overflows in front of it that would not behind it; and it is
-    exact in float32, so that the lowering adds no rounding of its own to any scale. 1 for scales below the smallest
-    normal float32, as in the plugin.
+    exact in float32, so that the lowering adds no rounding of its own to any scale.
     """
-    least = spec.value_scale.min()
-    # by the exponent's bits: a float32 logarithm of the number just below a power of two is that of the power
-    return np.float32(np.ldexp(0.5, np.frexp(least)[1]) if least >= np.finfo(np.float32).tiny else 1.0)
+    return np.float32(power_of_two(spec.value_scale.min()))
 
 
 class TimeRow:
@@ -36,19 +44,33 @@ class TimeRow:
 
     Args:
         editor: Of the graph.
-        edges: [K - 1] float32, half-way points between the rows.
+        edges: [K - 1] float32, half-way points between the rows; or a value of the graph that holds [K], the last of
+            them infinite.
         timestep: Graph input that holds the time; None if nothing will ask for it.
         times: Number of times T per call; None if that is the dynamic batch.
+        anchor: The node before which everything is inserted; the first of the graph if not given.
 
     Attributes:
-        anchor: The node before which everything is inserted: the first of the graph.
+        anchor: That node.
         size: T, or the name of the dynamic batch.
     """
 
-    def __init__(self, editor: GraphEditor, edges: _Array, timestep: ir.Value | None, times: int | None) -> None:
+    def __init__(
+        self,
+        editor: GraphEditor,
+        edges: _Array | ir.Value,
+        timestep: ir.Value | None,
+        times: int | None,
+        anchor: ir.Node | None = None,
+    ) -> None:
         self._editor, self._edges, self._timestep = editor, edges, timestep
-        self.anchor = editor.graph[0]
+        self.anchor = editor.graph[0] if anchor is None else anchor
         self.size: int | str = "batch" if times is None else times
+
+    def with_edges(self, edges: ir.Value) -> TimeRow:
+        """The same time, and its row of another table."""
+        times = self.size if isinstance(self.size, int) else None
+        return TimeRow(self._editor, edges, self._timestep, times, self.anchor)
 
     @cached_property
     def column(self) -> ir.Value:
@@ -66,9 +88,11 @@ class TimeRow:
     def count(self) -> ir.Value:
         """[T] float32: the row, as a number of edges strictly below the time."""
         editor, anchor, types = self._editor, self.anchor, self._editor.ir.DataType
-        # a table of one row has no edges, and operators on nothing are not for every backend
-        edges = self._edges if self._edges.size else np.array([np.inf], dtype=np.float32)
-        edge = editor.constant("time/edges", edges[None])
+        edge = self._edges
+        if isinstance(edge, np.ndarray):
+            # a table of one row has no edges, and operators on nothing are not for every backend
+            edges = edge if edge.size else np.array([np.inf], dtype=np.float32)
+            edge = editor.constant("time/edges", edges[None])
         below = editor.before(anchor, "Greater", [self.column, edge], "time/below", dtype=types.BOOL)
         # counted in float: every backend reduces floats, not every one reduces integers
         below = editor.cast(anchor, below, types.FLOAT, "time/below_float")
@@ -83,13 +107,43 @@ class TimeRow:
         return self._editor.cast(self.anchor, self.count, self._editor.ir.DataType.INT64, "time/row")
 
 
+class ColumnSource(Protocol):
+    """A way to take the row of the time from the columns of a table."""
+
+    def __call__(self, editor: GraphEditor, time: TimeRow, columns: Mapping[str, _Array]) -> dict[str, ir.Value]:
+        """[K] columns by name ("<quantizer>/<quantity>") -> [T, 1, 1, 1] values by the same names."""
+
+
+def gathered(editor: GraphEditor, time: TimeRow, columns: Mapping[str, _Array]) -> dict[str, ir.Value]:
+    """Columns of one constant table [K, M, 1, 1], of which one Gather takes the row."""
+    # Quantizers of the same tensor often have equal columns (to_q, to_k, to_v): one value for all of them lets
+    # a backend see that they compute the same codes, and compute them once.
+    distinct = {column.tobytes(): column for column in columns.values()}
+    packed = np.stack(list(distinct.values()), axis=1)[:, :, None, None]
+    table = editor.constant("time/table", np.ascontiguousarray(packed))
+    shape = [time.size, len(distinct), 1, 1]
+    row = editor.before(time.anchor, "Gather", [table, time.row], "time/table_row", shape=shape, axis=0)
+    value_of = dict(zip(distinct, split_columns(editor, time, row, len(distinct)), strict=True))
+    return {name: value_of[column.tobytes()] for name, column in columns.items()}
+
+
+def split_columns(editor: GraphEditor, time: TimeRow, row: ir.Value, count: int) -> list[ir.Value]:
+    """[T, M, 1, 1] -> M values [T, 1, 1, 1]."""
+    if count == 1:
+        return [row]
+    sizes, shape = editor.ints([1] * count), [time.size, 1, 1, 1]
+    parts: list[ir.Value] = editor.before(
+        time.anchor, "Split", [row, sizes], "time/column_value", outputs=count, shape=shape, axis=1
+    )
+    return parts
+
+
 class Lookup:
     """Scales, ratios and offsets of all activation quantizers, as values of the graph.
 
-    Quantities that do not depend on time are constants. The others are columns of one packed table
-    [K, M, 1, 1], of which one Gather takes the row of each time (the number of edges strictly below
-    float32(t)), and one Split makes M tensors [T, 1, 1, 1]; T is 1, or the batch where every sample has
-    its own time.
+    Quantities that do not depend on time are constants. The others are columns of one packed table, of which
+    ``source`` takes the row of each time (the number of edges strictly below float32(t)) as tensors [T, 1, 1, 1];
+    T is 1, or the batch where every sample has its own time.
 
     Args:
         editor: Of the graph; the lookup is inserted before its first node.
@@ -97,9 +151,10 @@ class Lookup:
         timestep: Graph input that holds the time, or None if nothing depends on it.
         times: Number of times per call; None if that is the dynamic batch.
         ratios: Whether a scale that turns codes back, and depends on time, is wanted as ``s' / s_ref``.
+        source: What takes the row of the time from the columns that depend on it.
 
     Attributes:
-        time: The time and its row, for others that look something up.
+        time: The time and its row of the tables that are constants, for others that look something up.
 
     The quantities are "scale" and "offset" (of those that have one); "dequant_scale" and "dequant_offset", whether
     they differ from those or not; and "ratio" instead of a "dequant_scale" that depends on time, with ``ratios``.
@@ -113,6 +168,7 @@ class Lookup:
         times: int | None,
         *,
         ratios: bool,
+        source: ColumnSource,
     ) -> None:
         self._editor = editor
         self.time = TimeRow(editor, spec.edges, timestep, times)
@@ -133,30 +189,7 @@ class Lookup:
         temporal = {name: column for name, column in columns.items() if column.size > 1}
         self._temporal: dict[str, ir.Value] = {}
         if temporal and timestep is not None:
-            self._temporal = self._gather(temporal)
-
-    def _gather(self, columns: dict[str, _Array]) -> dict[str, ir.Value]:
-        editor, anchor = self._editor, self.time.anchor
-        # Quantizers of the same tensor often have equal columns (to_q, to_k, to_v): one value for all of them lets
-        # a backend see that they compute the same codes, and compute them once.
-        distinct = {column.tobytes(): column for column in columns.values()}
-        packed = np.stack(list(distinct.values()), axis=1)[:, :, None, None]
-        shape = [self.time.size, packed.shape[1], 1, 1]
-        table = editor.constant("time/table", np.ascontiguousarray(packed))
-        values = editor.before(anchor, "Gather", [table, self.time.row], "time/table_row", shape=shape, axis=0)
-        split = [values]
-        if len(distinct) > 1:
-            split = editor.before(
-                anchor,
-                "Split",
-                [values, editor.ints([1] * len(distinct))],
-                "time/column_value",
-                outputs=len(distinct),
-                shape=[shape[0], 1, 1, 1],
-                axis=1,
-            )
-        value_of = dict(zip(distinct, split, strict=True))
-        return {name: value_of[column.tobytes()] for name, column in columns.items()}
+            self._temporal = source(editor, self.time, temporal)
 
     def is_temporal(self, quantizer: str, *quantities: str) -> bool:
         """Whether one of these quantities depends on time."""

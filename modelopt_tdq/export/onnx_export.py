@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,11 +17,13 @@ from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.features import lower_features
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.inputs import flatten_inputs
-from modelopt_tdq.export.lookup import Lookup
+from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
+from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
 from modelopt_tdq.export.ratio import lower_ratio
 from modelopt_tdq.export.reference import lower_reference
 from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
+from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, require_table_input
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import lower_weights
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportReport", "MarkerGraph", "export_onnx", "lower", "marker_graph"]
 
-_LOWERINGS = {"ratio": lower_ratio, "reference": lower_reference}
+_LOWERINGS = {"ratio": lower_ratio, "reference": lower_reference, "plugin": lower_ratio}
 
 #: A protobuf file ends at 2 GiB; larger weights go into a file beside it.
 _EXTERNAL_DATA_ABOVE = 1 << 30
@@ -42,7 +44,7 @@ class ExportReport:
 
     Attributes:
         path: The ONNX file. Weights of more than 1 GiB lie beside it, in ``<name>.data``.
-        lowering: "ratio" or "reference".
+        lowering: "ratio", "reference" or "plugin".
         quantized: Names of the quantizers that are deployed in low precision.
         skipped: The other enabled quantizers, each with the reason: their numbers are those of the torch
             model, but the operator computes in floating point.
@@ -64,10 +66,11 @@ def export_onnx(
     path: str | os.PathLike[str],
     sample_inputs: Mapping[str, Any],
     *,
-    lowering: Literal["ratio", "reference"] = "ratio",
+    lowering: Literal["ratio", "reference", "plugin"] = "ratio",
     dynamic_batch: bool = False,
+    table_input: bool = False,
 ) -> ExportReport:
-    """Write a quantized model as an ONNX file (opset 21, standard operators only).
+    """Write a quantized model as an ONNX file (opset 21, standard operators only, but for ``lowering="plugin"``).
 
     The model is not changed. The file appears when it is complete and has passed ONNX's checker.
 
@@ -79,8 +82,14 @@ def export_onnx(
             of any dtype and of shape [], [1], or [B] for a time per sample, and keeps that shape.
         lowering: "ratio" divides by the scale in front of a quantizer with a constant scale, and multiplies
             behind the operator, so that backends keep their low-precision kernels. "reference" is
-            QuantizeLinear with the scale looked up by time: for ONNX Runtime, as the numeric yardstick.
+            QuantizeLinear with the scale looked up by time: for ONNX Runtime, as the numeric yardstick. "plugin" is
+            "ratio" with the scales looked up by the TensorRT plugin TdqScaleLookup: see
+            :mod:`modelopt_tdq.plugin`, and :func:`~modelopt_tdq.export.plugin.plugin_free` for other backends.
         dynamic_batch: Leave dimension 0 of all inputs that share the sample batch (2 or more) open.
+        table_input: Make the scales inputs of the graph instead of constants, with lowering "ratio": one engine then
+            serves any table of the model, with any number of rows. :func:`~modelopt_tdq.export.engine_table` makes
+            the inputs from a :class:`~modelopt_tdq.ScaleTable`; all temporal quantizers are in it, also those whose
+            scales do not depend on time now.
 
     Returns:
         What was written, and which quantizers are deployed in low precision.
@@ -97,7 +106,7 @@ def export_onnx(
     if target.is_dir() or not target.name:
         raise TdqError("path", str(target), "not the name of a file", "Name the file to write, e.g. 'model.onnx'")
     graph = marker_graph(model, sample_inputs, dynamic_batch=dynamic_batch)
-    context = lower(graph, lowering)
+    context = lower(graph, lowering, table_input=table_input)
     _write(graph.model, target)
     return _report(context, target, lowering)
 
@@ -141,12 +150,20 @@ def marker_graph(model: nn.Module, sample_inputs: Mapping[str, Any], *, dynamic_
     return MarkerGraph(exported, spec, shapes, samples, dynamic_batch, batch)
 
 
-def lower(graph: MarkerGraph, lowering: str) -> LoweringContext:
+def lower(graph: MarkerGraph, lowering: str, *, table_input: bool = False) -> LoweringContext:
     """The second half: replace the markers of ``graph.model``, in place."""
+    if table_input:
+        require_table_input(graph.spec, lowering)
+        graph = replace(graph, spec=all_rows(graph.spec))
     editor = GraphEditor(graph.model.graph)
     time = next((v for v in graph.model.graph.inputs if v.name == graph.spec.timestep), None)
     times = None if graph.dynamic_batch and graph.samples > 1 else graph.samples
-    lookup = Lookup(editor, graph.spec, time, times, ratios=lowering == "ratio")
+    source: ColumnSource = gathered
+    if table_input:
+        source = looked_up_in_input(graph.spec, graph.model)
+    elif lowering == "plugin":
+        source = looked_up_by_plugin(graph.spec)
+    lookup = Lookup(editor, graph.spec, time, times, ratios=lowering != "reference", source=source)
     weights = lower_weights(editor, graph.spec)
     context = LoweringContext(editor, graph.spec, lookup, weights, graph.shapes, graph.samples, graph.batch)
     lower_features(context, gather_int8=lowering == "reference")
@@ -163,6 +180,8 @@ def _finish(model: ir.Model, lowering: str) -> None:
     if left:
         raise TdqError("lowering", lowering, f"these markers were left in the graph: {left}", "Report this")
     model.opset_imports.pop(DOMAIN, None)
+    if any(node.domain == PLUGIN_DOMAIN for node in model.graph):
+        model.opset_imports[PLUGIN_DOMAIN] = 1
     model.producer_name = "modelopt_tdq"
     model.metadata_props["modelopt_tdq.lowering"] = lowering
 

@@ -94,17 +94,26 @@ class QuantizationSpec:
         weights: By quantizer name.
         folded: Weight quantizers whose format ONNX cannot hold per channel, with the reason; their
             fake-quantized weights are deployed as floats.
-        edges: [K - 1] float32, half-way points between the rows of the table.
+        timesteps: [K] float32, the times that the rows of the table stand for.
         timestep: Name of the model's argument that holds the time; None if nothing depends on it.
         features: The outputs of layers that are looked up, on the CPU; None if there are none.
+        temporal: Names in the scale table: of the temporal quantizers, whether their scales depend on time or not, and
+            whether their layers run or not.
     """
 
     activations: dict[str, ActivationSpec]
     weights: dict[str, WeightSpec]
     folded: dict[str, tuple[np.ndarray[Any, np.dtype[np.float32]], str]]
-    edges: np.ndarray[Any, np.dtype[np.float32]]
+    timesteps: np.ndarray[Any, np.dtype[np.float32]]
     timestep: str | None
     features: FeatureTable | None = None
+    temporal: tuple[str, ...] = ()
+
+    @property
+    def edges(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """[K - 1] float32, half-way points between the rows of the table."""
+        halfway: np.ndarray[Any, np.dtype[np.float32]] = edges(torch.from_numpy(self.timesteps)).numpy()
+        return halfway
 
 
 def _constant(rows: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -176,6 +185,7 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
     features = feature_table(model) if has_features(model) else None
     idle = tuple(f"{name}." for name in idle_layers(model))
     activations, timesteps = _temporal_activations(model, idle)
+    temporal = tuple(temporal_quantizers(model))
     times, argument = _times(model, timesteps, features)
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.rotate_is_enabled:
@@ -199,4 +209,4 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
             if isinstance(parent, SequentialQuantizer):
                 raise unsupported(name, "SequentialQuantizer", "several activation quantizers in a row")
             activations[name] = _static_activation(name, module)
-    return QuantizationSpec(activations, weights, folded, edges(times).numpy(), argument, features)
+    return QuantizationSpec(activations, weights, folded, times.numpy(), argument, features, temporal)

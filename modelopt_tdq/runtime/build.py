@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modelopt_tdq.errors import MissingExtraError, TdqError
+from modelopt_tdq.export.table_input import ROWS
 from modelopt_tdq.runtime.engine_report import EngineReport, parse_layers, sha256
 from modelopt_tdq.runtime.onnx_model import OnnxFacts, read_onnx
 
@@ -31,6 +32,9 @@ _FIRST_WITH = {"FP8": (8, 9), "INT8": (8, 0)}
 
 #: Smallest, most likely and largest batch, where the model leaves it open and the caller does not say.
 DEFAULT_BATCH = (1, 2, 16)
+
+#: Likewise for the rows of a table that is an input: the whole schedule of a model with 1000 training steps.
+DEFAULT_ROWS = (1, 50, 1000)
 
 
 def build_engine(
@@ -54,7 +58,8 @@ def build_engine(
             (10.13 or later) builds for the GPU of this machine.
         compute_capabilities: GPUs that TensorRT-RTX compiles for, as ``"8.9"``. TensorRT takes none.
         dynamic_sizes: Named dimensions that the model leaves open, to their smallest, most likely and
-            largest size. A leading dimension not named here is a batch of 1, 2, 16.
+            largest size. A leading dimension not named here is a batch of 1, 2, 16; the rows of a table that is
+            an input are 1, 50, 1000.
         log_path: Where the builder's verbose log goes. By default it is kept, as ``<engine_path>.log``,
             only if the build fails.
 
@@ -171,7 +176,7 @@ def _profile(facts: OnnxFacts, sizes: Mapping[str, tuple[int, int, int]]) -> dic
             if isinstance(size, int):
                 ranges.append((size, size, size))
             elif size in sizes or size in batches:
-                smallest, likely, largest = sizes.get(size, DEFAULT_BATCH)
+                smallest, likely, largest = sizes.get(size, DEFAULT_ROWS if size == ROWS else DEFAULT_BATCH)
                 ranges.append((smallest, likely, largest))
             else:
                 raise TdqError(

@@ -153,7 +153,7 @@ class TestErrors:
         return caught.value
 
     def test_lowering(self, model: nn.Module, tmp_path: Path) -> None:
-        self.check(tmp_path, "lowering = 'plugin': no such lowering", model, inputs(), lowering="plugin")
+        self.check(tmp_path, "lowering = 'gather': no such lowering", model, inputs(), lowering="gather")
 
     def test_path(self, model: nn.Module, tmp_path: Path) -> None:
         with pytest.raises(tdq.TdqError, match="not the name of a file"):
