@@ -37,10 +37,8 @@ def select(errors: Mapping[Strategy, FeatureErrors], granularity: str) -> Choice
             picked = own.argmin(0).tolist()  # the first of equals
         else:
             safe = (own <= naive).all(1)
-            mean = own.mean(1)
-            if bool(safe.any()):
-                mean = torch.where(safe, mean, torch.inf)
-            picked = [int(mean.argmin())] * len(naive)
+            allowed = safe.nonzero().flatten() if bool(safe.any()) else torch.arange(len(candidates))
+            picked = [int(allowed[own[allowed].mean(1).argmin()])] * len(naive)
         chosen[name] = [candidates[index] for index in picked]
     return chosen
 
