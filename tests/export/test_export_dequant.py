@@ -15,6 +15,7 @@ from support import oracle
 from support.double import run_double
 from support.export import LOWERINGS, lowered, trace
 from support.models import FAMILIES, noise, quantized
+from support.precisions import integer_kernels
 from support.tables import with_dequantization
 from torch import Tensor, nn
 
@@ -233,7 +234,7 @@ def test_openvino_agrees_with_onnx_runtime(denoiser: nn.Module, tmp_path: Path) 
         feeds = {**inputs, "timestep": time}
         found, expected = session(feeds)["output"], OnnxRuntimeSession(path)(feeds)["output"]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    kernels = list(session.executed_precisions().values())
+    kernels = integer_kernels(session)
     assert kernels.count("Convolution i8") == 2
     assert kernels.count("FullyConnected i8") == 1
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import noise, quantized
+from support.precisions import integer_kernels
 from torch import nn
 
 import modelopt_tdq as tdq
@@ -58,7 +59,7 @@ def test_results_outlive_the_next_call(paths: dict[str, Path], inputs: dict[str,
 
 
 def test_ratio_keeps_int8_kernels_and_a_looked_up_scale_does_not(paths: dict[str, Path]) -> None:
-    kernels = {name: list(OpenVinoSession(path).executed_precisions().values()) for name, path in paths.items()}
+    kernels = {name: integer_kernels(OpenVinoSession(path)) for name, path in paths.items()}
     assert kernels["ratio"].count("Convolution i8") == 2  # conv1 and conv2
     assert kernels["ratio"].count("FullyConnected i8") == 1  # mix
     assert kernels["ratio"].count("Convolution f32") == 2  # conv_in and conv_out, not quantized
