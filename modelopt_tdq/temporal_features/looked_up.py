@@ -61,17 +61,14 @@ def _matched(rows: Tensor, inputs: Tensor) -> Tensor:
 
 
 class LookedUp:
-    """In eval mode the output comes from the table; in training mode the layer runs."""
+    """The output comes from the table, in training too: what is trained is then what is deployed."""
 
-    training: bool
     _tdq_features: TemporalFeatures
     _tdq_what: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """[B, ...] in the dtype that the layer returns, B being the batch of its input."""
         features = self._tdq_features
-        if self.training:
-            return own_output(self, args, kwargs)
         inputs = first_tensor(args, kwargs)
         time = features.time(inputs.device)
         exact = features.outside == "exact"
@@ -87,16 +84,13 @@ class LookedUp:
 
 
 class Superseded:
-    """In eval mode the output is zeros, which nobody looks at; in training mode the layer runs."""
+    """The output is zeros, which nobody looks at."""
 
-    training: bool
     _tdq_features: TemporalFeatures
     _tdq_what: tuple[int, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """[B, ...] in the dtype that the layer returns, B being the batch of its input."""
-        if self.training:
-            return own_output(self, args, kwargs)
         inputs = first_tensor(args, kwargs)
         dtype = output_dtype(self, inputs)  # type: ignore[arg-type]
         return inputs.new_zeros((inputs.shape[0], *self._tdq_what), dtype=dtype)
@@ -112,8 +106,8 @@ def own_output(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
         raise TdqError(
             "model",
             type(layer).__name__,
-            "the parameters of the layers that are looked up were dropped, so they cannot run in training mode",
-            "Call eval() on the model, or load it as it was before free_modules",
+            "the parameters of the layers that are looked up were dropped, so they cannot run",
+            "Load the model as it was before free_modules",
         )
     behaviour: Any = LookedUp if isinstance(layer, LookedUp) else Superseded
     output: Tensor = super(behaviour, layer).forward(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Temporal features in a torch model: layers that answer from a table in its root instead of computing.
 
-In training mode the layers compute as always; in eval mode they look their output up, and what was upstream of them
+They look it up in training as well, where their parameters then get no gradient; what was upstream of them
 need not run.
 """
 
@@ -65,7 +65,7 @@ def feature_table(model: nn.Module) -> FeatureTable:
 
 
 def idle_layers(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that never run in eval mode: those that are looked up or superseded, unless "exact"."""
+    """Names of the layers that never run: those that are looked up or superseded, unless "exact"."""
     if not has_features(model) or temporal_features(model).outside == "exact":
         return ()
     return tuple(_names(temporal_features(model).description))
@@ -81,7 +81,7 @@ def install_features(
     Args:
         model: The module whose ``forward`` receives the time.
         table: What the layers give, by their names.
-        superseded: Layers whose output nobody needs any more, with its shape per sample. In eval mode they give
+        superseded: Layers whose output nobody needs any more, with its shape per sample. They give
             zeros; with the policy "exact" they run.
         timestep_argument: Of the model's ``forward``: the one that holds the time.
 
