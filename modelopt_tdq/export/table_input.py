@@ -236,7 +236,8 @@ def _column(column: dict[str, Any], specs: Mapping[str, ActivationSpec]) -> _Arr
 def _quantity(spec: ActivationSpec, column: dict[str, Any]) -> _Array:
     zeros = np.zeros_like(spec.scale)
     if column["quantity"] == "ratio":
-        return spec.value_scale / np.float32(column["s_ref"])
+        with np.errstate(over="ignore"):  # an error of its own
+            return spec.value_scale / np.float32(column["s_ref"])
     if column["quantity"] == "dequant_offset":
         return zeros if spec.value_offset is None else spec.value_offset
     if column["quantity"] == "offset":
