@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,15 +15,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.export import lowered, set_table, trace
+from support.models import FAMILIES, fast_config
+from support.temporal import unet_table
 from support.zoo import ROWS, quantized_zoo, sample
 
 import modelopt_tdq as tdq
-from modelopt_tdq.export import engine_table
+from modelopt_tdq.export import engine_table, plugin_free
 from modelopt_tdq.export.onnx_export import lower
 from modelopt_tdq.export.spec import read_quantization
 from modelopt_tdq.export.table_input import EDGES_INPUT, TABLE_INPUT
 from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
 from modelopt_tdq.schedule import row_index
+from modelopt_tdq.temporal_features.runtime import install_features
 
 OTHER_ROWS = [3.0, 77.0, 200.0, 500.0, 600.0, 800.0, 1000.0]
 SAME_TENSOR = [f"images.{name}.input_quantizer" for name in ("plain", "padded", "grouped")]
@@ -158,6 +163,32 @@ def test_quantizers_of_one_tensor_share_a_column(zoo: Any) -> None:
     assert_equal(proto, zoo, ROWS)
     with pytest.raises(tdq.TdqError, match="share a column of the engine, and differ"):
         engine_table(proto, table)
+
+
+def test_temporal_features_keep_rows_of_their_own(tmp_path: Any) -> None:
+    family = FAMILIES["unet"]
+    torch.manual_seed(0)
+    full = family.make().eval()
+    model = mtq.quantize(copy.deepcopy(full), fast_config(), family.forward_loop())
+    call, times = family.data()[0], tdq.scale_table(model).timesteps.tolist()
+    install_features(model, *unet_table(full, call, "linear", 8, times), "timestep")
+    forms: dict[str, Any] = {"constant": {}, "input": {"table_input": True}, "plugin": {"lowering": "plugin"}}
+    for name, options in forms.items():
+        assert tdq.export_onnx(model, tmp_path / f"{name}.onnx", call, **options).features
+    constants = OnnxRuntimeSession(tmp_path / "constant.onnx", codes=True)
+    session = OnnxRuntimeSession(onnx.load(tmp_path / "input.onnx"), codes=True)
+    twin = OnnxRuntimeSession(plugin_free(tmp_path / "plugin.onnx"), codes=True)
+    # the same scales at twice as many rows: half of the table's rows are no rows of the features
+    table = tdq.scale_table(model)
+    finer = table.resample([*times, *(np.array(times[:-1]) + 1e-3)])
+    for time in [*times, 111.0, 450.5, 2000.0]:
+        inputs = {**call, "timestep": torch.tensor(time)}
+        expected = constants(inputs)
+        for found in (session({**inputs, **engine_table(tmp_path / "input.onnx", table)}), twin(inputs)):
+            for name in expected:
+                np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        found = session({**inputs, **engine_table(tmp_path / "input.onnx", finer)})
+        assert all(np.isfinite(value).all() for value in found.values())
 
 
 def test_model_without_a_table_input(zoo: Any) -> None:
