@@ -82,6 +82,10 @@ class TdqTemporalConfig(CalibrationFields):
     def _fits_together(self) -> Self:
         if self.cache_bits is not None and self.cache_bits not in (*range(2, 9), 16, 32):
             raise TdqError("cache_bits", self.cache_bits, "no format of a cache", "Use 2 to 8, 16 or 32")
+        if self.maintenance == "naive" and self.choose:
+            raise TdqError(
+                "choose", self.choose, 'with maintenance="naive" there is nothing to choose', 'Use maintenance="auto"'
+            )
         if self.outside == "exact" and not self.keep_layers:
             raise TdqError(
                 "outside",

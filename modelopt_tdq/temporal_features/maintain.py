@@ -67,6 +67,11 @@ def block_checksum(model: nn.Module, layers: Sequence[str], tensors: Sequence[st
 def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporalConfig) -> None:
     """Quantize and maintain the temporal features of a calibrated model, in place.
 
+    What is stored is computed in a batch like that of the first call of the calibration, one time after the other.
+    Matrix products round differently for different numbers of rows: with full-precision rows (``cache_bits`` 32,
+    ``maintenance="cache"``), a model sampled in that batch gives, at the times of the rows, bit for bit what it gives
+    with its temporal layers unquantized; in another batch the features differ in the last bits.
+
     Args:
         model: Calibrated, without features; its scale table gives the times.
         arguments: Of one call of it, by name.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from modelopt.torch.opt.mode import RestoreEntrypoint, UpdateEntrypoint
+from modelopt.torch.opt.mode import ConvertEntrypoint, RestoreEntrypoint, UpdateEntrypoint
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
 from modelopt.torch.quantization.mode import CalibrateModeRegistry
 from torch import nn
@@ -61,7 +61,12 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
         elif loop is None:
             raise TdqError("forward_loop", None, "a call of the model is needed", "Pass a forward_loop to mtq.quantize")
         else:
-            loop(model)
+            with torch.no_grad():
+                loop(model)
+        if not call:
+            raise TdqError(
+                "forward_loop", forward_loop, "it never called the model", "Call the model on calibration data in it"
+            )
         with torch.inference_mode(False):  # tensors made in inference mode cannot be learned on
             maintain(model, call, config)
 
@@ -88,6 +93,18 @@ class TdqTemporalModeDescriptor(LearningModeDescriptor):
 
     _calib_func = tdq_temporal
     _config = TdqTemporalConfig
+
+    @property
+    def convert(self) -> ConvertEntrypoint:
+        """As for all algorithms. The description of the features is part of it: in a list, nobody asks again."""
+        convert = super().convert
+
+        def converted(model: nn.Module, config: CalibrationFields, **arguments: Any) -> Any:
+            model, metadata = convert(model, config, **arguments)
+            _update(model, config, metadata)
+            return model, metadata
+
+        return converted
 
     @property
     def restore(self) -> RestoreEntrypoint:
