@@ -253,7 +253,7 @@ def test_only_the_quantizers_of_replaced_layers_are_switched_off() -> None:
     assert torch.equal(seen(model, name, 600.0), seen(whole, name, 600.0))
 
 
-def test_in_inference_mode_and_with_a_loop_that_wants_gradients(auto: nn.Module) -> None:
+def test_in_inference_mode(auto: nn.Module) -> None:
     with torch.inference_mode():
         other = quantized(weight_bits=4, activation_bits=4)
         assert equal(outputs(other), outputs(auto))
