@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,17 @@ def reconstruction_report(model: nn.Module) -> list[BlockResult]:
             "model", type(model).__name__, "it was not reconstructed here", 'Use {"method": "tdq_reconstruct"}'
         )
     return report
+
+
+def _error_after(model: nn.Module, parts: BlockParts, cache: BlockCache) -> float:
+    """Of the block as it learned; infinite where its intervals became zero, which is as bad as it gets."""
+    try:
+        learned_intervals(model).materialize(model)
+    except TdqError as error:
+        if error.field != "scale":
+            raise
+        return math.inf
+    return float(sample_errors(parts, cache).mean())
 
 
 @contextmanager
@@ -189,8 +201,7 @@ class _Run:
         try:
             before = float(sample_errors(parts, cache).mean())
             learn(parts, cache, config, before, config.seed * 1_000_003 + number, tick)
-            learned_intervals(model).materialize(model)
-            after = float(sample_errors(parts, cache).mean())
+            after = _error_after(model, parts, cache)
         finally:
             cache.close()
         kept = after < before

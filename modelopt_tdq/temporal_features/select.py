@@ -23,10 +23,11 @@ def select(errors: Mapping[Strategy, FeatureErrors], granularity: str) -> Choice
     """The strategy with the smaller relative squared error; a tie goes to the cheaper graph.
 
     Per block, means over all times are compared, among the strategies that are nowhere worse than naive quantization
-    as far as there are any.
+    as far as there are any. A row in which naive quantization happens to be better than what was chosen takes its
+    outputs: the table holds values, whatever computed them, so no feature is ever worse than without maintenance.
 
     Args:
-        errors: [K] by feature, by strategy; those of "naive" are what to be better than, and are not chosen.
+        errors: [K] by feature, by strategy; those of "naive" are what to be better than.
         granularity: "block" or "step".
     """
     candidates = [strategy for strategy in STRATEGIES if strategy in errors and strategy != "naive"]
@@ -39,7 +40,10 @@ def select(errors: Mapping[Strategy, FeatureErrors], granularity: str) -> Choice
             safe = (own <= naive).all(1)
             allowed = safe.nonzero().flatten() if bool(safe.any()) else torch.arange(len(candidates))
             picked = [int(allowed[own[allowed].mean(1).argmin()])] * len(naive)
-        chosen[name] = [candidates[index] for index in picked]
+        made = [(candidates[index], float(own[index, row])) for row, index in enumerate(picked)]
+        chosen[name] = [
+            "naive" if float(naive[row]) < error else strategy for row, (strategy, error) in enumerate(made)
+        ]
     return chosen
 
 
