@@ -128,14 +128,18 @@ def test_finished_rows_are_not_run_again(results: Path, folder: Path, monkeypatc
 
     monkeypatch.setattr("modelopt_tdq.bench.temporal.run.measure", untouched)
     bench = TemporalBench(folder, _SMOKE, results)
-    assert "| W4A4 | none | exact |" in run_temporal(bench, "again")
+    complete = run_temporal(bench, "again")
+    assert "| W4A4 | none | exact |" in complete
+    assert "Incomplete" not in complete
     path = bench.path.with_suffix(".json")
     before = path.read_text()
     content = json.loads(before)
     del content["runs"][bench.key(runs()[-1])]
     path.write_text(json.dumps(content))
     try:
-        assert "|  | auto | - | - |" in run_temporal(bench, "again", run=False)
+        text = run_temporal(bench, "again", run=False)
+        assert "|  | auto | - | - |" in text
+        assert "Incomplete: 11 of 12 rows" in text
         with pytest.raises(AssertionError, match="was run again"):
             run_temporal(bench, "again")
     finally:

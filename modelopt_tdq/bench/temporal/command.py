@@ -57,6 +57,9 @@ def _notes(bench: TemporalBench, found: dict[TemporalRun, Found], command: str) 
         + " Temporal block: seconds from the calibrated model to maintained features. ONNX file and kernels: batch 1; "
         "the engine was built, not run. Below 8 bits codes travel as INT8, so the kernels are those of W8A8.",
     ]
+    done = sum(result is not None for result, _ in found.values())
+    if done < len(found):
+        lines += ["", f"Incomplete: {done} of {len(found)} rows were run."]
     backends = {d["backend"] for _, d in found.values() if d is not None and d["backend"]}
     sources = {provenance_line(r["source"]): None for r, _ in found.values() if r is not None}
     lines += ["", *(f"Engines: {backend}" for backend in sorted(backends))]
