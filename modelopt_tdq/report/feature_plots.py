@@ -105,7 +105,7 @@ def draw_feature_errors(panels: Sequence[FeatureErrorPanels], path: Path, title:
             _curves(row[-1], line, legend=line is panels[0], last=line is panels[-1])
     last_heat_maps = list(axes[:, len(strategies) - 1])
     bar = figure.colorbar(drawn, ax=last_heat_maps, fraction=0.08, pad=0.04, extend="min" if len(finite) else "neither")
-    bar.set_label("relative squared error of the feature, dB", fontsize=FONT)
+    bar.set_label("feature error, dB", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT - 1)
     figure.supxlabel(_TIME, fontsize=FONT)
     if title:
