@@ -19,7 +19,7 @@ from modelopt_tdq.runtime.engine_report import EngineReport
 from modelopt_tdq.table import ScaleTable
 from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
-from modelopt_tdq.temporal_features.maintain import set_feature_table
+from modelopt_tdq.temporal_features.given import set_feature_table
 from modelopt_tdq.temporal_features.mode import register as _register_temporal
 from modelopt_tdq.temporal_features.report import TemporalReport, temporal_report
 from modelopt_tdq.temporal_features.runtime import feature_table, free_modules, remove_features

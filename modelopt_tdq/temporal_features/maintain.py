@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,53 +14,24 @@ from modelopt_tdq.calibration.output_error import full_precision
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model_table import scale_table, set_scale_table
 from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
+from modelopt_tdq.temporal_features.checksum import block_checksum
 from modelopt_tdq.temporal_features.config import Strategy, TdqTemporalConfig
 from modelopt_tdq.temporal_features.errors import FeatureErrors, cosine_similarity, relative_squared_error
-from modelopt_tdq.temporal_features.runtime import (
-    feature_table,
-    free_modules,
-    has_features,
-    install_features,
-    temporal_features,
-)
-from modelopt_tdq.temporal_features.select import Choice, by_hand, merged, select
-from modelopt_tdq.temporal_features.table import Feature, FeatureTable
-from modelopt_tdq.temporal_features.tib import (
+from modelopt_tdq.temporal_features.quantized_block import (
     Formats,
     formats,
     naive_features,
     naive_scales,
     quantizable,
     switch_on,
-    tib_features,
 )
+from modelopt_tdq.temporal_features.runtime import drop_parameters, install_features
+from modelopt_tdq.temporal_features.select import Choice, by_hand, merged, select
+from modelopt_tdq.temporal_features.table import Feature, FeatureTable
+from modelopt_tdq.temporal_features.tib import tib_features
 from modelopt_tdq.timestep import INTERVALS
 
-__all__ = ["block_checksum", "maintain", "set_feature_table"]
-
-
-def block_checksum(model: nn.Module, layers: Sequence[str], tensors: Sequence[str] = ()) -> str:
-    """SHA-256 of weights, the first 16 digits: of float32, whatever their dtype.
-
-    Args:
-        model: Has them.
-        layers: Names of modules whose parameters count.
-        tensors: Names of further parameters and buffers.
-    """
-    digest = hashlib.sha256()
-
-    def update(name: str, value: Tensor) -> None:
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-
-    for name in layers:
-        for key, parameter in model.get_submodule(name).named_parameters():
-            if "quantizer." not in key:
-                update(f"{name}.{key}", parameter)
-    for name in tensors:
-        path, _, own = name.rpartition(".")
-        update(name, getattr(model.get_submodule(path), own))
-    return digest.hexdigest()[:16]
+__all__ = ["maintain"]
 
 
 def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporalConfig) -> None:
@@ -123,7 +93,7 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
         model, FeatureTable(times, stored, config.outside, metadata), block.superseded(), config.timestep_argument
     )
     if not config.keep_layers:
-        free_modules(model)
+        drop_parameters(model)
 
 
 def _share_rows(model: nn.Module, times: list[float] | None) -> Tensor:
@@ -230,37 +200,3 @@ def _numbers(
         }
         for strategy, features in measured.items()
     }
-
-
-def set_feature_table(model: nn.Module, table: FeatureTable) -> None:
-    """Give a quantized model temporal features that were made before, for the same weights.
-
-    Args:
-        model: The module that ``mtq.quantize`` was called with.
-        table: From :func:`feature_table` or ``FeatureTable.load``.
-
-    Raises:
-        TdqError: The table is for other layers, or for other weights. Nothing is changed then.
-    """
-    metadata = table.metadata
-    missing_facts = [key for key in ("layers", "superseded", "checksum", "timestep_argument") if key not in metadata]
-    if missing_facts:
-        raise TdqError("metadata", missing_facts, "not in the table", "Use a table made by the tdq_temporal algorithm")
-    modules = dict(model.named_modules())
-    missing = [name for name in metadata["layers"] if name not in modules]
-    if missing:
-        raise TdqError("features", missing[:3], "the model has no such layers", "Use a table made for this model")
-    freed = has_features(model) and temporal_features(model).description["freed"]
-    if freed:
-        own = feature_table(model).metadata.get("checksum")
-    else:
-        own = block_checksum(model, metadata["layers"], metadata.get("tensors", ()))
-    if own != metadata["checksum"]:
-        raise TdqError(
-            "checksum",
-            metadata["checksum"],
-            f"the features were made from other weights than this model's ({own})",
-            'Make them from this model, with {"method": "tdq_temporal"}',
-        )
-    superseded = {name: tuple(shape) for name, shape in metadata["superseded"].items()}
-    install_features(model, table, superseded, str(metadata["timestep_argument"]))

@@ -20,15 +20,14 @@ from modelopt_tdq.temporal_features.config import TdqTemporalConfig
 from modelopt_tdq.temporal_features.maintain import maintain
 from modelopt_tdq.temporal_features.runtime import (
     has_features,
-    remove_features,
     restore_features,
     temporal_features,
+    uninstall_features,
 )
+from modelopt_tdq.temporal_features.saved_state import DESCRIPTION
 from modelopt_tdq.training.mode import LearningModeDescriptor, SavedName, restore, update_metadata
 
 __all__ = ["register", "tdq_temporal"]
-
-_DESCRIPTION = "tdq_temporal_features"
 
 
 def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = None, **fields: Any) -> None:
@@ -46,7 +45,7 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
     config = TdqTemporalConfig(**{name: v for name, v in fields.items() if name in TdqTemporalConfig.model_fields})
     with restored_on_error(model):
         if has_features(model):
-            remove_features(model)
+            uninstall_features(model)
         call: dict[str, Any] = {}
 
         def recorded(module: nn.Module) -> None:
@@ -74,17 +73,17 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
 def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
     update_metadata(model, config, metadata)
     if has_features(model):
-        metadata[_DESCRIPTION] = temporal_features(model).description
+        metadata[DESCRIPTION] = temporal_features(model).description
     else:
-        metadata.pop(_DESCRIPTION, None)
+        metadata.pop(DESCRIPTION, None)
 
 
 def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
     restored = restore(model, config, metadata)
-    if _DESCRIPTION in metadata:
-        restore_features(restored, metadata[_DESCRIPTION])
+    if DESCRIPTION in metadata:
+        restore_features(restored, metadata[DESCRIPTION])
     elif has_features(restored):  # of an algorithm before this one
-        remove_features(restored)
+        uninstall_features(restored)
     return restored
 
 

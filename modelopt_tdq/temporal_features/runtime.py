@@ -16,12 +16,14 @@ from torch import nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.temporal_features.looked_up import LookedUp, Superseded, swap_in, swap_out
 from modelopt_tdq.temporal_features.module import FEATURES, TemporalFeatures, describe
+from modelopt_tdq.temporal_features.saved_state import describe_in_state
 from modelopt_tdq.temporal_features.table import FeatureTable
 from modelopt_tdq.timestep import deliver_timestep
 
 __all__ = [
     "FEATURES",
     "TemporalFeatures",
+    "drop_parameters",
     "feature_table",
     "free_modules",
     "has_features",
@@ -30,6 +32,7 @@ __all__ = [
     "remove_features",
     "restore_features",
     "temporal_features",
+    "uninstall_features",
 ]
 
 
@@ -175,6 +178,12 @@ def remove_features(model: nn.Module) -> None:
     Raises:
         TdqError: The model has no features, or its layers' parameters were dropped.
     """
+    uninstall_features(model)
+    describe_in_state(model, None)
+
+
+def uninstall_features(model: nn.Module) -> None:
+    """:func:`remove_features` inside of a mode of ModelOpt, which says itself what is saved."""
     _require_parameters(temporal_features(model))
     _remove(model)
 
@@ -197,6 +206,13 @@ def free_modules(model: nn.Module) -> int:
     Raises:
         TdqError: The model has no features, or the policy is "exact", which needs the layers.
     """
+    dropped = drop_parameters(model)
+    describe_in_state(model, temporal_features(model).description)
+    return dropped
+
+
+def drop_parameters(model: nn.Module) -> int:
+    """:func:`free_modules` inside of a mode of ModelOpt, which says itself what is saved."""
     features = temporal_features(model)
     if features.outside == "exact":
         raise TdqError("outside", "exact", "times that are no rows need the layers", 'Use "nearest" or "linear"')

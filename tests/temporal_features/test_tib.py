@@ -19,8 +19,9 @@ from modelopt_tdq import Feature, TemporalBlock, find_temporal_block
 from modelopt_tdq.fake_quant import FP8_E4M3, fake_quantize
 from modelopt_tdq.temporal_features.errors import relative_squared_error
 from modelopt_tdq.temporal_features.finite_set import row_scales
+from modelopt_tdq.temporal_features.quantized_block import Formats, formats, naive_features, quantizable
 from modelopt_tdq.temporal_features.select import merged, select
-from modelopt_tdq.temporal_features.tib import Formats, formats, naive_features, quantizable, tib_features
+from modelopt_tdq.temporal_features.tib import tib_features
 
 TIMES = torch.linspace(10.0, 990.0, 6)
 BUNDLED = Path(__file__).parents[2] / "trt_examples" / "ddim_cifar10" / "model"
