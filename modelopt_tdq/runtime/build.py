@@ -124,7 +124,7 @@ def build_engine(
             layers=parse_layers(answer["layers"]),
             version_compatible=version_compatible,
             hardware_compatibility=hardware_compatibility,
-            plugins=tuple(str(plugin) for plugin in facts.plugins) if options.libraries else (),
+            plugins=facts.plugins if options.libraries else (),  # the Python form is part of the engine
             onnx_metadata=facts.metadata,
         )
         for text in answer["warnings"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.engine_layers import LOW_PRECISION_TYPES, EngineLayer, parse_layers
+from modelopt_tdq.runtime.onnx_model import PluginNode
 from modelopt_tdq.runtime.precision import (
     FloatLayersError,
     LayerPrecision,
@@ -51,7 +52,7 @@ class EngineReport:
         layers: The entries of the engine, in execution order.
         version_compatible: Whether later versions of TensorRT can run it, with the lean runtime of this one.
         hardware_compatibility: ``none``, ``same_compute_capability`` or ``ampere_plus``.
-        plugins: Plugins that have to be registered to run it, ``namespace::name``.
+        plugins: Plugins that have to be registered to run it.
         onnx_metadata: The metadata of the ONNX file, where the meaning of a table input is.
     """
 
@@ -65,7 +66,7 @@ class EngineReport:
     layers: tuple[EngineLayer, ...]
     version_compatible: bool = False
     hardware_compatibility: str = "none"
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[PluginNode, ...] = ()
     onnx_metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -162,7 +163,7 @@ class EngineReport:
                 layers,
                 bool(content.get("version_compatible", False)),
                 str(content.get("hardware_compatibility", "none")),
-                tuple(content.get("plugins", ())),
+                tuple(PluginNode(**plugin) for plugin in content.get("plugins", ())),
                 dict(content.get("onnx_metadata", {})),
             )
         except (ValueError, KeyError, TypeError) as error:
