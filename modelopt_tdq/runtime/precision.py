@@ -145,7 +145,7 @@ def render_precision(report: EngineReport, *, full: bool | None = None) -> Rende
 
     layers = report.precisions
     counts = Counter((layer.type, layer.operator) for layer in layers)
-    by_type = Table("type", "layers", "operators", title="Precision of the quantized layers", title_justify="left")
+    by_type = Table("type", "layers", "operators", title="Precision", title_justify="left")
     for kind in sorted({layer.type for layer in layers}, key=_order):
         operators = sorted((operator, n) for (found, operator), n in counts.items() if found == kind)
         shown = ", ".join(f"{n} {operator}" for operator, n in operators)
