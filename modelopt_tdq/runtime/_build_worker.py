@@ -2,7 +2,7 @@
 
 A native builder can crash, so it runs in a process of its own. This file is started as a script and
 imports nothing of the package: importing torch would take longer than most builds. Only the Python form of the
-plugin, if it is asked for, needs the package.
+plugin, if it is asked for, needs part of it.
 
 The request is what :func:`modelopt_tdq.runtime.build.build_engine` writes; the answer is
 ``{"version", "layers", "warnings"}``, or ``{"error"}`` with the arguments of a TdqError.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import types
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def load_plugins(trt: Any, request: dict[str, Any]) -> None:
         if not registers:
             raise BuildError("plugins", path, "TensorRT does not take it", "Build it with the headers of this TensorRT")
     if request["aot_plugin"]:
-        sys.path.append(request["package"])
+        # a bare package of this name: the real one imports torch, which takes longer than most builds
+        package = types.ModuleType("modelopt_tdq")
+        package.__path__ = [request["package"]]
+        sys.modules.setdefault("modelopt_tdq", package)
         from modelopt_tdq.errors import TdqError
         from modelopt_tdq.plugin import register
 
@@ -176,13 +180,15 @@ def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
         trt = import_module(backend)
     except ImportError as error:
         raise BuildError("missing", str(error)) from error
-    release = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if backend == "tensorrt" and release < (10, 13):
+    oldest = request["oldest"]
+    release, first = (tuple(int(part) for part in version.split(".")[:2]) for version in (trt.__version__, oldest))
+    if backend == "tensorrt" and release < first:
         raise BuildError(
             "tensorrt",
             trt.__version__,
             "too old",
-            "Install TensorRT 10.13 or later: pip install 'modelopt-tdq[tensorrt]'",
+            f"Install TensorRT {oldest} or later, the first in which scales need not be constants of the build, and "
+            "that keeps the kernel of a Python plugin in the engine: pip install 'modelopt-tdq[tensorrt]'",
         )
     targets = rtx_targets(trt, request["compute_capabilities"])
     logger = make_logger(trt, log)  # stays referenced until the builder is gone

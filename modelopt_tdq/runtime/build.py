@@ -19,6 +19,7 @@ from modelopt_tdq.runtime.build_options import (
     BACKENDS,
     DEFAULT_COMPUTE_CAPABILITIES,
     HARDWARE_COMPATIBILITY,
+    OLDEST_TENSORRT,
     BuildOptions,
 )
 from modelopt_tdq.runtime.build_process import run_builder
@@ -96,6 +97,7 @@ def build_engine(
         answer = run_builder(
             {
                 "backend": backend,
+                "oldest": OLDEST_TENSORRT,
                 "onnx": str(onnx_file),
                 "engine": str(partial),
                 "log": str(log),
@@ -105,7 +107,7 @@ def build_engine(
                 "plugins": [asdict(plugin) for plugin in facts.plugins],
                 "libraries": options.libraries,
                 "aot_plugin": AOT_PLUGIN in plugins,
-                "package": str(Path(modelopt_tdq.__file__).parents[1]),
+                "package": str(Path(modelopt_tdq.__file__).parent),
                 "version_compatible": version_compatible,
                 "hardware_compatibility": HARDWARE_COMPATIBILITY[hardware_compatibility],
                 "timing_cache": None if cache is None else str(cache),

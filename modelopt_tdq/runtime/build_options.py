@@ -11,10 +11,20 @@ from pathlib import Path
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.onnx_model import OnnxFacts
 
-__all__ = ["AOT_PLUGIN", "BACKENDS", "DEFAULT_COMPUTE_CAPABILITIES", "HARDWARE_COMPATIBILITY", "BuildOptions"]
+__all__ = [
+    "AOT_PLUGIN",
+    "BACKENDS",
+    "DEFAULT_COMPUTE_CAPABILITIES",
+    "HARDWARE_COMPATIBILITY",
+    "OLDEST_TENSORRT",
+    "BuildOptions",
+]
 
 #: Backend (the library's import name) to the extra that installs it.
 BACKENDS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+
+#: The first TensorRT whose quantize scales need not be constants of the build, and with ahead-of-time plugins.
+OLDEST_TENSORRT = "10.13"
 
 #: Ada and consumer Blackwell: the oldest and the newest GPUs with FP8 that TensorRT-RTX names.
 DEFAULT_COMPUTE_CAPABILITIES = ("8.9", "12.0")

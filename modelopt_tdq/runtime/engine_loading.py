@@ -188,7 +188,7 @@ def _runtime(trt: Any, logger: Any, errors: deque[str]) -> Any:
 
 def _load_plugins(trt: Any, plugins: Sequence[str | os.PathLike[str]], report: EngineReport | None) -> None:
     registry = trt.get_plugin_registry()
-    for path in map(os.fspath, plugins):
+    for path in [os.fspath(plugin) for plugin in plugins]:
         try:
             library = ctypes.CDLL(path)
         except OSError as error:

@@ -70,6 +70,9 @@ class Builder:
     def __init__(self, logger: object) -> None:
         self._real = tensorrt_rtx.Builder(logger)
 
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
     def create_network(self, flags: int) -> object:
         _record("network", flags)
         return self._real.create_network(1 << int(tensorrt_rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -88,5 +91,5 @@ if _PLUGIN_PACKAGE.is_file():
     _own = globals()
     _context = stand_in()
     _module = _context.__enter__()  # now `tensorrt` is this module, with `tensorrt.plugin`
-    for _name in ("NetworkDefinitionCreationFlag", "Builder", "_context"):
+    for _name in ("NetworkDefinitionCreationFlag", "Builder", "_context", "__spec__"):
         setattr(_module, _name, _own[_name])

@@ -364,3 +364,27 @@ def test_the_real_tensorrt_rtx_judges_a_damaged_engine(tmp_path: Path, monkeypat
     damaged.write_bytes(b"x" * 4096)
     with pytest.raises(tdq.TdqError, match="finds it invalid: MALFORMED_ENGINE"):
         TensorRTSession(damaged, backend="tensorrt_rtx", trust=True, device="cpu")
+
+
+def test_a_pipeline_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    from support.pipelines import PIPELINES
+
+    family = PIPELINES["ddim"]
+    pipeline = family.make()
+    config = tdq.make_config(statistic="max", weights="max", protect_steps=False, progress=False)
+    tdq.quantize_pipeline(pipeline, config, calls=[family.call], steps=2, progress=False)
+    path = tdq.export_onnx(pipeline.unet, tmp_path / "m.onnx", tdq.sample_inputs(pipeline, **family.call)).path
+    monkeypatch.setitem(TensorRTSession.__init__.__kwdefaults__, "device", "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    images = {}
+    for backend in ("onnxruntime", *BACKENDS):
+        file = path
+        if backend in BACKENDS:
+            file = engine_of(install(backend, monkeypatch), path, tmp_path)
+        tdq.swap_denoiser(pipeline, file, backend=backend, component="unet")
+        call = {**family.call, "num_inference_steps": 3, "output_type": "np"}
+        images[backend] = pipeline(**call, generator=torch.Generator().manual_seed(9))[0]
+    assert isinstance(pipeline.unet.session, TensorRTSession)
+    for backend in BACKENDS:
+        np.testing.assert_array_equal(images[backend], images["onnxruntime"])
