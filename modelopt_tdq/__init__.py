@@ -16,6 +16,8 @@ from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.reconstruction.reconstruct import reconstruction_report
 from modelopt_tdq.runtime.build import build_engine
 from modelopt_tdq.runtime.engine_report import EngineReport
+from modelopt_tdq.runtime.tensorrt import TensorRTSession
+from modelopt_tdq.runtime.trtexec import trtexec_command
 from modelopt_tdq.table import ScaleTable
 from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
@@ -71,6 +73,7 @@ __all__ = [
     "TemporalBlock",
     "TemporalQuantizer",
     "TemporalReport",
+    "TensorRTSession",
     "analyze",
     "build_engine",
     "checkpoint",
@@ -95,4 +98,5 @@ __all__ = [
     "swap_denoiser",
     "temporal_quantizers",
     "temporal_report",
+    "trtexec_command",
 ]

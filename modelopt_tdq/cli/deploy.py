@@ -86,25 +86,75 @@ def build(
         list[str] | None,
         typer.Option(help="Sizes of an open dimension; may be repeated.", metavar="NAME=MIN,LIKELY,MAX"),
     ] = None,
+    allow_float: Annotated[
+        bool, typer.Option("--allow-float", help="Write the engine although quantized layers run in float.")
+    ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show every quantized layer, also when all are in low precision.")
+    ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Library with a plugin that the model needs, or aot for the Python form of TdqScaleLookup; may be "
+            "repeated. tensorrt only.",
+            metavar="FILE",
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Later versions may run it too. tensorrt only.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        str, typer.Option(help="none, same_compute_capability or ampere_plus. tensorrt only.")
+    ] = "none",
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File with times of kernels, read and written. tensorrt only.")
+    ] = None,
+    print_trtexec: Annotated[
+        bool,
+        typer.Option("--print-trtexec", help="Build nothing; print the command of trtexec (or tensorrt_rtx) instead."),
+    ] = False,
 ) -> None:
-    """Build a TensorRT engine and say which quantized layers got low-precision kernels.
+    """Build a TensorRT engine and show the precision in which every quantized layer really runs.
 
-    Writes a manifest beside the engine. An engine is executable code: run only those that you built.
+    Fails if one runs in float, unless --allow-float. Writes a manifest beside the engine. An engine is executable
+    code: run only those that you built.
     """
+    import shlex
+
+    from rich.console import Console
+
     from modelopt_tdq.runtime.build import DEFAULT_COMPUTE_CAPABILITIES, build_engine
-    from modelopt_tdq.runtime.engine_report import float_layers
+    from modelopt_tdq.runtime.precision import FloatLayersError, float_layers, render_precision
+    from modelopt_tdq.runtime.trtexec import trtexec_command
 
     target = output or onnx.with_suffix(".engine")
     capabilities = tuple(compute_capability or DEFAULT_COMPUTE_CAPABILITIES)
     sizes = _sizes(dynamic_size or [])
-    report = build_engine(onnx, target, backend=backend, compute_capabilities=capabilities, dynamic_sizes=sizes)
+    options: dict[str, Any] = {
+        "backend": backend,
+        "compute_capabilities": capabilities,
+        "dynamic_sizes": sizes,
+        "plugins": tuple(plugin or ()),
+        "version_compatible": version_compatible,
+        "hardware_compatibility": hardware_compatibility,
+        "timing_cache": timing_cache,
+    }
+    if print_trtexec:
+        typer.echo(shlex.join(trtexec_command(onnx, target, **options)))
+        return
+    try:
+        report = build_engine(onnx, target, allow_float=allow_float, **options)
+    except FloatLayersError as error:
+        if error.report is not None:
+            Console().print(render_precision(error.report))
+        raise
+    Console().print(render_precision(report, full=layers or None))
     fallen = float_layers(report)
+    low = sum(layer.low_precision for layer in report.precisions)
     typer.echo(
-        f"{report.engine}: {report.kernels} kernels, {len(report.quantized) - len(fallen)} of "
-        f"{len(report.quantized)} quantized layers in low precision ({report.backend} {report.backend_version})"
+        f"{report.engine}: {report.kernels} kernels, {low} of {len(report.quantized)} quantized layers in low "
+        f"precision, {len(fallen)} in float ({report.backend} {report.backend_version})"
     )
-    for name in fallen:
-        typer.echo(f"  in float: {name} ({report.quantized[name]})")
 
 
 def _calls(described: dict[str, Any], times: torch.Tensor, argument: str, batch: int) -> Iterator[dict[str, Any]]:

@@ -77,7 +77,7 @@ def export_and_build(
     report(0.6)
     if engine:
         target = path.with_suffix(".engine")
-        built = build_engine(path, target)
+        built = build_engine(path, target, allow_float=True)  # the page names the layers
         values["engine"] = {
             "kernels": built.kernels,
             "quantized": len(built.quantized),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.pipeline.component import denoiser_name
 from modelopt_tdq.recording import named_arguments
+from modelopt_tdq.runtime.build_options import BACKENDS
 
 __all__ = ["EngineDenoiser", "swap_denoiser"]
 
@@ -82,7 +83,8 @@ class EngineDenoiser(nn.Module):
             return value
         if name == self._timestep:
             if not shape:
-                if value.numel() > 1 and not bool((value == value.flatten()[0]).all()):
+                # an expanded tensor holds one number: no need to wait for the GPU to see it
+                if value.numel() > 1 and any(value.stride()) and not bool((value == value.flatten()[0]).all()):
                     raise TdqError(
                         name, value.tolist(), "the engine takes one time for the batch", "Export with a time per sample"
                     )
@@ -139,10 +141,12 @@ def swap_denoiser(
 
     Args:
         pipeline: From diffusers.
-        engine: A session, or an ONNX file for ``backend``.
+        engine: A session; or an ONNX file, or an engine with its manifest, for ``backend``. For an engine that takes
+            its table as an input, or for CUDA graphs, pass a
+            :class:`~modelopt_tdq.runtime.tensorrt.TensorRTSession`.
         component: Name of the denoiser, where several components take a time.
         timestep: The argument of its forward that holds the time.
-        backend: ``onnxruntime`` or ``openvino``, for a file.
+        backend: ``onnxruntime`` or ``openvino`` for an ONNX file, ``tensorrt`` or ``tensorrt_rtx`` for an engine.
         free: Drop the weights of the torch denoiser; what the pipeline asks it for is kept.
 
     Returns:
@@ -178,4 +182,9 @@ def _session(path: Path, backend: str) -> Any:
         from modelopt_tdq.runtime.openvino import OpenVinoSession
 
         return OpenVinoSession(path)
-    raise TdqError("backend", backend, "no such session", "Use onnxruntime or openvino, or pass a session")
+    if backend in BACKENDS:
+        from modelopt_tdq.runtime.tensorrt import TensorRTSession
+
+        return TensorRTSession(path, backend=backend)
+    known = ", ".join(("onnxruntime", "openvino", *BACKENDS))
+    raise TdqError("backend", backend, "no such session", f"Use one of {known}, or pass a session")

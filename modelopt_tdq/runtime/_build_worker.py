@@ -1,16 +1,19 @@
 """The process that builds one engine: ``python _build_worker.py request.json``.
 
 A native builder can crash, so it runs in a process of its own. This file is started as a script and
-imports nothing of the package: importing torch would take longer than most builds.
+imports nothing of the package: importing torch would take longer than most builds. Only the Python form of the
+plugin, if it is asked for, needs part of it.
 
-The request names ``backend``, ``onnx``, ``engine``, ``log``, ``answer``, ``compute_capabilities`` and
-``profile``; the answer is ``{"version", "layers"}``, or ``{"error"}`` with the arguments of a TdqError.
+The request is what :func:`modelopt_tdq.runtime.build.build_engine` writes; the answer is
+``{"version", "layers", "warnings"}``, or ``{"error"}`` with the arguments of a TdqError.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
+import types
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,10 +42,73 @@ def make_logger(trt: Any, file: Any) -> Any:
     return Logger()
 
 
-def make_network(trt: Any, builder: Any) -> Any:
+def make_network(trt: Any, builder: Any, aot_plugin: bool) -> Any:
     """A strongly typed network: Q/DQ nodes decide the precision. TensorRT 11 knows no other kind."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return builder.create_network(0 if flag is None else 1 << int(flag))
+    names = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if aot_plugin else [])]
+    flags = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in names]
+    return builder.create_network(sum(1 << int(flag) for flag in flags if flag is not None))
+
+
+def load_plugins(trt: Any, request: dict[str, Any]) -> None:
+    """Register what ``plugins`` of build_engine names, and check that the model's plugins are there."""
+    registry = trt.get_plugin_registry()
+    for path in request["libraries"]:
+        try:
+            library = ctypes.CDLL(path)  # some libraries register their plugins when they are loaded
+            registers = not hasattr(library, "getCreators") or registry.load_library(path) is not None
+        except OSError as error:
+            raise BuildError("plugins", path, f"it cannot be loaded ({error})", "Build it for this TensorRT") from error
+        if not registers:
+            raise BuildError("plugins", path, "TensorRT does not take it", "Build it with the headers of this TensorRT")
+    if request["aot_plugin"]:
+        # a bare package of this name: the real one imports torch, which takes longer than most builds
+        package = types.ModuleType("modelopt_tdq")
+        package.__path__ = [request["package"]]
+        sys.modules.setdefault("modelopt_tdq", package)
+        from modelopt_tdq.errors import TdqError
+        from modelopt_tdq.plugin import register
+
+        try:
+            register()
+        except TdqError as error:
+            raise BuildError(error.field, error.value, error.problem, error.cure) from error
+    for plugin in request["plugins"]:
+        if registry.get_creator(plugin["name"], plugin["version"], plugin["namespace"]) is None:
+            full = "::".join(part for part in (plugin["namespace"], plugin["name"]) if part)
+            raise BuildError(
+                "plugins",
+                [*request["libraries"]],
+                f"none registers {full}, version {plugin['version']}, which the model needs",
+                "Pass its library, or plugins=['aot'] for the Python form of TdqScaleLookup",
+            )
+
+
+def set_compatibility(trt: Any, config: Any, request: dict[str, Any]) -> None:
+    """Let other versions and other GPUs run the engine. Without the lean runtime in it: that is host code."""
+    if request["version_compatible"]:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
+    if request["hardware_compatibility"] != "NONE":
+        level = getattr(trt.HardwareCompatibilityLevel, request["hardware_compatibility"], None)
+        if level is None:
+            raise BuildError(
+                "hardware_compatibility",
+                request["hardware_compatibility"].lower(),
+                f"TensorRT {trt.__version__} does not know it",
+                "Use another level, or a later TensorRT",
+            )
+        config.hardware_compatibility_level = level
+
+
+def set_timing_cache(config: Any, path: str, warnings: list[str]) -> None:
+    """Give the builder the times of earlier builds; one it does not take is replaced by an empty one."""
+    file = Path(path)
+    if file.is_file():
+        cache = config.create_timing_cache(file.read_bytes())
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
+        warnings.append(f"timing cache {path}: made for another GPU or TensorRT, or damaged; it will be replaced")
+    config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def parse(trt: Any, network: Any, logger: Any, onnx: str) -> Any:
@@ -114,13 +180,15 @@ def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
         trt = import_module(backend)
     except ImportError as error:
         raise BuildError("missing", str(error)) from error
-    release = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if backend == "tensorrt" and release < (10, 13):
+    oldest = request["oldest"]
+    release, first = (tuple(int(part) for part in version.split(".")[:2]) for version in (trt.__version__, oldest))
+    if backend == "tensorrt" and release < first:
         raise BuildError(
             "tensorrt",
             trt.__version__,
             "too old",
-            "Install TensorRT 10.13 or later: pip install 'modelopt-tdq[tensorrt]'",
+            f"Install TensorRT {oldest} or later, the first in which scales need not be constants of the build, and "
+            "that keeps the kernel of a Python plugin in the engine: pip install 'modelopt-tdq[tensorrt]'",
         )
     targets = rtx_targets(trt, request["compute_capabilities"])
     logger = make_logger(trt, log)  # stays referenced until the builder is gone
@@ -133,7 +201,8 @@ def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
             "it cannot start here: " + "; ".join([*logger.errors, str(error)]),
             "TensorRT builds only on a machine with an NVIDIA GPU; build with backend='tensorrt_rtx' elsewhere",
         ) from error
-    network = make_network(trt, builder)
+    load_plugins(trt, request)
+    network = make_network(trt, builder, request["aot_plugin"])
     parser = parse(trt, network, logger, request["onnx"])
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -142,6 +211,10 @@ def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
         for index, target in enumerate(targets):
             config.set_compute_capability(target, index)
     add_profile(builder, config, network, request["profile"])
+    set_compatibility(trt, config, request)
+    warnings: list[str] = []
+    if request["timing_cache"]:
+        set_timing_cache(config, request["timing_cache"], warnings)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildError(
@@ -151,9 +224,11 @@ def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
             "Change the model or the compute capabilities",
         )
     layers = describe_layers(trt, logger, engine)
+    if request["timing_cache"]:
+        Path(request["new_timing_cache"]).write_bytes(config.get_timing_cache().serialize())
     Path(request["engine"]).write_bytes(engine)
     del engine, config, parser, network, builder
-    return {"version": trt.__version__, "layers": layers}
+    return {"version": trt.__version__, "layers": layers, "warnings": warnings}
 
 
 def main() -> None:

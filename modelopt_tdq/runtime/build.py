@@ -1,40 +1,34 @@
-"""ONNX to TensorRT engine, in a process of its own, with a report of every fused kernel."""
+"""ONNX to TensorRT engine, with a report of every fused kernel and of the precision of every quantized layer."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import signal
-import subprocess
-import sys
+import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from modelopt_tdq.errors import MissingExtraError, TdqError
-from modelopt_tdq.export.table_input import ROWS
+import torch
+
+import modelopt_tdq
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.runtime.build_options import (
+    AOT_PLUGIN,
+    BACKENDS,
+    DEFAULT_COMPUTE_CAPABILITIES,
+    HARDWARE_COMPATIBILITY,
+    OLDEST_TENSORRT,
+    BuildOptions,
+)
+from modelopt_tdq.runtime.build_process import run_builder
 from modelopt_tdq.runtime.engine_report import EngineReport, parse_layers, sha256
-from modelopt_tdq.runtime.onnx_model import OnnxFacts, read_onnx
+from modelopt_tdq.runtime.onnx_model import read_onnx
+from modelopt_tdq.runtime.precision import FloatLayersError, render_precision, require_low_precision
+from modelopt_tdq.runtime.shape_profile import DEFAULT_BATCH, DEFAULT_ROWS, shape_profile
 
-__all__ = ["BACKENDS", "DEFAULT_COMPUTE_CAPABILITIES", "build_engine"]
-
-#: Backend (the library's import name) to the extra that installs it.
-BACKENDS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
-
-#: Ada and consumer Blackwell: the oldest and the newest GPUs with FP8 that TensorRT-RTX names.
-DEFAULT_COMPUTE_CAPABILITIES = ("8.9", "12.0")
-
-#: Compute capability from which a type has tensor-core kernels. Below, TensorRT-RTX refuses FP8, and
-#: runs INT8 in float without a word.
-_FIRST_WITH = {"FP8": (8, 9), "INT8": (8, 0)}
-
-#: Smallest, most likely and largest batch, where the model leaves it open and the caller does not say.
-DEFAULT_BATCH = (1, 2, 16)
-
-#: Likewise for the rows of a table that is an input: the whole schedule of a model with 1000 training steps.
-DEFAULT_ROWS = (1, 50, 1000)
+__all__ = ["BACKENDS", "DEFAULT_BATCH", "DEFAULT_COMPUTE_CAPABILITIES", "DEFAULT_ROWS", "build_engine"]
 
 
 def build_engine(
@@ -44,12 +38,18 @@ def build_engine(
     backend: str = "tensorrt_rtx",
     compute_capabilities: Sequence[str] = DEFAULT_COMPUTE_CAPABILITIES,
     dynamic_sizes: Mapping[str, tuple[int, int, int]] | None = None,
+    allow_float: bool = False,
+    plugins: Sequence[str | os.PathLike[str]] = (),
+    version_compatible: bool = False,
+    hardware_compatibility: str = "none",
+    timing_cache: str | os.PathLike[str] | None = None,
     log_path: str | os.PathLike[str] | None = None,
 ) -> EngineReport:
     """Build an engine, and write it with its manifest (``<engine_path>.json``).
 
     Both appear only when the build succeeded; an older engine stays until then. The build runs in a
-    process of its own, so a crash of the native builder is an error like any other.
+    process of its own, so a crash of the native builder is an error like any other. A build in which a quantized
+    layer runs in float fails: the error names the layers and has the ``report``, and the log ends with the table.
 
     Args:
         onnx_path: The model, as :func:`~modelopt_tdq.export_onnx` writes it.
@@ -60,37 +60,58 @@ def build_engine(
         dynamic_sizes: Named dimensions that the model leaves open, to their smallest, most likely and
             largest size. A leading dimension not named here is a batch of 1, 2, 16; the rows of a table that is
             an input are 1, 50, 1000.
+        allow_float: Write the engine although quantized layers run in float; the report names them.
+        plugins: Libraries with plugins that the model needs; ``["aot"]`` for the Python form of TdqScaleLookup, whose
+            kernel becomes part of the engine. TensorRT only.
+        version_compatible: Let later versions of TensorRT run the engine, with the lean runtime library of this
+            one beside it: the engine itself holds no host code. TensorRT only.
+        hardware_compatibility: ``"same_compute_capability"`` or ``"ampere_plus"`` for an engine that runs on other
+            GPUs too, at some cost in speed. TensorRT only.
+        timing_cache: File with the times of kernels, to make the next build faster: used if it is there, written
+            after the build. TensorRT ignores what it cannot use, and this function warns. TensorRT only.
         log_path: Where the builder's verbose log goes. By default it is kept, as ``<engine_path>.log``,
             only if the build fails.
 
     Raises:
+        FloatLayersError: A quantized layer runs in float, and ``allow_float`` is False.
         TdqError: An argument cannot be used, the model does not parse, needs a type that a target cannot
-            run, or the builder fails or crashes.
+            run or a plugin that is not there, or the builder fails or crashes.
         MissingExtraError: The backend is not installed.
     """
-    _check_backend(backend, compute_capabilities)
+    options = BuildOptions(
+        backend, compute_capabilities, plugins, version_compatible, hardware_compatibility, timing_cache
+    )
+    options.check()
     onnx_file, engine = Path(onnx_path).absolute(), Path(engine_path).absolute()
-    if engine.is_dir() or not engine.parent.is_dir():
-        problem = "it is a folder" if engine.is_dir() else "its folder does not exist"
-        raise TdqError("engine_path", str(engine_path), problem, "Name a file in an existing folder")
+    require_place("engine_path", engine)
+    if timing_cache is not None:
+        require_place("timing_cache", Path(timing_cache).absolute())
     facts = read_onnx(onnx_file)
-    if backend == "tensorrt_rtx":
-        _check_types(facts, compute_capabilities)
-    profile = _profile(facts, dynamic_sizes or {})
-    targets = tuple(compute_capabilities) if backend == "tensorrt_rtx" else ()
+    options.check(facts)
+    profile = shape_profile(facts, dynamic_sizes or {})
     log = Path(log_path).absolute() if log_path is not None else engine.with_name(engine.name + ".log")
     log.write_text("")
+    cache = None if timing_cache is None else Path(timing_cache).absolute()
     with tempfile.TemporaryDirectory(prefix=f".{engine.name}.", dir=engine.parent) as folder:
         partial = Path(folder) / engine.name
-        answer = _run_worker(
+        answer = run_builder(
             {
                 "backend": backend,
+                "oldest": OLDEST_TENSORRT,
                 "onnx": str(onnx_file),
                 "engine": str(partial),
                 "log": str(log),
                 "answer": str(Path(folder) / "answer.json"),
-                "compute_capabilities": targets,
+                "compute_capabilities": options.targets,
                 "profile": profile,
+                "plugins": [asdict(plugin) for plugin in facts.plugins],
+                "libraries": options.libraries,
+                "aot_plugin": AOT_PLUGIN in plugins,
+                "package": str(Path(modelopt_tdq.__file__).parent),
+                "version_compatible": version_compatible,
+                "hardware_compatibility": HARDWARE_COMPATIBILITY[hardware_compatibility],
+                "timing_cache": None if cache is None else str(cache),
+                "new_timing_cache": str(Path(folder) / "timing.cache"),
             },
             Path(folder) / "request.json",
         )
@@ -98,12 +119,22 @@ def build_engine(
             engine=engine,
             backend=backend,
             backend_version=answer["version"],
-            compute_capabilities=targets,
+            compute_capabilities=options.targets or _own_capability(),
             engine_sha256=sha256(partial),
             onnx_sha256={file.name: sha256(file) for file in (onnx_file, *facts.external_data)},
             quantized=facts.quantized,
             layers=parse_layers(answer["layers"]),
+            version_compatible=version_compatible,
+            hardware_compatibility=hardware_compatibility,
+            plugins=facts.plugins if options.libraries else (),  # the Python form is part of the engine
+            onnx_metadata=facts.metadata,
         )
+        for text in answer["warnings"]:
+            warnings.warn(text, stacklevel=2)
+        if not allow_float:
+            _require_low_precision(report, log)
+        if cache is not None:
+            _replace(Path(folder) / "timing.cache", cache)
         os.replace(partial, engine)
     report.save()
     if log_path is None:
@@ -111,119 +142,40 @@ def build_engine(
     return report
 
 
-def _check_backend(backend: str, compute_capabilities: Sequence[str]) -> None:
-    if backend not in BACKENDS:
-        raise TdqError("backend", backend, "not a known backend", f"Use one of {', '.join(BACKENDS)}")
-    if backend == "tensorrt":
-        if tuple(compute_capabilities) != DEFAULT_COMPUTE_CAPABILITIES:
-            raise TdqError(
-                "compute_capabilities",
-                compute_capabilities,
-                "TensorRT builds for the GPU of this machine only",
-                "Leave the argument out, or use backend='tensorrt_rtx'",
-            )
-        return
-    well_formed = not isinstance(compute_capabilities, str) and all(
-        isinstance(capability, str) and re.fullmatch(r"\d+\.\d", capability) for capability in compute_capabilities
-    )
-    if not well_formed or not compute_capabilities or len(set(compute_capabilities)) < len(compute_capabilities):
-        raise TdqError(
-            "compute_capabilities",
-            compute_capabilities,
-            "not a list of different compute capabilities",
-            f"Pass strings such as {DEFAULT_COMPUTE_CAPABILITIES}",
-        )
+def require_place(field: str, file: Path) -> None:
+    """Check that a file can be written there.
+
+    Raises:
+        TdqError: It is a folder, or in none that exists.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        problem = "it is a folder" if file.is_dir() else "its folder does not exist"
+        raise TdqError(field, str(file), problem, "Name a file in an existing folder")
 
 
-def _check_types(facts: OnnxFacts, compute_capabilities: Sequence[str]) -> None:
-    for name in sorted(facts.quantized_types & set(_FIRST_WITH)):
-        first = _FIRST_WITH[name]
-        for capability in compute_capabilities:
-            if tuple(int(part) for part in capability.split(".")) < first:
-                raise TdqError(
-                    "compute_capabilities",
-                    capability,
-                    f"TensorRT-RTX has no {name} kernels for this GPU, and the model is quantized to {name}",
-                    f"Build for {first[0]}.{first[1]} or later" + (", or quantize to INT8" if name == "FP8" else ""),
-                )
+def _replace(new: Path, target: Path) -> None:
+    """Put ``new`` where ``target`` is, in one step; they may be on different disks."""
+    beside = target.with_name(target.name + ".partial")
+    shutil.copyfile(new, beside)
+    os.replace(beside, target)
 
 
-def _profile(facts: OnnxFacts, sizes: Mapping[str, tuple[int, int, int]]) -> dict[str, list[list[int]]]:
-    """Input name to smallest, most likely and largest shape, for the inputs with open dimensions."""
-    names = {size for shape in facts.inputs.values() for size in shape if isinstance(size, str)}
-    if unknown := set(sizes) - names:
-        raise TdqError(
-            "dynamic_sizes",
-            sorted(unknown),
-            "the model has no open dimension of this name",
-            f"Its open dimensions: {', '.join(sorted(names)) or 'none'}",
-        )
-    for name, sizes_of_name in sizes.items():
-        if len(sizes_of_name) != 3 or not 0 < sizes_of_name[0] <= sizes_of_name[1] <= sizes_of_name[2]:
-            raise TdqError(
-                "dynamic_sizes",
-                {name: sizes_of_name},
-                "not three ascending sizes",
-                "Pass smallest, most likely, largest",
-            )
-    batches = {shape[0] for shape in facts.inputs.values() if shape and isinstance(shape[0], str)}
-    profile = {}
-    for tensor, shape in facts.inputs.items():
-        if all(isinstance(size, int) for size in shape):
-            continue
-        ranges: list[tuple[int, int, int]] = []
-        for size in shape:
-            if isinstance(size, int):
-                ranges.append((size, size, size))
-            elif size in sizes or size in batches:
-                smallest, likely, largest = sizes.get(size, DEFAULT_ROWS if size == ROWS else DEFAULT_BATCH)
-                ranges.append((smallest, likely, largest))
-            else:
-                raise TdqError(
-                    "dynamic_sizes",
-                    dict(sizes),
-                    f"input {tensor!r} leaves its dimension {size!r} open",
-                    f"Pass dynamic_sizes={{{size!r}: (smallest, most likely, largest)}}",
-                )
-        profile[tensor] = [[each[which] for each in ranges] for which in range(3)]
-    return profile
+def _own_capability() -> tuple[str, ...]:
+    """That of the GPU that TensorRT builds for, if this PyTorch sees it."""
+    if not torch.cuda.is_available():
+        return ()
+    return ("{}.{}".format(*torch.cuda.get_device_capability(0)),)
 
 
-def _run_worker(request: dict[str, Any], request_file: Path) -> dict[str, Any]:
-    request_file.write_text(json.dumps(request))
-    worker = Path(__file__).with_name("_build_worker.py")
-    with open(request["log"], "ab") as log:
-        done = subprocess.run(
-            [sys.executable, str(worker), str(request_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    answer_file = Path(request["answer"])
-    log_file = Path(request["log"])
-    if log_file.stat().st_size == 0:
-        log_file.unlink()
-    if done.returncode != 0 or not answer_file.is_file():
-        how = f"exit status {done.returncode}"
-        if done.returncode < 0:
-            how = signal.Signals(-done.returncode).name
-        raise TdqError(
-            "onnx_path",
-            request["onnx"],
-            f"the builder crashed ({how})",
-            f"Its log is kept in {log_file}; a quantize scale that is not a constant is a known cause",
-        )
-    answer: dict[str, Any] = json.loads(answer_file.read_text())
-    if error := answer.get("error"):
-        if error[0] == "missing":
-            extra = BACKENDS[request["backend"]]
-            raise MissingExtraError(
-                "backend",
-                request["backend"],
-                f"it is not installed ({error[1]})",
-                f"Install the extra that brings it: pip install 'modelopt-tdq[{extra}]'",
-            )
-        field, value, problem, cure = error
-        raise TdqError(field, value, problem, cure)
-    return answer
+def _require_low_precision(report: EngineReport, log: Path) -> None:
+    """Fail if a layer runs in float; the log, which is kept then, ends with the table."""
+    try:
+        require_low_precision(report)
+    except FloatLayersError as error:
+        from rich.console import Console
+
+        with log.open("a", encoding="utf-8") as file:
+            Console(file=file, width=200, no_color=True).print(render_precision(report, full=True))
+        kept = FloatLayersError(error.field, error.value, error.problem, f"{error.cure}. The table is in {log}")
+        kept.report = report
+        raise kept from None

@@ -7,18 +7,18 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
+from modelopt_tdq.runtime.doctor_backends import DISTRIBUTION, Backend, examine_backends, installed_version
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = ["Backend", "Diagnosis", "Extra", "Package", "doctor", "render"]
-
-_DISTRIBUTION = "modelopt-tdq"
 
 # Instruction sets with INT8 dot products, by their names in /proc/cpuinfo; without one INT8 gains little.
 _INT8_INSTRUCTIONS = {
@@ -61,26 +61,7 @@ class Extra:
     @property
     def install(self) -> str:
         """The command that installs it."""
-        return f"pip install '{_DISTRIBUTION}[{self.name}]'"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What a deployment backend can do here.
-
-    Attributes:
-        name: Its usual name.
-        build: Whether models can be prepared for it here (an engine built, a graph read).
-        run: Whether models can run on it here.
-        remark: What that means, in words.
-        cure: What to do for the rest; empty if nothing is missing.
-    """
-
-    name: str
-    build: bool
-    run: bool
-    remark: str
-    cure: str = ""
+        return f"pip install '{DISTRIBUTION}[{self.name}]'"
 
 
 @dataclass(frozen=True)
@@ -130,7 +111,7 @@ def doctor() -> Diagnosis:
         int8_instructions=instructions,
         core=core,
         extras=extras,
-        backends=tuple(_backends(gpus, instructions)),
+        backends=tuple(examine_backends(gpus, instructions, torch.cuda.is_available())),
         warnings=tuple(_warnings(gpus, torch.cuda.is_available())),
     )
 
@@ -138,27 +119,20 @@ def doctor() -> Diagnosis:
 def _dependencies() -> tuple[tuple[Package, ...], tuple[Extra, ...]]:
     """The core packages and the extras, from the metadata of the installed package itself."""
     try:
-        requirements = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or ()]
-        names = metadata.metadata(_DISTRIBUTION).get_all("Provides-Extra") or []
+        requirements = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
+        names = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:  # used from a source tree that was never installed
         return (), ()
 
     def wanted(extra: str) -> tuple[Package, ...]:
         chosen = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
-        return tuple(_package(r) for r in chosen if (r.marker is None) == (not extra) and r.name != _DISTRIBUTION)
+        return tuple(_package(r) for r in chosen if (r.marker is None) == (not extra) and r.name != DISTRIBUTION)
 
     return wanted(""), tuple(Extra(name, wanted(name)) for name in names)
 
 
 def _package(requirement: Requirement) -> Package:
-    return Package(requirement.name, str(requirement.specifier), _version(requirement.name))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return Package(requirement.name, str(requirement.specifier), installed_version(requirement.name))
 
 
 def _gpus() -> tuple[str, ...]:
@@ -180,61 +154,11 @@ def _int8_instructions() -> tuple[str, ...]:
     return tuple(name for flag, name in _INT8_INSTRUCTIONS.items() if flag in flags)
 
 
-def _import_problem(module: str) -> str | None:
-    """Why ``module`` cannot be imported, or None."""
-    try:
-        import_module(module)
-    except (ImportError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _backends(gpus: tuple[str, ...], instructions: tuple[str, ...]) -> Iterable[Backend]:
-    """One after the other; each says what it needs and what it is for."""
-
-    def cure(extra: str) -> str:
-        return f"pip install '{_DISTRIBUTION}[{extra}]'"
-
-    gpu = gpus[0].split(",")[0] if gpus else None
-    if problem := _import_problem("onnxruntime") or _import_problem("onnx"):
-        yield Backend("ONNX Runtime", False, False, problem, cure("onnx"))
-    else:
-        yield Backend("ONNX Runtime", True, True, "the numeric reference, on the CPU; not meant for speed")
-
-    if problem := _import_problem("openvino"):
-        yield Backend("OpenVINO", False, False, problem, cure("openvino"))
-    else:
-        speed = f"INT8 kernels use {', '.join(instructions)}" if instructions else "this CPU has no INT8 dot products"
-        yield Backend("OpenVINO", True, True, f"on the CPU; {speed}")
-
-    if problem := _import_problem("tensorrt_rtx"):
-        yield Backend("TensorRT-RTX", False, False, problem, cure("tensorrt-rtx"))
-    elif gpu:
-        yield Backend("TensorRT-RTX", True, True, f"builds ahead of time; runs on {gpu} if it is an RTX GPU")
-    else:
-        yield Backend(
-            "TensorRT-RTX", True, False, "builds ahead of time, for GPUs elsewhere", "To run: a machine with an RTX GPU"
-        )
-
-    if problem := _import_problem("tensorrt"):
-        needs = "" if gpu else ", on a machine with an NVIDIA GPU"
-        yield Backend("TensorRT", False, False, problem, cure("tensorrt") + needs)
-    elif gpu:
-        yield Backend("TensorRT", True, True, f"builds for and runs on {gpu}")
-    else:
-        yield Backend("TensorRT", False, False, "it needs a GPU to build, too", "A machine with an NVIDIA GPU")
-
-    if problem := _import_problem("polygraphy"):
-        yield Backend("Polygraphy", False, False, problem, cure("compare"))
-    else:
-        yield Backend("Polygraphy", True, True, "compares the backends above, per time step")
-
-
 def _warnings(gpus: tuple[str, ...], torch_sees_gpu: bool) -> Iterable[str]:
-    if _version("diffusers") and not _version("onnx"):
+    if installed_version("diffusers") and not installed_version("onnx"):
         yield (
             "diffusers without onnx: ModelOpt skips its diffusers plugin, so attention products have no quantizers, "
-            f"and models quantized with onnx installed cannot be restored. pip install '{_DISTRIBUTION}[onnx]'"
+            f"and models quantized with onnx installed cannot be restored. pip install '{DISTRIBUTION}[onnx]'"
         )
     if gpus and not torch_sees_gpu:
         yield "there is an NVIDIA GPU, but this PyTorch does not use it: install a CUDA build of torch"

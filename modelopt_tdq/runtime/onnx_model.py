@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.export.plugin import PLUGIN_DOMAIN
 
-__all__ = ["OnnxFacts", "quantized_layers", "read_onnx"]
+__all__ = ["OnnxFacts", "PluginNode", "quantized_layers", "read_onnx"]
 
 _MATRIX_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # What may stand between a DequantizeLinear and the operator that uses its result.
 _MOVES = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Flatten"})
+
+
+@dataclass(frozen=True, order=True)
+class PluginNode:
+    """A plugin that the graph needs, as TensorRT's registry knows it."""
+
+    namespace: str
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}::{self.name}" if self.namespace else self.name
 
 
 @dataclass(frozen=True)
@@ -25,12 +38,16 @@ class OnnxFacts:
         quantized: Nodes with two quantized operands, name to operator; see :func:`quantized_layers`.
         quantized_types: ``INT8``, ``FP8`` or others, those that some QuantizeLinear produces.
         external_data: Files with weights stored beside the model.
+        plugins: Plugins of TensorRT that its nodes name.
+        metadata: What the file says about itself, by key.
     """
 
     inputs: Mapping[str, tuple[int | str, ...]]
     quantized: Mapping[str, str]
     quantized_types: frozenset[str]
     external_data: tuple[Path, ...]
+    plugins: tuple[PluginNode, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_onnx(path: Path) -> OnnxFacts:
@@ -58,7 +75,19 @@ def read_onnx(path: Path) -> OnnxFacts:
         if entry.key == "location"
     }
     existing = tuple(sorted(file for file in files if file.is_file()))
-    return OnnxFacts(inputs, quantized_layers(model), _quantized_types(onnx, model), existing)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return OnnxFacts(
+        inputs, quantized_layers(model), _quantized_types(onnx, model), existing, _plugins(model), metadata
+    )
+
+
+def _plugins(model: Any) -> tuple[PluginNode, ...]:
+    found = set()
+    for node in model.graph.node:
+        if node.domain == PLUGIN_DOMAIN:
+            texts = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.s}
+            found.add(PluginNode(texts.get("plugin_namespace", ""), node.op_type, texts.get("plugin_version", "1")))
+    return tuple(sorted(found))
 
 
 def quantized_layers(model: Any) -> dict[str, str]:

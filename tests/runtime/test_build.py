@@ -1,4 +1,5 @@
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -6,7 +7,13 @@ import numpy as np
 import pytest
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.engine_report import float_layers, manifest_path, require_low_precision, sha256
+from modelopt_tdq.runtime.engine_report import (
+    FloatLayersError,
+    float_layers,
+    manifest_path,
+    require_low_precision,
+    sha256,
+)
 
 pytest.importorskip("onnx")
 pytest.importorskip("tensorrt_rtx")
@@ -32,15 +39,29 @@ def test_the_ratio_lowering_keeps_the_low_precision_kernel(tmp_path: Path, code:
     assert kernel.inputs == (expected,)
     assert kernel.outputs == ("Float",)
     assert "conv" in kernel.onnx_nodes
+    (layer,) = ratio.precisions
+    assert (layer.operator, layer.type, layer.kernel) == ("Conv", expected.upper(), kernel.name)
     assert ratio.compute_capabilities == ("8.9", "12.0")
 
 
-def test_a_gathered_scale_builds_but_is_reported_as_float(tmp_path: Path) -> None:
-    report = tdq.build_engine(conv(tmp_path / "gather.onnx", "gather"), tmp_path / "gather.engine")
+def test_a_layer_that_runs_in_float_fails_the_build(tmp_path: Path) -> None:
+    model, engine = conv(tmp_path / "gather.onnx", "gather"), tmp_path / "gather.engine"
+    engine.write_text("the engine of yesterday")
+    with pytest.raises(tdq.TdqError, match=r'\[.conv.\].*run in float.*lowering="ratio".*allow_float=True') as caught:
+        tdq.build_engine(model, engine)
+    assert engine.read_text() == "the engine of yesterday"
+    assert files(tmp_path) == {"gather.onnx", "gather.engine", "gather.engine.log"}
+    assert isinstance(caught.value, FloatLayersError)
+    assert [layer.type for layer in caught.value.report.precisions] == ["float"]
+    log = (tmp_path / "gather.engine.log").read_text()
+    assert str(tmp_path / "gather.engine.log") in str(caught.value)
+    assert re.search(r"conv +│ Conv +│ float", log)  # the table
+    report = tdq.build_engine(model, engine, allow_float=True)
+    assert files(tmp_path) == {"gather.onnx", "gather.engine", "gather.engine.json"}
     assert report.quantized == {"conv": "Conv"}
     assert not report.low_precision("conv")
-    assert float_layers(report) == ("conv",)
-    with pytest.raises(tdq.TdqError, match=r"\['conv'\].*run in float"):
+    assert float_layers(tdq.EngineReport.load(engine)) == ("conv",)
+    with pytest.raises(FloatLayersError):
         require_low_precision(report)
 
 

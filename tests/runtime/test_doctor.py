@@ -1,4 +1,5 @@
 import sys
+import types
 from io import StringIO
 
 import pytest
@@ -6,7 +7,8 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from modelopt_tdq.runtime import doctor as module
-from modelopt_tdq.runtime.doctor import Backend, Diagnosis, Extra, Package, doctor, render
+from modelopt_tdq.runtime.doctor import Diagnosis, Extra, Package, doctor, render
+from modelopt_tdq.runtime.doctor_backends import Backend, examine_backends, import_problem
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_a_backend_is_ready_exactly_when_it_imports(diagnosis: Diagnosis) -> Non
     modules = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt_rtx": "TensorRT-RTX"}
     backends = {backend.name: backend for backend in diagnosis.backends}
     for name, shown in modules.items():
-        assert backends[shown].build == (module._import_problem(name) is None)
+        assert backends[shown].build == (import_problem(name) is None)
         assert bool(backends[shown].cure) != backends[shown].run
     if not diagnosis.gpus:
         assert not backends["TensorRT-RTX"].run
@@ -46,10 +48,30 @@ def test_a_backend_is_ready_exactly_when_it_imports(diagnosis: Diagnosis) -> Non
 def test_what_is_missing_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("openvino", "polygraphy"):
         monkeypatch.setitem(sys.modules, name, None)
-    backends = {backend.name: backend for backend in module._backends((), ())}
+    backends = {backend.name: backend for backend in examine_backends((), ())}
     assert not backends["OpenVINO"].run
     assert backends["OpenVINO"].cure == "pip install 'modelopt-tdq[openvino]'"
     assert backends["Polygraphy"].cure == "pip install 'modelopt-tdq[compare]'"
+
+
+@pytest.mark.parametrize(
+    ("version", "torch_sees_gpu", "build", "run", "words"),
+    [
+        ("10.12.0.36", True, False, False, "10.12.0.36 is too old: builds need 10.13 or later"),
+        ("11.4.0.106", True, True, True, "builds for and runs on NVIDIA L4; its Python form of the plugin"),
+        ("11.4.0.106", False, True, False, "builds for and runs on NVIDIA L4"),
+    ],
+)
+def test_tensorrt_beside_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, version: str, torch_sees_gpu: bool, build: bool, run: bool, words: str
+) -> None:
+    library = types.ModuleType("tensorrt")
+    library.__version__ = version
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    found = {b.name: b for b in examine_backends(("NVIDIA L4, 8.9",), (), torch_sees_gpu)}["TensorRT"]
+    assert (found.build, found.run) == (build, run)
+    assert words in found.remark
+    assert ("CUDA build of torch" in found.cure) == (build and not run)
 
 
 def test_ranges() -> None:

@@ -34,6 +34,6 @@ def deploy(model: nn.Module) -> dict[str, Any]:
         export_onnx(model, path, call)
         found["onnx_bytes"] = sum(file.stat().st_size for file in path.parent.iterdir())
         if importlib.util.find_spec("tensorrt_rtx") is not None:
-            engine = build_engine(path, path.with_suffix(".engine"))
+            engine = build_engine(path, path.with_suffix(".engine"), allow_float=True)
             found |= {"kernels": engine.kernels, "backend": f"TensorRT-RTX {engine.backend_version}"}
     return found
