@@ -15,7 +15,7 @@ from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ColumnSource", "Lookup", "TimeRow", "gathered", "power_of_two", "reference_scale", "split_columns", "with_tail"]
+__all__ = ["ColumnSource", "Lookup", "TimeRow", "gathered", "power_of_two", "reference_scale", "split_columns"]
 
 _Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -53,8 +53,6 @@ class TimeRow:
     Attributes:
         anchor: That node.
         size: T, or the name of the dynamic batch.
-        tail: Shape of a looked-up value behind [T, 1]: [T, 1, 1, 1] broadcasts against samples of images; one time
-            for all is [1, 1], which broadcasts against anything with two or more dimensions.
     """
 
     def __init__(
@@ -68,7 +66,6 @@ class TimeRow:
         self._editor, self._edges, self._timestep = editor, edges, timestep
         self.anchor = editor.graph[0] if anchor is None else anchor
         self.size: int | str = "batch" if times is None else times
-        self.tail: list[int] = [] if times == 1 else [1, 1]
 
     def with_edges(self, edges: ir.Value) -> TimeRow:
         """The same time, and its row of another table."""
@@ -114,37 +111,27 @@ class ColumnSource(Protocol):
     """A way to take the row of the time from the columns of a table."""
 
     def __call__(self, editor: GraphEditor, time: TimeRow, columns: Mapping[str, _Array]) -> dict[str, ir.Value]:
-        """[K] columns by name ("<quantizer>/<quantity>") -> [T, 1, *time.tail] values by the same names."""
+        """[K] columns by name ("<quantizer>/<quantity>") -> [T, 1, 1, 1] values by the same names."""
 
 
 def gathered(editor: GraphEditor, time: TimeRow, columns: Mapping[str, _Array]) -> dict[str, ir.Value]:
-    """Columns of one constant table [K, M, *time.tail], of which one Gather takes the row."""
+    """Columns of one constant table [K, M, 1, 1], of which one Gather takes the row."""
     # Quantizers of the same tensor often have equal columns (to_q, to_k, to_v): one value for all of them lets
     # a backend see that they compute the same codes, and compute them once.
     distinct = {column.tobytes(): column for column in columns.values()}
-    packed = np.stack(list(distinct.values()), axis=1)
-    packed = packed.reshape(*packed.shape, *time.tail)
+    packed = np.stack(list(distinct.values()), axis=1)[:, :, None, None]
     table = editor.constant("time/table", np.ascontiguousarray(packed))
-    shape = [time.size, len(distinct), *time.tail]
+    shape = [time.size, len(distinct), 1, 1]
     row = editor.before(time.anchor, "Gather", [table, time.row], "time/table_row", shape=shape, axis=0)
     value_of = dict(zip(distinct, split_columns(editor, time, row, len(distinct)), strict=True))
     return {name: value_of[column.tobytes()] for name, column in columns.items()}
 
 
-def with_tail(editor: GraphEditor, time: TimeRow, row: ir.Value, count: int) -> ir.Value:
-    """[T, M] -> [T, M, *time.tail]."""
-    if not time.tail:
-        return row
-    axes, shape = editor.ints([2 + i for i in range(len(time.tail))]), [time.size, count, *time.tail]
-    value: ir.Value = editor.before(time.anchor, "Unsqueeze", [row, axes], "time/table_row_4d", shape=shape)
-    return value
-
-
 def split_columns(editor: GraphEditor, time: TimeRow, row: ir.Value, count: int) -> list[ir.Value]:
-    """[T, M, *time.tail] -> M values [T, 1, *time.tail]."""
+    """[T, M, 1, 1] -> M values [T, 1, 1, 1]."""
     if count == 1:
         return [row]
-    sizes, shape = editor.ints([1] * count), [time.size, 1, *time.tail]
+    sizes, shape = editor.ints([1] * count), [time.size, 1, 1, 1]
     parts: list[ir.Value] = editor.before(
         time.anchor, "Split", [row, sizes], "time/column_value", outputs=count, shape=shape, axis=1
     )
@@ -155,7 +142,7 @@ class Lookup:
     """Scales, ratios and offsets of all activation quantizers, as values of the graph.
 
     Quantities that do not depend on time are constants. The others are columns of one packed table, of which
-    ``source`` takes the row of each time (the number of edges strictly below float32(t)) as tensors [T, 1, ...];
+    ``source`` takes the row of each time (the number of edges strictly below float32(t)) as tensors [T, 1, 1, 1];
     T is 1, or the batch where every sample has its own time.
 
     Args:
@@ -227,8 +214,9 @@ class Lookup:
             return self._editor.constant(name, self._constant[name].reshape(()))
         value = self._temporal[name]
         fold = fold if self.per_sample else 1
-        if fold == 1 and (rank == 4 if self.per_sample else rank > 1):
+        if rank == 4 and fold == 1:
             return value
+        # Of the rank of what it scales: OpenVINO fuses no value of another rank into its kernels.
         key = (value, rank, fold)
         if key not in self._shaped:
             editor, anchor = self._editor, self.time.anchor

@@ -16,7 +16,7 @@ import numpy as np
 
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.graph import GraphEditor
-from modelopt_tdq.export.lookup import ColumnSource, TimeRow, power_of_two, split_columns, with_tail
+from modelopt_tdq.export.lookup import ColumnSource, TimeRow, power_of_two, split_columns
 from modelopt_tdq.export.product import constant_of
 from modelopt_tdq.export.spec import QuantizationSpec
 from modelopt_tdq.plugin.aot import NAME, NAMESPACE, VERSION
@@ -85,8 +85,14 @@ def _node(editor: GraphEditor, time: TimeRow, packed: _Array, timesteps: _Array)
 
 
 def _parts(editor: GraphEditor, time: TimeRow, values: ir.Value, count: int) -> list[ir.Value]:
-    """[T, M] -> M values."""
-    return split_columns(editor, time, with_tail(editor, time, values, count), count)
+    """[T, M] -> M values [T, 1, 1, 1]."""
+    shape = [time.size, count, 1, 1]
+    return split_columns(
+        editor,
+        time,
+        editor.before(time.anchor, "Unsqueeze", [values, editor.ints([2, 3])], "time/table_row", shape=shape),
+        count,
+    )
 
 
 def plugin_free(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:

@@ -23,7 +23,7 @@ from torch import nn
 
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.graph import GraphEditor
-from modelopt_tdq.export.lookup import ColumnSource, TimeRow, reference_scale, split_columns, with_tail
+from modelopt_tdq.export.lookup import ColumnSource, TimeRow, reference_scale, split_columns
 from modelopt_tdq.export.markers import ACTIVATION_MARKER
 from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
 from modelopt_tdq.export.weights import marker_name
@@ -111,7 +111,9 @@ def looked_up_in_input(spec: QuantizationSpec, model: ir.Model) -> ColumnSource:
         own = time.with_edges(inputs[1])
         shape = [time.size, len(groups)]
         row = editor.before(time.anchor, "Gather", [inputs[0], own.row], "time/table_row", shape=shape, axis=0)
-        row = with_tail(editor, time, row, len(groups))
+        row = editor.before(
+            time.anchor, "Unsqueeze", [row, editor.ints([2, 3])], "time/table_row_4d", shape=[*shape, 1, 1]
+        )
         parts = split_columns(editor, time, row, len(groups))
         model.metadata_props[_METADATA] = json.dumps(_description(spec, list(groups.values())))
         return {name: part for names, part in zip(groups.values(), parts, strict=True) for name in names}

@@ -77,7 +77,7 @@ def test_static_columns_stay_out_of_the_table(zoo: Any) -> None:
     tdq.set_scale_table(model, tdq.ScaleTable(table.timesteps, scale, table.names))
     mixed = lowered(graph, "ratio", model)
     shapes = {tensor.name: list(tensor.dims) for tensor in mixed.proto.graph.initializer}
-    assert shapes["time/table"] == [len(ROWS), 4]  # scale and ratio of two quantizers
+    assert shapes["time/table"] == [len(ROWS), 4, 1, 1]  # scale and ratio of two quantizers
     assert _lookup(mixed).count("Gather") == 1
 
 
