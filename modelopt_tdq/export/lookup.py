@@ -216,6 +216,7 @@ class Lookup:
         fold = fold if self.per_sample else 1
         if rank == 4 and fold == 1:
             return value
+        # Of the rank of what it scales: OpenVINO fuses no value of another rank into its kernels.
         key = (value, rank, fold)
         if key not in self._shaped:
             editor, anchor = self._editor, self.time.anchor

@@ -24,6 +24,9 @@ __all__ = ["OPSET", "trace"]
 #: The first opset with FP8 and 4-bit tensors, and QuantizeLinear with a scale that is computed.
 OPSET = 21
 
+#: The first one whose convolutions take bfloat16.
+OPSET_BFLOAT16 = 22
+
 
 class _Positional(nn.Module):
     """The model with tensors in and tensors out, which is what a graph has."""
@@ -46,6 +49,11 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
         return [tensor for item in value for tensor in _tensors(item)]
     return []
+
+
+def _opset(model: nn.Module, inputs: Inputs) -> int:
+    tensors = [*model.parameters(), *model.buffers(), *inputs.tensors]
+    return OPSET_BFLOAT16 if any(tensor.dtype == torch.bfloat16 for tensor in tensors) else OPSET
 
 
 def _batch(inputs: Inputs, timestep: str | None) -> int:
@@ -113,7 +121,7 @@ def trace(
                 exported = torch.onnx.export(
                     program,
                     dynamo=True,
-                    opset_version=OPSET,
+                    opset_version=_opset(model, inputs),
                     input_names=inputs.names,
                     output_names=["output"] + [f"output_{i}" for i in range(1, len(outputs))],
                     optimize=True,

@@ -11,7 +11,7 @@ from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, Ten
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.fake_quant import FP8_E4M3, SUPPORTED_BITS
+from modelopt_tdq.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
 __all__ = ["WeightSpec", "read_weight", "unsupported", "weight_quantizers"]
@@ -24,16 +24,26 @@ class WeightSpec:
     Attributes:
         name: As in ``model.named_modules()``.
         codes: The weight's shape; int8, or the bytes of FP8 E4M3 values as uint8.
-        is_fp8: Whether the codes are FP8 E4M3.
+        num_bits: Number format of the codes.
         scale: float32, [C] along ``axis``, or [] per tensor.
         axis: Of the channels, or None per tensor.
     """
 
     name: str
     codes: np.ndarray[Any, np.dtype[Any]]
-    is_fp8: bool
+    num_bits: NumBits
     scale: np.ndarray[Any, np.dtype[np.float32]]
     axis: int | None
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the codes are FP8 E4M3."""
+        return self.num_bits == FP8_E4M3
+
+    @property
+    def fits_int4(self) -> bool:
+        """Whether a tensor of 4-bit integers can hold the codes."""
+        return isinstance(self.num_bits, int) and self.num_bits <= 4
 
 
 def weight_quantizers(model: nn.Module) -> dict[int, Tensor]:
@@ -88,4 +98,4 @@ def read_weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple
         return values.numpy(), "its values are no multiples of its scale"
     stored = codes.view(torch.uint8) if bits == FP8_E4M3 else codes.to(torch.int8)
     scale = scale.reshape(()) if channel is None else scale.reshape(-1)
-    return WeightSpec(name, stored.numpy(), bits == FP8_E4M3, scale.numpy(), channel)
+    return WeightSpec(name, stored.numpy(), bits, scale.numpy(), channel)

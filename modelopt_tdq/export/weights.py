@@ -1,9 +1,20 @@
-"""Weights: INT8 or FP8 initializers with DequantizeLinear, in place of the markers."""
+"""Weights: INT8, INT4 or FP8 initializers with DequantizeLinear, in place of the markers.
+
+Codes of at most 4 bits fit two into a byte. What backends make of an INT4 tensor (measured with ONNX Runtime 1.31,
+OpenVINO 2026.4 and TensorRT-RTX 1.7.1):
+
+- INT4 -> Cast(INT8) -> DequantizeLinear ("cast"): ONNX Runtime computes the same; OpenVINO folds the Cast and keeps
+  its INT8 kernels; TensorRT-RTX refuses the Cast.
+- INT4 -> DequantizeLinear ("direct"): ONNX Runtime computes the same; OpenVINO computes in float; TensorRT-RTX stores
+  INT4 in the engine, and turns it into INT8 in front of each matrix product at run time, one kernel more; it fails to
+  build convolutions, and refuses an odd number of codes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -15,7 +26,11 @@ from modelopt_tdq.export.spec import QuantizationSpec, WeightSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["LoweredWeight", "lower_weights", "marker_name"]
+__all__ = ["PACKINGS", "LoweredWeight", "PackWeights", "lower_weights", "marker_name", "weights_form"]
+
+#: How codes of at most 4 bits are stored.
+PackWeights = Literal["none", "cast", "direct"]
+PACKINGS = ("none", "cast", "direct")
 
 
 @dataclass(frozen=True)
@@ -25,10 +40,18 @@ class LoweredWeight:
     Attributes:
         spec: The quantizer.
         transposed: Whether the graph holds [in, out] instead of torch's [out, in].
+        packed: Whether two codes share a byte.
     """
 
     spec: WeightSpec
     transposed: bool
+    packed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the codes in the file."""
+        size = self.spec.codes.size
+        return (size + 1) // 2 if self.packed else size
 
     def values(self) -> Any:
         """float64, in the layout of the graph: codes times scale."""
@@ -57,27 +80,49 @@ def _uses(value: ir.Value) -> tuple[list[ir.Value], bool]:
     return transposed, other
 
 
-def _dequantized(editor: GraphEditor, anchor: ir.Node, spec: WeightSpec, transpose: bool) -> ir.Value:
+def _is_packed(spec: WeightSpec, users: set[str], pack: PackWeights) -> bool:
+    if not spec.fits_int4 or pack == "none":
+        return False
+    return pack == "cast" or (users <= {"MatMul", "Gemm"} and spec.codes.size % 2 == 0)
+
+
+def _dequantized(
+    editor: GraphEditor, anchor: ir.Node, spec: WeightSpec, transpose: bool, pack: PackWeights
+) -> ir.Value:
+    """The weight in float32; ``pack`` is "none" unless the codes go into an INT4 tensor."""
     types = editor.ir.DataType
     codes = np.ascontiguousarray(spec.codes.T) if transpose else spec.codes
     codes = codes.view(types.FLOAT8E4M3FN.numpy()) if spec.is_fp8 else codes
     axis = spec.axis if spec.axis is None or not transpose else 1 - spec.axis
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+    stored = codes if pack == "none" else codes.astype(types.INT4.numpy())
+    value = editor.constant(f"{spec.name}/codes", stored)
+    if pack == "cast":
+        value = editor.cast(anchor, value, types.INT8, f"{spec.name}/unpacked")
+    dtype = stored.dtype if pack == "direct" else codes.dtype
     inputs = [
-        editor.constant(f"{spec.name}/codes", codes),
+        value,
         editor.constant(f"{spec.name}/scale", spec.scale),
-        editor.constant("zero_point", np.zeros(spec.scale.shape, dtype=codes.dtype)),
+        editor.constant("zero_point", np.zeros(spec.scale.shape, dtype=dtype)),
     ]
-    value: ir.Value = editor.before(
-        anchor, "DequantizeLinear", inputs, f"{spec.name}/dequantized", shape=codes.shape, **attributes
+    return cast(
+        "ir.Value",
+        editor.before(anchor, "DequantizeLinear", inputs, f"{spec.name}/dequantized", shape=codes.shape, **attributes),
     )
-    return value
 
 
-def lower_weights(editor: GraphEditor, spec: QuantizationSpec) -> dict[ir.Value, LoweredWeight]:
+def lower_weights(
+    editor: GraphEditor, spec: QuantizationSpec, pack: PackWeights = "none"
+) -> dict[ir.Value, LoweredWeight]:
     """Replace the weight markers.
 
     A Transpose of a linear layer's weight is applied to the codes.
+
+    Args:
+        editor: Of the graph.
+        spec: The quantizers.
+        pack: How codes of at most 4 bits are stored; see above. With "direct", those that TensorRT cannot take are
+            not packed.
 
     Returns:
         The quantized weight behind each new value.
@@ -88,7 +133,7 @@ def lower_weights(editor: GraphEditor, spec: QuantizationSpec) -> dict[ir.Value,
         transposed, other = _uses(old)
         for transpose, replaced in ((True, transposed), (False, [old] if other else [])):
             if replaced:
-                new = _lower(editor, marker, spec, transpose, lowered)
+                new = _lower(editor, marker, spec, replaced, transpose, pack, lowered)
                 for value in replaced:
                     editor.replace(value, new)
     return lowered
@@ -98,7 +143,9 @@ def _lower(
     editor: GraphEditor,
     marker: ir.Node,
     spec: QuantizationSpec,
+    replaced: list[ir.Value],
     transpose: bool,
+    pack: PackWeights,
     lowered: dict[ir.Value, LoweredWeight],
 ) -> ir.Value:
     name, dtype = marker_name(marker), marker.outputs[0].dtype
@@ -107,7 +154,21 @@ def _lower(
         values = np.ascontiguousarray(values.T) if transpose else values
         return editor.constant(f"{name}/values", values.astype(np.float32 if dtype is None else dtype.numpy()))
     weight = spec.weights[name]
-    new = _dequantized(editor, marker, weight, transpose)
+    packed = _is_packed(weight, {node.op_type for old in replaced for node, _ in old.uses()}, pack)
+    new = _dequantized(editor, marker, weight, transpose, pack if packed else "none")
     value = editor.cast(marker, new, dtype, f"{name}/output")
-    lowered[new] = lowered[value] = LoweredWeight(weight, transpose)
+    lowered[new] = lowered[value] = LoweredWeight(weight, transpose, packed)
     return value
+
+
+def weights_form(weights: Iterable[LoweredWeight]) -> str:
+    """What the quantized weights take, and what they would take packed."""
+    every = list(weights)
+    total, packed = sum(w.nbytes for w in every), sum(w.nbytes for w in every if w.packed)
+    loose = sum(w.nbytes for w in every if w.spec.fits_int4 and not w.packed)
+    text = f"{total:,} bytes of codes" if every else ""
+    if packed:
+        text += f", {packed:,} of them two codes to a byte"
+    if loose:
+        text += f", {loose:,} of them codes of at most 4 bits in INT8 tensors: the saving of half is lost"
+    return text

@@ -187,6 +187,25 @@ def _flux(guidance: bool) -> nn.Module:
     )
 
 
+def _cogvideox() -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=5,
+        patch_size=2,
+        max_text_seq_length=5,
+    )
+
+
 def _plain_inputs(batch: int, time: Tensor, seed: int) -> dict[str, Any]:
     return {"sample": noise(batch, 3, 8, 8, seed=seed), "timestep": time}
 
@@ -204,6 +223,14 @@ def _unet_condition_inputs(batch: int, time: Tensor, seed: int) -> dict[str, Any
 def _dit_inputs(batch: int, time: Tensor, seed: int) -> dict[str, Any]:
     labels = torch.arange(seed, seed + batch) % 10
     return {"hidden_states": noise(batch, 4, 8, 8, seed=seed), "timestep": time.expand(batch), "class_labels": labels}
+
+
+def _cogvideox_inputs(batch: int, time: Tensor, seed: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(batch, 2, 4, 8, 8, seed=seed),
+        "encoder_hidden_states": noise(batch, 5, 16, seed=seed + 100),
+        "timestep": time.expand(batch),
+    }
 
 
 def _sd3_inputs(batch: int, time: Tensor, seed: int) -> dict[str, Any]:
@@ -236,4 +263,5 @@ FAMILIES = {
     "sd3": Family(_sd3, _sd3_inputs),
     "flux": Family(lambda: _flux(False), lambda b, t, s: _flux_inputs(b, t, s, False)),
     "flux_guidance": Family(lambda: _flux(True), lambda b, t, s: _flux_inputs(b, t, s, True)),
+    "cogvideox": Family(_cogvideox, _cogvideox_inputs),
 }
