@@ -24,7 +24,7 @@ _TESTS = Path(__file__).parent
 
 #: What every fresh process starts with. Nothing here allows torch.load to run code from a file.
 _HEAD = f"""
-import sys; sys.path.insert(0, {str(_TESTS)!r})
+import sys; sys.path[:0] = [{str(_TESTS)!r}, {str(_TESTS.parent)!r}]
 import warnings; warnings.simplefilter("ignore")
 import torch; torch.set_num_threads(1); torch.set_grad_enabled(False)
 import modelopt.torch.opt as mto
