@@ -12,6 +12,7 @@ from modelopt_tdq.export import ExportReport, export_onnx
 from modelopt_tdq.model_table import scale_table, set_scale_table, temporal_quantizers
 from modelopt_tdq.pipeline import (
     EngineDenoiser,
+    diffusers_config,
     quantize_pipeline,
     sample_inputs,
     swap_denoiser,
@@ -80,6 +81,7 @@ __all__ = [
     "analyze",
     "build_engine",
     "checkpoint",
+    "diffusers_config",
     "export_onnx",
     "feature_table",
     "find_temporal_block",

@@ -13,6 +13,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import diffusers_checkpoints  # noqa: F401 - a fixture
 from support.models import FAMILIES, SigmaDenoiser, TinyDenoiser, calls, fast_config, loop, noise, quantized
 from support.tables import with_dequantization
 from torch import nn
@@ -40,23 +41,6 @@ def _succeeds(script: str) -> None:
     result = _fresh(script)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.strip().endswith("equal"), result.stdout + result.stderr
-
-
-@pytest.fixture(scope="module")
-def diffusers_checkpoints() -> Iterator[None]:
-    """ModelOpt patches diffusers to save and load its state; taken back, so that other tests see diffusers as it is."""
-    from diffusers import ModelMixin
-
-    names = ("from_pretrained", "save_pretrained")
-    before = {name: ModelMixin.__dict__[name] for name in names}
-    mto.enable_huggingface_checkpointing()
-    yield
-    for name, method in before.items():
-        setattr(ModelMixin, name, method)
-    from modelopt.torch.opt.plugins import huggingface
-
-    del ModelMixin._modelopt_cache
-    huggingface._PATCHED_CLASSES.discard(ModelMixin)
 
 
 @pytest.fixture(scope="module")
