@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How far the images of an engine are from those of the quantized pipeline in torch, for each family of trt_examples.
 
-Two correct implementations round a code the other way now and then, and each such flip moves the rest of its trajectory.
-The measure is the quantization noise: MSE(engine, torch) / MSE(torch, full precision), of the final images.
+Two correct implementations round a code the other way now and then, and each such flip moves the rest of its
+trajectory. The measure is the quantization noise: MSE(engine, torch) / MSE(torch, full precision), of the final images.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import modelopt.torch.opt as mto
@@ -13,7 +12,6 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import diffusers_checkpoints  # noqa: F401 - a fixture
 from support.models import FAMILIES, SigmaDenoiser, TinyDenoiser, calls, fast_config, loop, noise, quantized
 from support.tables import with_dequantization
 from torch import nn

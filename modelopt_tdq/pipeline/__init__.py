@@ -5,4 +5,11 @@ from modelopt_tdq.pipeline.inputs import sample_inputs, trajectory_inputs
 from modelopt_tdq.pipeline.quantize import quantize_pipeline
 from modelopt_tdq.pipeline.swap import EngineDenoiser, swap_denoiser
 
-__all__ = ["EngineDenoiser", "diffusers_config", "quantize_pipeline", "sample_inputs", "swap_denoiser", "trajectory_inputs"]
+__all__ = [
+    "EngineDenoiser",
+    "diffusers_config",
+    "quantize_pipeline",
+    "sample_inputs",
+    "swap_denoiser",
+    "trajectory_inputs",
+]

@@ -38,8 +38,9 @@ def diffusers_config(config: Mapping[str, Any], modules_to_not_convert: Sequence
 
     Args:
         config: As :data:`modelopt_tdq.TDQ_CONFIG`. It is not changed.
-        modules_to_not_convert: Parts of module names, as in diffusers: what holds one stays in high precision. Pass
-            the rules to the calibration too: ``config["quant_cfg"] + [{"quantizer_name": "*proj_out*", "enable": False}]``.
+        modules_to_not_convert: Parts of module names, as in diffusers: what holds one stays in high precision. The
+            calibration sets all rules anew, so its config needs them too, as
+            ``{"quantizer_name": "*proj_out*", "enable": False}`` at the end of its ``quant_cfg``.
 
     Returns:
         A ``diffusers.NVIDIAModelOptConfig``.

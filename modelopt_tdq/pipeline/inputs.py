@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.pipeline.calls import call_arguments, quiet
 from modelopt_tdq.pipeline.component import denoiser_name
@@ -24,7 +26,8 @@ def sample_inputs(
         **call: Keyword arguments of the pipeline; ``num_inference_steps`` is 2 unless given.
 
     Returns:
-        By name of the argument; what is None is left out.
+        By name of the argument; what is None is left out. A time in whole numbers becomes float32, so that the engine
+        also serves schedulers whose times are fractions.
 
     Raises:
         TdqError: The pipeline has no denoiser, or does not call it.
@@ -63,4 +66,12 @@ def _recorded(
         pipeline(**arguments)
     if not calls:
         raise TdqError("call", sorted(call), "the pipeline did not run its denoiser", "Pass the arguments of a call")
-    return [{name: value for name, value in c.items() if value is not None and name != "return_dict"} for c in calls]
+    return [_inputs(call, timestep) for call in calls]
+
+
+def _inputs(call: dict[str, Any], timestep: str) -> dict[str, Any]:
+    found = {name: value for name, value in call.items() if value is not None and name != "return_dict"}
+    time = found.get(timestep)
+    if isinstance(time, Tensor) and not time.is_floating_point():
+        found[timestep] = time.float()
+    return found

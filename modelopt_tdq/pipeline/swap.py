@@ -56,12 +56,14 @@ class EngineDenoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the pipeline keeps its denoiser."""
-        return self._place.device
+        place: Tensor = self._place
+        return place.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the tensors that the pipeline passes; the session converts them to those of the graph."""
-        return self._place.dtype
+        place: Tensor = self._place
+        return place.dtype
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import diffusers_checkpoints  # noqa: F401 - a fixture
 from support.pipelines import FAMILIES
 
 import modelopt_tdq as tdq
@@ -46,7 +45,7 @@ class Done:
 def done(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
-    diffusers_checkpoints: None,  # noqa: F811
+    diffusers_checkpoints: None,
 ) -> Done:
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(family.name)

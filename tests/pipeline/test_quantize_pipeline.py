@@ -37,9 +37,7 @@ def test_a_pass_over_the_calls_starts_from_the_same_noise_again() -> None:
     for algorithm in ([{"method": "max"}], []):
         config = fast_config()
         config["algorithm"] = [*algorithm, config["algorithm"]]
-        pipeline = tdq.quantize_pipeline(
-            family.tiny(), config, calls=[family.tiny_call(0)], steps=3, progress=False
-        )
+        pipeline = tdq.quantize_pipeline(family.tiny(), config, calls=[family.tiny_call(0)], steps=3, progress=False)
         tables.append(tdq.scale_table(pipeline.transformer))
     assert torch.equal(tables[0].scale, tables[1].scale)
 

@@ -13,13 +13,9 @@ from trt_examples.sdxl import sdxl
 from trt_examples.stable_diffusion import stable_diffusion
 from trt_examples.wan import wan
 
-FAMILIES = {
-    module.FAMILY.name: module.FAMILY for module in (dit, flux, pixart, sd3, sdxl, stable_diffusion, wan)
-}
+FAMILIES = {module.FAMILY.name: module.FAMILY for module in (dit, flux, pixart, sd3, sdxl, stable_diffusion, wan)}
 
 
 def fast_pipeline_config(**fields: Any) -> dict[str, Any]:
     """The INT8 preset with statistics that take no second look at the model."""
-    return make_config(
-        **{"statistic": "max", "weights": "max", "protect_steps": False, "progress": False, **fields}
-    )
+    return make_config(**{"statistic": "max", "weights": "max", "protect_steps": False, "progress": False, **fields})
