@@ -10,7 +10,14 @@ from modelopt_tdq.config import RECIPES, TdqCalibConfig, make_config, recipe
 from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.export import ExportReport, export_onnx
 from modelopt_tdq.model_table import scale_table, set_scale_table, temporal_quantizers
-from modelopt_tdq.pipeline import EngineDenoiser, quantize_pipeline, sample_inputs, swap_denoiser
+from modelopt_tdq.pipeline import (
+    EngineDenoiser,
+    diffusers_config,
+    quantize_pipeline,
+    sample_inputs,
+    swap_denoiser,
+    trajectory_inputs,
+)
 from modelopt_tdq.quantizer import TemporalQuantizer
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.reconstruction.reconstruct import reconstruction_report
@@ -77,6 +84,7 @@ __all__ = [
     "analyze",
     "build_engine",
     "checkpoint",
+    "diffusers_config",
     "export_onnx",
     "feature_table",
     "find_temporal_block",
@@ -98,5 +106,6 @@ __all__ = [
     "swap_denoiser",
     "temporal_quantizers",
     "temporal_report",
+    "trajectory_inputs",
     "trtexec_command",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 
 from modelopt_tdq.calibration.replay import cloned
 
-__all__ = ["named_arguments", "recorded_call"]
+__all__ = ["named_arguments", "recorded_calls"]
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -25,20 +25,24 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @contextmanager
-def recorded_call(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Record the first call of ``model`` inside the context.
+def recorded_calls(model: nn.Module, most: int | None = None) -> Iterator[list[dict[str, Any]]]:
+    """Record the calls of ``model`` inside the context.
+
+    Args:
+        model: Whose ``forward`` is called.
+        most: Keep the first so many calls only.
 
     Yields:
-        A dict that holds its arguments by name, copied, once it was called; empty before.
+        The arguments of each call by name, copied, in the order of the calls; grows as the model is called.
     """
-    call: dict[str, Any] = {}
+    calls: list[dict[str, Any]] = []
 
-    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not call:
-            call.update(cloned(named_arguments(module, args, kwargs)))
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if most is None or len(calls) < most:
+            calls.append(cloned(named_arguments(module, args, kwargs)))
 
-    handle = model.register_forward_pre_hook(first, with_kwargs=True)
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        yield call
+        yield calls
     finally:
         handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,21 @@ settings.load_profile("repeatable")
 def seed() -> None:
     """Random weights and inputs are the same in every run and in every order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def diffusers_checkpoints() -> Iterator[None]:
+    """ModelOpt patches diffusers to save and load its state; taken back, so that other tests see diffusers as it is."""
+    import modelopt.torch.opt as mto
+    from diffusers import ModelMixin
+
+    names = ("from_pretrained", "save_pretrained")
+    before = {name: ModelMixin.__dict__[name] for name in names}
+    mto.enable_huggingface_checkpointing()
+    yield
+    for name, method in before.items():
+        setattr(ModelMixin, name, method)
+    from modelopt.torch.opt.plugins import huggingface
+
+    del ModelMixin._modelopt_cache
+    huggingface._PATCHED_CLASSES.discard(ModelMixin)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import modelopt.torch.opt as mto
@@ -24,7 +23,7 @@ _TESTS = Path(__file__).parent
 
 #: What every fresh process starts with. Nothing here allows torch.load to run code from a file.
 _HEAD = f"""
-import sys; sys.path.insert(0, {str(_TESTS)!r})
+import sys; sys.path[:0] = [{str(_TESTS)!r}, {str(_TESTS.parent)!r}]
 import warnings; warnings.simplefilter("ignore")
 import torch; torch.set_num_threads(1); torch.set_grad_enabled(False)
 import modelopt.torch.opt as mto
@@ -40,23 +39,6 @@ def _succeeds(script: str) -> None:
     result = _fresh(script)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.strip().endswith("equal"), result.stdout + result.stderr
-
-
-@pytest.fixture(scope="module")
-def diffusers_checkpoints() -> Iterator[None]:
-    """ModelOpt patches diffusers to save and load its state; taken back, so that other tests see diffusers as it is."""
-    from diffusers import ModelMixin
-
-    names = ("from_pretrained", "save_pretrained")
-    before = {name: ModelMixin.__dict__[name] for name in names}
-    mto.enable_huggingface_checkpointing()
-    yield
-    for name, method in before.items():
-        setattr(ModelMixin, name, method)
-    from modelopt.torch.opt.plugins import huggingface
-
-    del ModelMixin._modelopt_cache
-    huggingface._PATCHED_CLASSES.discard(ModelMixin)
 
 
 @pytest.fixture(scope="module")

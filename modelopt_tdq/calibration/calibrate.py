@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
 from modelopt_tdq.calibration.collect import collect
@@ -18,13 +20,20 @@ from modelopt_tdq.training.forget import forget_learning
 
 __all__ = ["tdq_calibrate"]
 
+#: diffusers' ``from_pretrained`` calibrates each layer as it is loaded, when there is no model to run yet.
+_LONE_LAYER = (
+    "loaded uncalibrated, as a single layer has no time: calibrate the whole model with "
+    "modelopt_tdq.quantize_pipeline(pipeline, config, prompts), or mtq.quantize(model, config, forward_loop)"
+)
+
 
 def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = None, **fields: Any) -> None:
     """Calibrate the activation quantizers of a ModelOpt-quantized model per time step.
 
     Args:
         model: Quantized by ``mtq.quantize``; its forward takes the time.
-        forward_loop: Calls the model on calibration data, over whole sampling trajectories.
+        forward_loop: Calls the model on calibration data, over whole sampling trajectories. Without one, a single
+            quantized layer stays as it is, with a warning: see :func:`modelopt_tdq.diffusers_config`.
         **fields: Fields of :class:`modelopt_tdq.config.TdqCalibConfig`.
 
     Raises:
@@ -33,6 +42,9 @@ def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | N
     """
     known = {name: value for name, value in fields.items() if name in TdqCalibConfig.model_fields}
     config = TdqCalibConfig(**known)
+    if forward_loop is None and isinstance(model, QuantModule):
+        warnings.warn(_LONE_LAYER, stacklevel=2)
+        return
     with restored_on_error(model):
         forget_learning(model)
         calibration = collect(model, forward_loop, config)

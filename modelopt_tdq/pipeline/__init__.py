@@ -1,6 +1,15 @@
 """Whole diffusers pipelines: quantize their denoiser in place, and run them on an engine."""
 
-from modelopt_tdq.pipeline.quantize import quantize_pipeline, sample_inputs
+from modelopt_tdq.pipeline.diffusers_config import diffusers_config
+from modelopt_tdq.pipeline.inputs import sample_inputs, trajectory_inputs
+from modelopt_tdq.pipeline.quantize import quantize_pipeline
 from modelopt_tdq.pipeline.swap import EngineDenoiser, swap_denoiser
 
-__all__ = ["EngineDenoiser", "quantize_pipeline", "sample_inputs", "swap_denoiser"]
+__all__ = [
+    "EngineDenoiser",
+    "diffusers_config",
+    "quantize_pipeline",
+    "sample_inputs",
+    "swap_denoiser",
+    "trajectory_inputs",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -38,8 +39,22 @@ def denoiser_name(pipeline: Any, component: str | None, timestep: str) -> str:
         if component not in models:
             raise TdqError("component", component, "the pipeline has no such model", f"It has {', '.join(models)}")
         return component
-    found = [name for name, model in models.items() if timestep in inspect.signature(model.forward).parameters]
-    if len(found) != 1:
-        problem = "several models take a time" if found else f"no model of the pipeline takes `{timestep}`"
-        raise TdqError("component", found or list(models), problem, "Name the denoiser: component='transformer'")
+    found = [name for name, model in models.items() if timestep in _arguments(model)]
+    if not found:
+        raise TdqError(
+            "component",
+            list(models),
+            f"no model of the pipeline takes `{timestep}`",
+            "Name the denoiser: component='transformer'",
+        )
+    if len(found) > 1:
+        raise TdqError("component", found, "several models take a time", f"Name the denoiser: component={found[0]!r}")
     return found[0]
+
+
+def _arguments(model: nn.Module) -> Iterable[str]:
+    """Of the model's forward; an engine in its place is called like the original."""
+    from modelopt_tdq.pipeline.swap import EngineDenoiser
+
+    original = model.original if isinstance(model, EngineDenoiser) else model
+    return inspect.signature(original.forward).parameters

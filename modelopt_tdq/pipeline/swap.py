@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.export.table_input import EDGES_INPUT, TABLE_INPUT, engine_table
 from modelopt_tdq.pipeline.component import denoiser_name
 from modelopt_tdq.recording import named_arguments
 from modelopt_tdq.runtime.build_options import BACKENDS
@@ -31,14 +32,39 @@ class EngineDenoiser(nn.Module):
             each graph input, and ``outputs``, their names in order. Those of :mod:`modelopt_tdq.runtime` do.
         original: The torch denoiser.
         timestep: The argument that holds the time.
+        table: Inputs of the graph that are no arguments of the denoiser, by name: those of
+            :func:`~modelopt_tdq.export.engine_table`.
     """
 
-    def __init__(self, session: Any, original: nn.Module, timestep: str = "timestep") -> None:
+    def __init__(
+        self, session: Any, original: nn.Module, timestep: str = "timestep", table: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.session = session
+        self.table = dict(table or {})
         self._timestep = timestep
-        self.device = next((p.device for p in original.parameters()), torch.device("cpu"))
+        device = next((p.device for p in original.parameters()), torch.device("cpu"))
+        # follows the pipeline to another device or dtype, as weights would
+        self.register_buffer("_place", torch.empty(0, dtype=getattr(original, "dtype", None), device=device), False)
         object.__setattr__(self, "_original", original)  # not a submodule: its weights are not this module's
+
+    @property
+    def original(self) -> nn.Module:
+        """The torch denoiser that this one stands for."""
+        found: nn.Module = self._original
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline keeps its denoiser."""
+        place: Tensor = self._place
+        return place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors that the pipeline passes; the session converts them to those of the graph."""
+        place: Tensor = self._place
+        return place.dtype
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -60,7 +86,7 @@ class EngineDenoiser(nn.Module):
         return _output_class(original)(*outputs)
 
     def _feeds(self, tensors: dict[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
-        wanted = self.session.inputs
+        wanted = [name for name in self.session.inputs if name not in self.table]
         if self._timestep in wanted and self._timestep not in tensors:
             tensors[self._timestep] = torch.as_tensor(arguments[self._timestep])
         missing = sorted(set(wanted) - set(tensors))
@@ -75,7 +101,7 @@ class EngineDenoiser(nn.Module):
                 "Export with modelopt_tdq.sample_inputs(pipeline, ...) of a call like this one",
             )
         shapes = getattr(self.session, "shapes", {})
-        return {name: self._fitted(name, tensors[name], shapes.get(name)) for name in wanted}
+        return {**self.table, **{name: self._fitted(name, tensors[name], shapes.get(name)) for name in wanted}}
 
     def _fitted(self, name: str, value: Tensor, shape: tuple[Any, ...] | None) -> Tensor:
         """The time in the shape that the graph has; anything else has to fit."""
@@ -135,18 +161,20 @@ def swap_denoiser(
     component: str | None = None,
     timestep: str = "timestep",
     backend: str = "onnxruntime",
+    table: Mapping[str, Any] | None = None,
     free: bool = False,
 ) -> Any:
     """Put a session where the denoiser of a pipeline was, so that ``pipeline(prompt)`` runs on it.
 
     Args:
         pipeline: From diffusers.
-        engine: A session; or an ONNX file, or an engine with its manifest, for ``backend``. For an engine that takes
-            its table as an input, or for CUDA graphs, pass a
+        engine: A session; or an ONNX file, or an engine with its manifest, for ``backend``. For CUDA graphs, pass a
             :class:`~modelopt_tdq.runtime.tensorrt.TensorRTSession`.
         component: Name of the denoiser, where several components take a time.
         timestep: The argument of its forward that holds the time.
         backend: ``onnxruntime`` or ``openvino`` for an ONNX file, ``tensorrt`` or ``tensorrt_rtx`` for an engine.
+        table: For a file exported with ``table_input=True``: what :func:`~modelopt_tdq.export.engine_table` gives.
+            Left out with an ONNX file, it is that of the pipeline's own denoiser.
         free: Drop the weights of the torch denoiser; what the pipeline asks it for is kept.
 
     Returns:
@@ -158,22 +186,37 @@ def swap_denoiser(
     name = denoiser_name(pipeline, component, timestep)
     original = getattr(pipeline, name)
     if isinstance(original, EngineDenoiser):
-        original = original._original
-    session = _session(Path(engine), backend) if isinstance(engine, (str, os.PathLike)) else engine
+        original = original.original
+    session = _session(Path(engine), backend, table) if isinstance(engine, (str, os.PathLike)) else engine
     parameters = inspect.signature(original.forward).parameters
     unknown = [i for i in session.inputs if i.partition(".")[0] not in parameters]
+    if set(unknown) == {TABLE_INPUT, EDGES_INPUT}:
+        table = _table(engine, original) if table is None else table
+        unknown = [i for i in unknown if i not in table]
     if unknown:
         raise TdqError(
             "engine", unknown, f"{type(original).__name__} has no such arguments", "Use an engine of this denoiser"
         )
-    swapped = EngineDenoiser(session, original, timestep)
+    swapped = EngineDenoiser(session, original, timestep, table)
     if free:
         original.to("meta")
     setattr(pipeline, name, swapped)
     return pipeline
 
 
-def _session(path: Path, backend: str) -> Any:
+def _table(engine: Any, original: nn.Module) -> Mapping[str, Any]:
+    """The inputs that hold the table of the quantized torch denoiser."""
+    if isinstance(engine, (str, os.PathLike)) and Path(engine).suffix == ".onnx":
+        return engine_table(engine, original)
+    raise TdqError(
+        "table",
+        None,
+        "the engine takes its table as an input",
+        "Pass table=modelopt_tdq.export.engine_table('model.onnx', table), of the ONNX file it was built from",
+    )
+
+
+def _session(path: Path, backend: str, table: Mapping[str, Any] | None) -> Any:
     if backend == "onnxruntime":
         from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
 
@@ -185,6 +228,6 @@ def _session(path: Path, backend: str) -> Any:
     if backend in BACKENDS:
         from modelopt_tdq.runtime.tensorrt import TensorRTSession
 
-        return TensorRTSession(path, backend=backend)
+        return TensorRTSession(path, backend=backend, table=table)
     known = ", ".join(("onnxruntime", "openvino", *BACKENDS))
     raise TdqError("backend", backend, "no such session", f"Use one of {known}, or pass a session")

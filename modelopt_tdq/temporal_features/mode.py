@@ -15,7 +15,7 @@ from modelopt_tdq.calibration.calibrate import tdq_calibrate
 from modelopt_tdq.calibration.snapshot import restored_on_error
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.recording import recorded_call
+from modelopt_tdq.recording import recorded_calls
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
 from modelopt_tdq.temporal_features.maintain import maintain
 from modelopt_tdq.temporal_features.runtime import (
@@ -49,9 +49,9 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
         call: dict[str, Any] = {}
 
         def recorded(module: nn.Module) -> None:
-            with recorded_call(module) as first:
+            with recorded_calls(module, most=1) as calls:
                 forward_loop(module)  # type: ignore[misc]
-            call.update(first)
+            call.update(calls[0] if calls else {})
 
         loop = None if forward_loop is None else recorded
         if config.recalibrate:

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
+from trt_examples.dit import dit
+from trt_examples.flux import flux
+from trt_examples.sd3 import sd3
+from trt_examples.stable_diffusion import stable_diffusion
 
 #: Times of a short sampling schedule, in the order in which a sampler visits them.
 TIMES = (900.0, 600.0, 300.0, 20.0)
@@ -121,72 +125,6 @@ def _unet() -> nn.Module:
     )
 
 
-def _unet_condition() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-
-
-def _dit() -> nn.Module:
-    from diffusers import DiTTransformer2DModel
-
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        norm_num_groups=4,
-    )
-
-
-def _sd3() -> nn.Module:
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
-
-
-def _flux(guidance: bool) -> nn.Module:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=guidance,
-    )
-
-
 def _cogvideox() -> nn.Module:
     from diffusers import CogVideoXTransformer3DModel
 
@@ -258,10 +196,10 @@ def _flux_inputs(batch: int, time: Tensor, seed: int, guidance: bool) -> dict[st
 FAMILIES = {
     "plain": Family(TinyDenoiser, _plain_inputs),
     "unet": Family(_unet, _plain_inputs),
-    "unet_condition": Family(_unet_condition, _unet_condition_inputs),
-    "dit": Family(_dit, _dit_inputs),
-    "sd3": Family(_sd3, _sd3_inputs),
-    "flux": Family(lambda: _flux(False), lambda b, t, s: _flux_inputs(b, t, s, False)),
-    "flux_guidance": Family(lambda: _flux(True), lambda b, t, s: _flux_inputs(b, t, s, True)),
+    "unet_condition": Family(stable_diffusion.tiny_denoiser, _unet_condition_inputs),
+    "dit": Family(lambda: dit.tiny_denoiser(classes=10), _dit_inputs),
+    "sd3": Family(sd3.tiny_denoiser, _sd3_inputs),
+    "flux": Family(lambda: flux.tiny_denoiser(guidance=False), lambda b, t, s: _flux_inputs(b, t, s, False)),
+    "flux_guidance": Family(flux.tiny_denoiser, lambda b, t, s: _flux_inputs(b, t, s, True)),
     "cogvideox": Family(_cogvideox, _cogvideox_inputs),
 }

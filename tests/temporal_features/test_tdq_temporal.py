@@ -478,7 +478,7 @@ SAVED: dict[str, dict[str, Any]] = {
 }
 
 _SCRIPT = """
-import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/temporal_features"]
+import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/temporal_features", {tests!r} + "/.."]
 import warnings; warnings.simplefilter("ignore")
 import torch; torch.set_num_threads(1); torch.set_grad_enabled(False)
 import modelopt.torch.opt as mto

@@ -15,7 +15,7 @@ from modelopt_tdq.table import ScaleTable
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-_EXAMPLES = Path(__file__).resolve().parent.parent / "trt_examples" / "ddim_cifar10"
+_EXAMPLES = Path(__file__).resolve().parents[2] / "trt_examples" / "ddim_cifar10"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,133 @@
+"""Every family of trt_examples, from full precision to images on an engine, as `--tiny` on its command line."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.pipelines import FAMILIES
+
+import modelopt_tdq as tdq
+from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from trt_examples.family import Family
+from trt_examples.loading import load
+from trt_examples.options import parse
+from trt_examples.steps import main
+
+EXAMPLES = Path(__file__).parents[2] / "trt_examples"
+
+
+@dataclass
+class Done:
+    """What the steps of one family found, and where they wrote."""
+
+    family: Family
+    arguments: list[str]
+    found: dict[str, Any]
+
+    @property
+    def call(self) -> dict[str, Any]:
+        return self.family.tiny_call(0)
+
+    def load(self) -> Any:
+        return load(self.family, parse(self.family, None, ["run", *self.arguments]), quantized=True)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def done(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    diffusers_checkpoints: None,
+) -> Done:
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(family.name)
+    (folder / "prompts.txt").write_text("1\n2\n")
+    (folder / "fast.yaml").write_text("algorithm: {statistic: max, weights: max, protect_steps: false}\n")
+    arguments = ["--tiny", "--output", str(folder), "--prompts", str(folder / "prompts.txt")]
+    arguments += ["--preset", str(folder / "fast.yaml"), "--calibration-steps", "4", "--steps", "6"]
+    found = main(family, arguments=["quantize", "export", "compare", "run", *arguments])
+    return Done(family, arguments, found)
+
+
+def test_is_calibrated_at_the_times_of_the_pipelines_own_schedule(done: Done) -> None:
+    calls = tdq.trajectory_inputs(done.family.tiny(), done.family.denoiser, **done.call, num_inference_steps=4)
+    times = {float(torch.as_tensor(call["timestep"]).flatten()[0]) for call in calls}
+    assert done.found["quantize"].timesteps.tolist() == sorted(np.float32(list(times)).tolist())
+
+
+def test_exports_its_layers_in_low_precision(done: Done) -> None:
+    assert len(done.found["export"].quantized) > 10
+    assert done.found["export"].skipped == ()
+
+
+def test_torch_and_the_exported_graph_agree_at_every_time(done: Done) -> None:
+    comparison = done.found["compare"]
+    assert comparison.passed
+    assert {step.backend for step in comparison.steps} == {"torch", "onnxruntime"}
+    assert len({step.time for step in comparison.steps}) == 3
+    assert all(15 < step.difference.noise_db < 100 for step in comparison.steps)
+
+
+def test_images_on_the_engine_are_those_of_the_quantized_pipeline(done: Done) -> None:
+    """A code that rounds the other way moves the rest of its trajectory: far less than quantization itself does."""
+    images = done.found["run"]
+    assert images.error("full precision", "quantized") > 0
+    assert images.error("quantized", "onnxruntime") < 0.02 * images.error("full precision", "quantized")
+
+
+def test_the_swapped_denoiser_looks_like_the_original(done: Done) -> None:
+    pipeline = done.load()
+    denoiser = getattr(pipeline, done.family.denoiser)
+    inputs = tdq.sample_inputs(pipeline, **done.call)
+    expected = denoiser(**inputs)
+    swapped = tdq.EngineDenoiser(OnnxRuntimeSession(done.found["export"].path), denoiser)
+    found = swapped(**inputs)
+    assert type(found) is type(expected)
+    assert found[0].shape == expected[0].shape
+    assert isinstance(swapped(**inputs, return_dict=False), tuple)
+    assert swapped.config == denoiser.config
+    assert swapped.dtype == denoiser.dtype
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_commands_of_the_readme_are_those_of_the_script(name: str) -> None:
+    text = (EXAMPLES / name / "README.md").read_text()
+    commands = [shlex.split(line, comments=True) for line in re.findall(rf"^python {name}\.py .*$", text, re.MULTILINE)]
+    steps = [parse(FAMILIES[name], None, command[2:]).step for command in commands]
+    assert {step for each in steps for step in each} == {"quantize", "export", "build", "compare", "run"}
+    assert FAMILIES[name].model in text
+
+
+def test_a_step_needs_the_ones_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user starts it: the script itself."""
+    for step, before in (("export", "quantize"), ("run", "export")):
+        monkeypatch.setattr(sys, "argv", ["dit.py", step, "--tiny", "--output", str(tmp_path)])
+        with pytest.raises(SystemExit, match=f"error: .*Run the step {before} first"):
+            runpy.run_path(str(EXAMPLES / "dit" / "dit.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--tiny", "--prompts", "missing.txt"], "prompts"),
+        (["--tiny", "--prompts", "empty.txt"], "prompts"),
+        (["--tiny", "--preset", "int7"], "recipe"),
+        (["--model", "./nowhere"], "model"),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], field: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n\n")
+    with pytest.raises(tdq.TdqError) as error:
+        main(FAMILIES["dit"], arguments=["quantize", *arguments])
+    assert error.value.field == field

@@ -1,0 +1,54 @@
+"""The command line that all families share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from modelopt_tdq.runtime.build import DEFAULT_COMPUTE_CAPABILITIES
+from trt_examples.family import Family
+
+STEPS = ("quantize", "export", "build", "compare", "run")
+
+
+def parse(family: Family, description: str | None, arguments: list[str] | None) -> argparse.Namespace:
+    """The options of one run; ``step`` is the list of steps to take, in their order."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("step", nargs="+", choices=[*STEPS, "all"], help="what to do; each step reads what the former ones wrote")
+    add("--tiny", action="store_true", help="small random parts: offline, seconds on a CPU")
+    add("--model", default=family.model, help="hub id or folder of the pipeline (%(default)s)")
+    add("--output", type=Path, help=f"folder for everything (tdq-{family.name}, tdq-{family.name}-tiny)")
+    add("--prompts", type=Path, metavar="FILE", help="one prompt per line, in place of the built-in ones")
+    add("--preset", default="int8", help="int8, fp8, w4a8, ... or a YAML file (%(default)s)")
+    add("--calibration-steps", type=int, default=20, help="sampling steps in calibration (%(default)s)")
+    add("--steps", type=int, default=family.steps, help="sampling steps of images: any number (%(default)s)")
+    add("--seed", type=int, default=1, help="of the images' noise (%(default)s)")
+    if family.sized:
+        add("--height", type=int, help="the model's own unless given")
+        add("--width", type=int)
+    add("--device", default=device, help="(%(default)s)")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help=f"float32 on a CPU, else {family.dtype}")
+    add("--offload", action="store_true", help="keep only the part that runs on the GPU (less memory, slower)")
+    export = parser.add_argument_group("export, build")
+    export.add_argument("--dynamic-batch", action="store_true", help="leave the batch size open")
+    export.add_argument("--builder", default="tensorrt_rtx", choices=["tensorrt_rtx", "tensorrt"])
+    export.add_argument(
+        "--compute-capability", action="append", metavar="X.Y", help="GPU for tensorrt_rtx; may be repeated (8.9, 12.0)"
+    )
+    export.add_argument("--allow-float", action="store_true", help="keep an engine in which a quantized layer is float")
+    compare = parser.add_argument_group("compare, run")
+    compare.add_argument("--compare-steps", type=int, default=3, help="time steps, spread over --steps (%(default)s)")
+    compare.add_argument("--layers", action="store_true", help="compare the codes of every layer, too")
+    compare.add_argument(
+        "--backend", default="onnxruntime", choices=["onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"]
+    )
+    options = parser.parse_args(arguments)
+    options.step = [step for step in STEPS if step in options.step or "all" in options.step]
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else family.dtype)
+    options.output = options.output or Path(f"tdq-{family.name}" + ("-tiny" if options.tiny else ""))
+    options.compute_capability = tuple(options.compute_capability or DEFAULT_COMPUTE_CAPABILITIES)
+    return options

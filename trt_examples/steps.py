@@ -1,0 +1,142 @@
+"""Five steps from a diffusers pipeline to an engine in its place: quantize, export, build, compare, run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import modelopt.torch.opt as mto
+import torch
+from rich.console import Console
+
+import modelopt_tdq as tdq
+from modelopt_tdq.compare import ModelComparison, compare_model, render
+from modelopt_tdq.runtime.engine_report import float_layers
+from trt_examples.family import Family
+from trt_examples.images import Images, compared
+from trt_examples.loading import calls, denoiser_folder, load
+from trt_examples.options import parse
+
+
+def quantize(family: Family, options: argparse.Namespace) -> tdq.ScaleTable:
+    """Calibrate on the pipeline's own sampling; save as diffusers and ModelOpt do, and the table of scales."""
+    pipeline = load(family, options)
+    every = calls(family, options)
+    tdq.quantize_pipeline(
+        pipeline,
+        tdq.recipe(options.preset),
+        calls=every,
+        steps=options.calibration_steps,
+        component=family.denoiser,
+    )
+    denoiser = getattr(pipeline, family.denoiser)
+    denoiser.save_pretrained(denoiser_folder(options))
+    table = tdq.scale_table(denoiser)
+    table.save(options.output / "scale_table")
+    following = int((~table.is_static).sum())
+    print(f"{denoiser_folder(options)}: {len(table.names)} quantizers, {following} follow {len(table)} times")
+    return table
+
+
+def export(family: Family, options: argparse.Namespace) -> tdq.ExportReport:
+    """The denoiser as ONNX, with the inputs that the pipeline passes."""
+    pipeline = load(family, options, quantized=True)
+    inputs = tdq.sample_inputs(pipeline, family.denoiser, **calls(family, options)[0])
+    report = tdq.export_onnx(
+        getattr(pipeline, family.denoiser),
+        options.output / "model.onnx",
+        inputs,
+        dynamic_batch=options.dynamic_batch,
+    )
+    print(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
+    for name, reason in report.skipped:
+        print(f"  skipped {name}: {reason}")
+    return report
+
+
+def build(family: Family, options: argparse.Namespace) -> tdq.EngineReport:
+    """A TensorRT engine, and which of its quantized layers got low-precision kernels."""
+    chosen: dict[str, Any] = {"allow_float": True} if options.allow_float else {}
+    if options.builder == "tensorrt_rtx":
+        chosen["compute_capabilities"] = options.compute_capability
+    report = tdq.build_engine(
+        options.output / "model.onnx", options.output / "model.engine", backend=options.builder, **chosen
+    )
+    fallen = float_layers(report)
+    print(
+        f"{report.engine}: {report.kernels} kernels, {len(report.quantized) - len(fallen)} of "
+        f"{len(report.quantized)} quantized layers in low precision ({report.backend} {report.backend_version})"
+    )
+    for name in fallen:
+        print(f"  in float: {name} ({report.quantized[name]})")
+    return report
+
+
+def compare(family: Family, options: argparse.Namespace) -> ModelComparison:
+    """Torch and the exported graph in ONNX Runtime against the reference, on steps of the pipeline's own sampling."""
+    pipeline = load(family, options, quantized=True)
+    trajectory = tdq.trajectory_inputs(
+        pipeline, family.denoiser, **calls(family, options)[0], num_inference_steps=options.steps
+    )
+    wanted = torch.linspace(0, len(trajectory) - 1, min(options.compare_steps, len(trajectory))).round().int()
+    comparison = compare_model(
+        getattr(pipeline, family.denoiser),
+        [trajectory[step] for step in wanted.tolist()],
+        backends=("torch", "onnxruntime"),
+        layers=options.layers,
+        ratio_path=options.output / "model.onnx",
+    )
+    Console().print(render(comparison))
+    return comparison
+
+
+def run(family: Family, options: argparse.Namespace) -> Images:
+    """One image, or the frames of a video: full precision, quantized in torch, and on the engine, at the same seed."""
+    call = calls(family, options)[0]
+    engine = options.output / ("model.onnx" if options.backend in ("onnxruntime", "openvino") else "model.engine")
+    if not engine.is_file():
+        step = "export" if engine.suffix == ".onnx" else "build"
+        raise tdq.TdqError("output", str(options.output), f"it holds no {engine.name}", f"Run the step {step} first")
+    images = compared(
+        {
+            "full precision": lambda: load(family, options),
+            "quantized": lambda: load(family, options, quantized=True),
+            options.backend: lambda: tdq.swap_denoiser(
+                load(family, options, quantized=True),
+                engine,
+                component=family.denoiser,
+                backend=options.backend,
+                free=True,
+            ),
+        },
+        {**call, "num_inference_steps": options.steps},
+        options.seed,
+    )
+    print(images)
+    print(images.save(options.output / "images.png"))
+    return images
+
+
+_STEPS = {"quantize": quantize, "export": export, "build": build, "compare": compare, "run": run}
+
+
+def main(family: Family, description: str | None = None, arguments: list[str] | None = None) -> dict[str, Any]:
+    """What each of the steps on the command line found, by the step's name.
+
+    Raises:
+        TdqError: An option cannot be used, a step before is missing, or one fails.
+    """
+    options = parse(family, description, arguments)
+    mto.enable_huggingface_checkpointing()  # save_pretrained and from_pretrained keep the quantizers
+    options.output.mkdir(parents=True, exist_ok=True)
+    return {step: _STEPS[step](family, options) for step in options.step}
+
+
+def run_script(family: Family, description: str | None) -> None:
+    """The command line of a family: exit status 1 after an error, or if the exported graph differs."""
+    try:
+        found = main(family, description)
+    except tdq.TdqError as error:
+        raise SystemExit(f"error: {error}") from None
+    if "compare" in found and not found["compare"].passed:
+        raise SystemExit("compare: the exported graph differs from the quantized model by more than rounding explains")
