@@ -173,9 +173,9 @@ def _value(name: str, codes: str, model: onnx.ModelProto) -> Any:
     """float32, of the shape that a tensor of codes has in ``model``."""
     onnx = require("onnx", "onnx")
     value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-    shape = next((v.type.tensor_type.shape for v in model.graph.value_info if v.name == codes), None)
-    if shape is not None:
-        value.type.tensor_type.shape.CopyFrom(shape)
+    known = next((v.type.tensor_type for v in model.graph.value_info if v.name == codes), None)
+    if known is not None and known.HasField("shape"):
+        value.type.tensor_type.shape.CopyFrom(known.shape)
     return value
 
 

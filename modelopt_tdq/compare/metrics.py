@@ -33,14 +33,16 @@ FLIP_RATE = 1e-3
 #: And this many in any case: a layer may have only a few hundred values.
 FLIPS = 2
 
-#: Differences below this share of the signal are those of float32 itself, quantized or not.
+#: Differences below this share of the signal are those of float32 itself, quantized or not: some 100 roundings. In
+#: float16 it is two of its roundings.
 _FLOAT32 = 1e-5
 
 #: For people who read a comparison: what is allowed.
 TOLERANCES = (
     "Allowed: an output may differ from the reference's by as much as quantization itself changed it at that step "
-    "(mean square, and largest element). Of the N codes of a layer that is given the reference's codes, rounding may "
-    f"move {FLIPS} + {FLIP_RATE:g} N, each by one step."
+    "(mean square, and largest element). Where layers compute with the reference's codes, rounding may move "
+    f"{FLIPS} + {FLIP_RATE:g} N of the N codes of a layer, each by one step, and the output by {_FLOAT32:g} of its "
+    "largest element (two roundings in float16)."
 )
 
 _Array = np.ndarray[Any, Any]
@@ -55,12 +57,14 @@ class OutputDifference:
         noise_db: Reference to quantization noise, in dB: what ``sqnr_db`` must reach.
         largest: Largest absolute difference.
         largest_noise: Largest absolute quantization noise: what ``largest`` must not exceed.
+        measure: What is called noise here.
     """
 
     sqnr_db: float
     noise_db: float
     largest: float
     largest_noise: float
+    measure: str = "the quantization noise"
 
     @property
     def passed(self) -> bool:
@@ -73,28 +77,38 @@ class OutputDifference:
 
     def __str__(self) -> str:
         return (
-            f"difference {self.sqnr_db:.1f} dB below the signal (allowed: {self.noise_db:.1f} dB, the quantization "
-            f"noise), largest {self.largest:.3g} (allowed: {self.largest_noise:.3g})"
+            f"difference {self.sqnr_db:.1f} dB below the signal (allowed: {self.noise_db:.1f} dB, {self.measure}), "
+            f"largest {self.largest:.3g} (allowed: {self.largest_noise:.3g})"
         )
 
 
-def output_difference(reference: _Array, output: _Array, full_precision: _Array) -> OutputDifference:
+def output_difference(reference: _Array, output: _Array, full_precision: _Array | None) -> OutputDifference:
     """Compare an output with the reference's.
 
     Args:
         reference: Of the reference implementation of the quantized model; any shape.
         output: Of the implementation under test; same shape.
-        full_precision: Of the model without quantization; same shape.
+        full_precision: Of the model without quantization; same shape. None where the codes in front of the output
+            are the reference's: then nothing but the rounding of its own dtype may differ.
     """
-    reference, output, full_precision = (np.asarray(a, np.float64) for a in (reference, output, full_precision))
-    wanted, got, exact = (torch.from_numpy(np.ascontiguousarray(a)) for a in (reference, output, full_precision))
-    floor = _FLOAT32 * float(np.abs(reference).max(initial=0.0))
+    share = max(_FLOAT32, 2 * _epsilon(reference))
+    measure = "the quantization noise" if full_precision is not None else "rounding"
+    exact = np.asarray(reference if full_precision is None else full_precision, np.float64)
+    reference, output = (np.asarray(a, np.float64) for a in (reference, output))
+    wanted, got, unquantized = (torch.from_numpy(np.ascontiguousarray(a)) for a in (reference, output, exact))
+    floor = share * float(np.abs(reference).max(initial=0.0))
     return OutputDifference(
         sqnr_db=sqnr_db(wanted, got),
-        noise_db=min(sqnr_db(wanted, exact), -20 * math.log10(_FLOAT32)),
+        noise_db=min(sqnr_db(wanted, unquantized), -20 * math.log10(share)),
         largest=float(np.abs(output - reference).max(initial=0.0)),
-        largest_noise=max(float(np.abs(reference - full_precision).max(initial=0.0)), floor),
+        largest_noise=max(float(np.abs(reference - exact).max(initial=0.0)), floor),
+        measure=measure,
     )
+
+
+def _epsilon(values: _Array) -> float:
+    dtype = np.asarray(values).dtype
+    return float(np.finfo(dtype).eps) if dtype.kind == "f" else 0.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from modelopt_tdq.calibration.output_error import full_precision
 from modelopt_tdq.compare.backends import BACKENDS, TORCH, Deployed, deployed
 from modelopt_tdq.compare.layers import codes_by_quantizer, given_codes, returning_codes, with_given_codes
-from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference
+from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference, output_difference
 from modelopt_tdq.compare.runners import OUTPUT, call_model, session_runner, torch_runner
 from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.errors import TdqError, require
@@ -58,13 +58,15 @@ class LayerResult:
         backend: Its name.
         step: Which call it was, from 0.
         time: Of the step, in the model's own units.
-        difference: Of the codes of the layer's input.
+        name: Of the quantizer; or of the output, behind the last of them.
+        difference: Of the codes of the layer's input; or of the output.
     """
 
     backend: str
     step: int
     time: float
-    difference: CodesDifference
+    name: str
+    difference: CodesDifference | OutputDifference
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class ModelComparison:
 
     Attributes:
         steps: The output, per backend and step.
-        layers: The layers whose codes differ, be it by rounding only, in the order in which they run.
+        layers: The layers whose codes differ, be it by rounding only, in the order in which they run; last the
+            output, if it differs by more than rounding.
         compared_codes: Codes compared per backend, over all steps and layers.
         quantizers: Names of those whose codes were compared, in the order in which they run.
         notes: What the reader has to know about how it was compared.
@@ -94,6 +97,11 @@ class ModelComparison:
     def faults(self) -> tuple[LayerResult, ...]:
         """The layers that rounding does not explain: first those of the first step, in the order they run."""
         return tuple(layer for layer in self.layers if not layer.difference)
+
+    def codes(self, backend: str) -> list[CodesDifference]:
+        """The differences in codes of one backend."""
+        found = [layer.difference for layer in self.layers if layer.backend == backend]
+        return [difference for difference in found if isinstance(difference, CodesDifference)]
 
 
 def compare_model(
@@ -212,7 +220,8 @@ def _compare_layers(
         expected, given = codes_by_quantizer(results.items()), given_codes(results)
         names.update(dict.fromkeys(expected))
         for backend in backends:
-            own = codes_by_quantizer(answers[backend](feed, given).items())
+            answer = answers[backend](feed, given)
+            own = codes_by_quantizer(answer.items())
             if absent := [name for name in expected if name not in own]:
                 missing[backend] = absent
             for name, codes in expected.items():
@@ -221,7 +230,10 @@ def _compare_layers(
                 difference = codes_difference(name, codes.values, own[name].values, fp8=codes.fp8)
                 counts[backend] += difference.count
                 if difference.differing:
-                    found.append(LayerResult(backend, step, time, difference))
+                    found.append(LayerResult(backend, step, time, name, difference))
+            behind = output_difference(results[OUTPUT], answer[OUTPUT], None)
+            if not behind:
+                found.append(LayerResult(backend, step, time, OUTPUT, behind))
     return found, counts, list(names), missing
 
 

@@ -21,12 +21,18 @@ class PrintedComparator(StepComparator):
         full_precision: Output of the model without quantization, one per step.
         times: Of the steps, in the model's own units.
         output: Name of the model's output.
+        given: Whether the implementation under test computes with the reference's codes.
     """
 
     def __init__(
-        self, full_precision: Sequence[np.ndarray[Any, Any]], times: Sequence[float], output: str = "output"
+        self,
+        full_precision: Sequence[np.ndarray[Any, Any]],
+        times: Sequence[float],
+        output: str = "output",
+        *,
+        given: bool = False,
     ) -> None:
-        super().__init__(full_precision, output)
+        super().__init__(full_precision, output, given=given)
         self.times = list(times)
         self._said: set[str] = set()
 

@@ -32,10 +32,15 @@ class StepComparator:
     Args:
         full_precision: Output of the model without quantization, one per step.
         output: Name of the model's output.
+        given: Whether the implementation under test computes with the reference's codes (a graph made by
+            :func:`~modelopt_tdq.compare.layers.with_given_codes`): nothing but rounding may then change its output.
     """
 
-    def __init__(self, full_precision: Sequence[np.ndarray[Any, Any]], output: str = "output") -> None:
+    def __init__(
+        self, full_precision: Sequence[np.ndarray[Any, Any]], output: str = "output", *, given: bool = False
+    ) -> None:
         self.full_precision, self.output = [np.asarray(a, np.float64) for a in full_precision], output
+        self.given = given
 
     def step(self, reference: np.ndarray[Any, Any]) -> int:
         """Index of the step that a reference output belongs to.
@@ -74,7 +79,8 @@ class StepComparator:
                 raise TdqError(
                     "output", self.output, "one of the results lacks it", f"It has {', '.join(list(outputs)[:8])}"
                 )
-        return output_difference(reference[self.output], result[self.output], self.full_precision[step])
+        exact = None if self.given else self.full_precision[step]
+        return output_difference(reference[self.output], result[self.output], exact)
 
     def __call__(
         self, reference: Mapping[str, Any], result: Mapping[str, Any]
@@ -83,8 +89,7 @@ class StepComparator:
 
         Returns:
             The output; then the codes of the quantizers that both results hold, in the order in which they run. With
-            codes of graphs made by :func:`~modelopt_tdq.compare.layers.with_given_codes`, every layer is judged by
-            itself; otherwise only the first that differs means anything.
+            given codes every layer is judged by itself; otherwise only the first that differs means anything.
 
         Raises:
             TdqError: The reference does not belong to any step, or one of the two lacks the output.

@@ -19,7 +19,7 @@ _MOST_LAYERS = 12
 def first_fault(layer: LayerResult) -> str:
     """One line on the first layer that rounding does not explain."""
     return (
-        f"First faulty layer: {layer.difference.name} in {layer.backend}, at time {layer.time:g} "
+        f"First faulty layer: {layer.name} in {layer.backend}, at time {layer.time:g} "
         f"(step {layer.step}): {layer.difference}"
     )
 
@@ -35,18 +35,16 @@ def render(comparison: ModelComparison) -> RenderableType:
 
     parts: list[RenderableType] = [TOLERANCES, *comparison.notes, _outputs(comparison)]
     for backend, count in comparison.compared_codes.items():
-        moved = sum(layer.difference.differing for layer in comparison.layers if layer.backend == backend)
+        moved = sum(codes.differing for codes in comparison.codes(backend))
         parts.append(f"{backend}: {moved} of {count} codes differ, with the reference's codes in all other layers")
     if comparison.faults:
         layers = Table(
             title="Layers whose codes rounding does not explain, in the order they run", title_justify="left"
         )
-        for column in ("time", "backend", "quantizer", "differing", "allowed", "of", "largest step"):
-            layers.add_column(column, justify="left" if column in ("backend", "quantizer") else "right")
+        for column in ("time", "backend", "layer", "found"):
+            layers.add_column(column, justify="right" if column == "time" else "left", overflow="fold")
         for layer in comparison.faults[:_MOST_LAYERS]:
-            d = layer.difference
-            numbers = (str(d.differing), str(d.allowed), str(d.count), str(d.largest))
-            layers.add_row(f"{layer.time:g}", layer.backend, Text(d.name), *numbers)
+            layers.add_row(f"{layer.time:g}", layer.backend, Text(layer.name), Text(str(layer.difference)))
         parts.append(layers)
         if len(comparison.faults) > _MOST_LAYERS:
             parts.append(f"and {len(comparison.faults) - _MOST_LAYERS} more")

@@ -42,7 +42,7 @@ def load_data() -> Iterator[Feeds]:
 
 
 @cache
-def comparator() -> PrintedComparator:
+def comparator(given: bool) -> PrintedComparator:
     """For ``compare.py``: knows the full-precision prediction of every step."""
     times = [float(feeds["timestep"]) for feeds, _ in trajectory()]
-    return PrintedComparator([prediction for _, prediction in trajectory()], times)
+    return PrintedComparator([prediction for _, prediction in trajectory()], times, given=given)
