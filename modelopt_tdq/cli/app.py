@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import modelopt_tdq
-from modelopt_tdq.cli import analyze, bench, demo, deploy, inspect, quantize
+from modelopt_tdq.cli import analyze, bench, compare, demo, deploy, export, inspect, quantize
 from modelopt_tdq.errors import TdqError
 
 __all__ = ["app"]
@@ -55,9 +55,10 @@ def _main(
 app.command("demo")(demo.demo)
 app.command("analyze")(analyze.analyze)
 app.command("quantize")(quantize.quantize)
-app.command("export")(deploy.export)
+app.command("export")(export.export)
+app.command("twin")(export.twin)
 app.command("build")(deploy.build)
-app.command("compare")(deploy.compare)
+app.command("compare")(compare.compare)
 app.command("report")(inspect.report)
 app.command("doctor")(inspect.doctor)
 app.add_typer(bench.bench, name="bench")

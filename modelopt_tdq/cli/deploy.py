@@ -1,61 +1,15 @@
-"""``modelopt-tdq export``, ``build`` and ``compare``."""
+"""``modelopt-tdq build``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
-from modelopt_tdq.cli.options import Folder
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["build", "compare", "export"]
-
-
-class Lowering(str, Enum):
-    """How time-dependent scales are written in ONNX."""
-
-    RATIO = "ratio"
-    REFERENCE = "reference"
-
-
-def export(
-    folder: Folder,
-    output: Annotated[Path, typer.Option(help="ONNX file to write.")] = Path("model.onnx"),
-    lowering: Annotated[
-        Lowering, typer.Option(help="ratio: for TensorRT and OpenVINO; reference: the yardstick, for ONNX Runtime.")
-    ] = Lowering.RATIO,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Batch size. Default: that of the calibration.", show_default=False)
-    ] = None,
-    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
-) -> None:
-    """Export a quantized model to ONNX, standard operators only.
-
-    The inputs have the names and shapes that calibration used. Calibrate with one time per sample to get an
-    ONNX file that takes one time per sample.
-    """
-    import logging
-    import warnings
-
-    from modelopt_tdq.export import export_onnx
-    from modelopt_tdq.model_folder import load_quantized, make_inputs
-
-    # torch's exporter tells of its own deprecations and of packages that it does without
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    found = load_quantized(folder)
-    inputs = make_inputs(found.inputs, batch)
-    report = export_onnx(found.model, output, inputs, lowering=lowering.value, dynamic_batch=dynamic_batch)
-    typer.echo(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
-    for name, reason in report.skipped:
-        typer.echo(f"  skipped {name}: {reason}")
-    if lowering is Lowering.RATIO:
-        typer.echo(f"Next: modelopt-tdq build {report.path}")
+__all__ = ["build"]
 
 
 def _sizes(texts: list[str]) -> dict[str, tuple[int, int, int]]:
@@ -155,52 +109,3 @@ def build(
         f"{report.engine}: {report.kernels} kernels, {low} of {len(report.quantized)} quantized layers in low "
         f"precision, {len(fallen)} in float ({report.backend} {report.backend_version})"
     )
-
-
-def _calls(described: dict[str, Any], times: torch.Tensor, argument: str, batch: int) -> Iterator[dict[str, Any]]:
-    from modelopt_tdq.model_folder import make_inputs
-
-    for step, time in enumerate(times):
-        inputs = make_inputs(described, batch, seed=step)
-        inputs[argument] = torch.full_like(inputs[argument], float(time))
-        yield inputs
-
-
-def compare(
-    folder: Folder,
-    onnx: Annotated[Path | None, typer.Option(help="Its export with --lowering ratio. Default: exported now.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Time steps to compare, spread over the table.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size; that of --onnx, if given.")] = 1,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(help="torch, onnxruntime, openvino; may be repeated. Default: those that are installed."),
-    ] = None,
-    layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Compare codes, layer by layer, too.")] = True,
-) -> None:
-    """Compare the quantized model with what it is exported to, per time step and per layer.
-
-    Exit status 1 if a backend differs from the reference by more than rounding explains.
-    """
-    import importlib.util
-
-    from rich.console import Console
-
-    from modelopt_tdq.compare import compare_model, render
-    from modelopt_tdq.model_folder import load_quantized
-    from modelopt_tdq.model_table import scale_table
-
-    found = load_quantized(folder)
-    table = scale_table(found.model)
-    rows = torch.linspace(0, len(table) - 1, min(steps, len(table))).round().long()
-    argument = table.metadata["timestep_argument"]
-    installed = [b for b in ("torch", "onnxruntime", "openvino") if importlib.util.find_spec(b)]
-    comparison = compare_model(
-        found.model,
-        _calls(found.inputs, table.timesteps[rows], argument, batch),
-        backends=backend or installed,
-        layers=layers,
-        ratio_path=onnx,
-    )
-    Console().print(render(comparison))
-    if not comparison.passed:
-        raise typer.Exit(1)

@@ -1,22 +1,39 @@
 """Is the deployed model the one that was quantized? Per time step, and layer by layer."""
 
-from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference, output_difference
+from modelopt_tdq.compare.backends import BACKENDS, TORCH, Backend
+from modelopt_tdq.compare.layers import given_codes, returning_codes, with_given_codes
+from modelopt_tdq.compare.metrics import (
+    TOLERANCES,
+    CodesDifference,
+    OutputDifference,
+    codes_difference,
+    output_difference,
+)
 from modelopt_tdq.compare.model import LayerResult, ModelComparison, StepResult, compare_model
+from modelopt_tdq.compare.printed import PrintedComparator
 from modelopt_tdq.compare.runners import session_runner, torch_runner
 from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.compare.table import render
 
 __all__ = [
+    "BACKENDS",
+    "TOLERANCES",
+    "TORCH",
+    "Backend",
     "CodesDifference",
     "LayerResult",
     "ModelComparison",
     "OutputDifference",
+    "PrintedComparator",
     "StepComparator",
     "StepResult",
     "codes_difference",
     "compare_model",
+    "given_codes",
     "output_difference",
     "render",
+    "returning_codes",
     "session_runner",
     "torch_runner",
+    "with_given_codes",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,23 @@ from torch import nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.output_error import full_precision
-from modelopt_tdq.compare.layers import GIVEN, code_tensors, given_codes, with_given_codes
-from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference
+from modelopt_tdq.compare.backends import BACKENDS, TORCH, Deployed, deployed
+from modelopt_tdq.compare.layers import codes_by_quantizer, given_codes, returning_codes, with_given_codes
+from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference, output_difference
 from modelopt_tdq.compare.runners import OUTPUT, call_model, session_runner, torch_runner
-from modelopt_tdq.compare.steps import CODES_SUFFIX, StepComparator
+from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.inputs import flatten_inputs
+from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
 from modelopt_tdq.timestep import find_timestep
 
-__all__ = ["BACKENDS", "REFERENCE", "LayerResult", "ModelComparison", "StepResult", "compare_model"]
-
-#: What can be compared with the reference.
-BACKENDS = ("torch", "onnxruntime", "openvino")
+__all__ = ["REFERENCE", "LayerResult", "ModelComparison", "StepResult", "compare_model"]
 
 #: Name of the reference: the reference graph in ONNX Runtime, run node by node.
 REFERENCE = "reference"
+
+#: An array by the name of an input or output, of one call.
+_Arrays = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class StepResult:
 
     Attributes:
         backend: Its name.
+        step: Which call it was, from 0.
         time: Of the step, in the model's own units; the smallest where every sample has its own.
         difference: Of the model's first output.
     """
 
     backend: str
+    step: int
     time: float
     difference: OutputDifference
 
@@ -52,13 +56,17 @@ class LayerResult:
 
     Attributes:
         backend: Its name.
+        step: Which call it was, from 0.
         time: Of the step, in the model's own units.
-        difference: Of the codes of the layer's input.
+        name: Of the quantizer; or of the output, behind the last of them.
+        difference: Of the codes of the layer's input; or of the output.
     """
 
     backend: str
+    step: int
     time: float
-    difference: CodesDifference
+    name: str
+    difference: CodesDifference | OutputDifference
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,18 @@ class ModelComparison:
 
     Attributes:
         steps: The output, per backend and step.
-        layers: The layers whose codes differ, be it by rounding only, in the order in which they run.
+        layers: The layers whose codes differ, be it by rounding only, in the order in which they run; last the
+            output, if it differs by more than rounding.
         compared_codes: Codes compared per backend, over all steps and layers.
+        quantizers: Names of those whose codes were compared, in the order in which they run.
+        notes: What the reader has to know about how it was compared.
     """
 
     steps: tuple[StepResult, ...]
     layers: tuple[LayerResult, ...]
     compared_codes: Mapping[str, int]
+    quantizers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -85,39 +98,48 @@ class ModelComparison:
         """The layers that rounding does not explain: first those of the first step, in the order they run."""
         return tuple(layer for layer in self.layers if not layer.difference)
 
+    def codes(self, backend: str) -> list[CodesDifference]:
+        """The differences in codes of one backend."""
+        found = [layer.difference for layer in self.layers if layer.backend == backend]
+        return [difference for difference in found if isinstance(difference, CodesDifference)]
+
 
 def compare_model(
     model: nn.Module,
     inputs: Iterable[Mapping[str, Any]],
     *,
-    backends: Sequence[str] = BACKENDS,
+    backends: Sequence[str] = (TORCH, *BACKENDS),
     layers: bool = True,
     reference_path: str | os.PathLike[str] | None = None,
-    ratio_path: str | os.PathLike[str] | None = None,
+    lowered_path: str | os.PathLike[str] | None = None,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     progress: bool = True,
 ) -> ModelComparison:
     """Run a quantized model in several backends over several time steps, and compare.
 
-    The yardstick is the reference graph in ONNX Runtime; "torch" is the model itself, "onnxruntime" and
-    "openvino" run the graph lowered by ratios. (OpenVINO converts to FP8 by way of float16, which moves about
-    4 in 1000 codes by a step, so an FP8 model may well differ by more than its quantization noise there.)
+    The yardstick is the reference graph in ONNX Runtime; "torch" is the model itself, the others run the lowered
+    graph: of lowering "plugin" its plugin-free twin; where the table is an input, with the model's own table.
+    (OpenVINO converts to FP8 by way of float16, which moves about 4 in 1000 codes by a step, so an FP8 model may
+    well differ by more than its quantization noise there.)
 
     Args:
         model: The module that ``mtq.quantize`` was called with.
         inputs: Arguments of the model's ``forward`` by name, one mapping per time step; their shapes, and
             what is no tensor, are the same in all of them.
-        backends: Which to compare.
-        layers: Compare codes, layer by layer, too ("openvino" fuses differently then, and is left out).
+        backends: Which to compare: "torch", and names of :data:`~modelopt_tdq.compare.backends.BACKENDS`.
+        layers: Compare codes, layer by layer, too (only in backends that compute the graph as it stands).
         reference_path: The reference graph, if it has been exported already.
-        ratio_path: The lowered graph, likewise.
+        lowered_path: The lowered graph, likewise. Left out, it is exported by ratios.
+        files: What a backend runs in place of the lowered graph, such as an engine built from it.
         progress: Show a progress bar.
 
     Raises:
         TdqError: A backend is not known, there are no inputs, or export fails.
         MissingExtraError: Polygraphy or a backend is not installed.
     """
-    if unknown := [backend for backend in backends if backend not in BACKENDS]:
-        raise TdqError("backends", unknown, "not known", f"Use some of {', '.join(BACKENDS)}")
+    known = (TORCH, *BACKENDS)
+    if unknown := [backend for backend in backends if backend not in known]:
+        raise TdqError("backends", unknown, "not known", f"Use some of {', '.join(known)}")
     calls = list(inputs)
     if not calls:
         raise TdqError("inputs", calls, "empty", "Pass the arguments of one call per time step")
@@ -125,110 +147,102 @@ def compare_model(
     argument = None if delivery is None else delivery.argument
     flat = [flatten_inputs(call, argument) for call in calls]
     feeds = [{n: t.detach().cpu().numpy() for n, t in zip(f.names, f.tensors, strict=True)} for f in flat]
-    fixed = flat[0].rest
     times = [float(np.min(feed[argument])) if argument in feed else float(k) for k, feed in enumerate(feeds)]
-    with tempfile.TemporaryDirectory() as folder:
-        graphs = _graphs(model, calls[0], Path(folder), reference_path, ratio_path, backends)
-        with full_precision(model):
-            exact = [call_model(model, feed, fixed)[OUTPUT] for feed in feeds]
-        steps = _compare_outputs(model, graphs, feeds, fixed, backends, exact, times)
-        compared = [backend for backend in backends if backend != "openvino"] if layers else []
-        found, counts = _compare_layers(model, graphs, feeds, fixed, compared, times, progress)
-    return ModelComparison(tuple(steps), tuple(found), counts)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        reference = Path(reference_path or _exported(model, calls[0], folder, "reference"))
+        lowered = None
+        if any(backend != TORCH for backend in backends):
+            lowered = deployed(lowered_path or _exported(model, calls[0], folder, "ratio"), model, folder)
+        run = _Run(model, flat[0].rest, reference, lowered, files or {}, folder)
+        found = _compare_outputs(run, feeds, backends, times)
+        compared = [b for b in backends if b == TORCH or BACKENDS[b].layers] if layers else []
+        differing, counts, names, missing = _compare_layers(run, feeds, compared, times, progress)
+    notes = [lowered.note] if lowered is not None and lowered.note else []
+    notes += [f"{backend}: the codes of {', '.join(absent)} were not compared" for backend, absent in missing.items()]
+    return ModelComparison(tuple(found), tuple(differing), counts, tuple(names), tuple(notes))
 
 
-def _graphs(
-    model: nn.Module,
-    sample: Mapping[str, Any],
-    folder: Path,
-    reference_path: str | os.PathLike[str] | None,
-    ratio_path: str | os.PathLike[str] | None,
-    backends: Sequence[str],
-) -> dict[str, Path]:
+@dataclass(frozen=True)
+class _Run:
+    """What is run: the model with its fixed arguments, and the graphs; and a folder for more of them."""
+
+    model: nn.Module
+    fixed: Mapping[str, Any]
+    reference: Path
+    lowered: Deployed | None
+    files: Mapping[str, str | os.PathLike[str]]
+    folder: Path
+
+    def runner(self, backend: str, sample: _Arrays) -> Any:
+        if backend == TORCH or self.lowered is None:
+            return torch_runner(self.model, sample, fixed=self.fixed)
+        session = BACKENDS[backend].open(Path(self.files.get(backend, self.lowered.path)))
+        return session_runner(backend, session, sample, self.lowered.table)
+
+
+def _exported(model: nn.Module, sample: Mapping[str, Any], folder: Path, lowering: Any) -> Path:
     from modelopt_tdq.export.onnx_export import export_onnx
 
-    graphs = {}
-    if reference_path is None:
-        reference_path = export_onnx(model, folder / "reference.onnx", sample, lowering="reference").path
-    graphs["reference"] = Path(reference_path)
-    if any(backend != "torch" for backend in backends):
-        if ratio_path is None:
-            ratio_path = export_onnx(model, folder / "ratio.onnx", sample, lowering="ratio").path
-        graphs["ratio"] = Path(ratio_path)
-    return graphs
+    return export_onnx(model, folder / f"{lowering}.onnx", sample, lowering=lowering).path
 
 
-def _compare_outputs(
-    model: nn.Module,
-    graphs: Mapping[str, Path],
-    feeds: list[dict[str, Any]],
-    fixed: Mapping[str, Any],
-    backends: Sequence[str],
-    exact: list[Any],
-    times: list[float],
-) -> list[StepResult]:
+def _compare_outputs(run: _Run, feeds: list[_Arrays], backends: Sequence[str], times: list[float]) -> list[StepResult]:
     """All steps in all backends, by Polygraphy's own Comparator."""
-    from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-    from modelopt_tdq.runtime.openvino import OpenVinoSession
-
-    runners = [session_runner(REFERENCE, OnnxRuntimeSession(graphs["reference"]), feeds[0])]
-    for backend in backends:
-        if backend == "torch":
-            runners.append(torch_runner(model, feeds[0], fixed=fixed))
-        elif backend == "onnxruntime":
-            runners.append(session_runner(backend, OnnxRuntimeSession(graphs["ratio"]), feeds[0]))
-        else:
-            runners.append(session_runner(backend, OpenVinoSession(graphs["ratio"]), feeds[0]))
+    with full_precision(run.model):
+        exact = [call_model(run.model, feed, run.fixed)[OUTPUT] for feed in feeds]
+    runners = [session_runner(REFERENCE, OnnxRuntimeSession(run.reference), feeds[0])]
+    runners += [run.runner(backend, feeds[0]) for backend in backends]
     logger = require("polygraphy.logger", "compare").G_LOGGER
     with logger.verbosity(logger.CRITICAL):
         results = dict(require("polygraphy.comparator", "compare").Comparator.run(runners, data_loader=feeds))
     comparator = StepComparator(exact, OUTPUT)
     return [
-        StepResult(backend, times[step], comparator.output_at(step, reference, results[backend][step]))
+        StepResult(backend, step, times[step], comparator.output_at(step, reference, results[backend][step]))
         for step, reference in enumerate(results[REFERENCE])
         for backend in backends
     ]
 
 
 def _compare_layers(
-    model: nn.Module,
-    graphs: Mapping[str, Path],
-    feeds: list[dict[str, Any]],
-    fixed: Mapping[str, Any],
-    backends: Sequence[str],
-    times: list[float],
-    progress: bool,
-) -> tuple[list[LayerResult], dict[str, int]]:
-    from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-
-    found: list[LayerResult] = []
-    counts = dict.fromkeys(backends, 0)
+    run: _Run, feeds: list[_Arrays], backends: Sequence[str], times: list[float], progress: bool
+) -> tuple[list[LayerResult], dict[str, int], list[str], dict[str, list[str]]]:
+    """Layers whose codes differ; codes compared per backend; quantizers; and those that a backend does not have."""
     if not backends:
-        return found, counts
-    onnx = require("onnx", "onnx")
-    reference = OnnxRuntimeSession(graphs["reference"], codes=True)
-    fp8 = code_tensors(onnx.load(str(graphs["reference"])))
-    if "onnxruntime" in backends:
-        lowered = onnx.load(str(graphs["ratio"]))
-        plain = OnnxRuntimeSession(lowered, codes=True)
-        cut = OnnxRuntimeSession(with_given_codes(lowered), codes=True)
-    for feed, time in zip(tqdm(feeds, desc="comparing layers", disable=not progress), times, strict=True):
-        expected = reference(feed)
+        return [], {}, [], {}
+    graph = require("onnx", "onnx").load(str(run.reference))
+    reference = OnnxRuntimeSession(returning_codes(graph))
+    answers = {backend: _layer_by_layer(run, graph, backend) for backend in backends}
+    found, counts, names, missing = [], dict.fromkeys(backends, 0), dict[str, None](), {}
+    progress_bar = tqdm(feeds, desc="comparing layers", disable=not progress)
+    for step, (feed, time) in enumerate(zip(progress_bar, times, strict=True)):
+        results = reference(feed)
+        expected, given = codes_by_quantizer(results.items()), given_codes(results)
+        names.update(dict.fromkeys(expected))
         for backend in backends:
-            if backend == "torch":
-                codes = call_model(model, feed, fixed, codes=True, given=_only_codes(expected))
-            else:
-                given = given_codes(expected, _only_codes(plain(feed)))
-                codes = cut({**feed, **{name + GIVEN: array for name, array in given.items()}})
-            for name, is_fp8 in fp8.items():
-                if name not in codes:
+            answer = answers[backend](feed, given)
+            own = codes_by_quantizer(answer.items())
+            if absent := [name for name in expected if name not in own]:
+                missing[backend] = absent
+            for name, codes in expected.items():
+                if name not in own:
                     continue
-                difference = codes_difference(name.removesuffix(CODES_SUFFIX), expected[name], codes[name], fp8=is_fp8)
+                difference = codes_difference(name, codes.values, own[name].values, fp8=codes.fp8)
                 counts[backend] += difference.count
                 if difference.differing:
-                    found.append(LayerResult(backend, time, difference))
-    return found, counts
+                    found.append(LayerResult(backend, step, time, name, difference))
+            behind = output_difference(results[OUTPUT], answer[OUTPUT], None)
+            if not behind:
+                found.append(LayerResult(backend, step, time, OUTPUT, behind))
+    return found, counts, list(names), missing
 
 
-def _only_codes(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: array for name, array in results.items() if CODES_SUFFIX in name}
+def _layer_by_layer(run: _Run, reference: Any, backend: str) -> Callable[[_Arrays, _Arrays], _Arrays]:
+    """From feeds, and codes to compute with, to the codes of every layer."""
+    if backend == TORCH or run.lowered is None:
+        return lambda feed, given: call_model(run.model, feed, run.fixed, codes=True, given=given)
+    onnx, table = require("onnx", "onnx"), run.lowered.table
+    file = run.folder / "layers.onnx"
+    onnx.save(with_given_codes(run.lowered.graph, reference), str(file))
+    session = BACKENDS[backend].open(file)
+    return lambda feed, given: session({**feed, **table, **{n: given[n] for n in session.inputs if n in given}})

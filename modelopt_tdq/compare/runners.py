@@ -6,38 +6,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.calibration.replay import first_tensor
-from modelopt_tdq.compare.steps import CODES_SUFFIX
+from modelopt_tdq.compare.backends import Session
+from modelopt_tdq.compare.layers import GIVEN
 from modelopt_tdq.errors import require
 from modelopt_tdq.fake_quant import dequantize, quantize
 from modelopt_tdq.model_table import temporal_quantizers
 from modelopt_tdq.quantizer import TemporalQuantizer
 
-__all__ = ["OUTPUT", "Session", "call_model", "session_runner", "torch_runner"]
+__all__ = ["OUTPUT", "call_model", "session_runner", "torch_runner"]
 
 #: What an exported graph calls the first output of the model.
 OUTPUT = "output"
 
 Feeds = Mapping[str, Any]
-
-
-class Session(Protocol):
-    """What :class:`~modelopt_tdq.runtime.onnxruntime.OnnxRuntimeSession` and OpenVinoSession have in common."""
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        """NumPy dtype of each input."""
-        ...
-
-    def __call__(self, inputs: Feeds) -> dict[str, np.ndarray[Any, Any]]:
-        """Outputs by name."""
-        ...
 
 
 def _runner(name: str, sample: Feeds, dtypes: Mapping[str, Any], run: Callable[[Feeds], dict[str, Any]]) -> Any:
@@ -61,18 +49,23 @@ def _runner(name: str, sample: Feeds, dtypes: Mapping[str, Any], run: Callable[[
     return Runner(name=name)
 
 
-def session_runner(name: str, session: Session, sample: Feeds) -> Any:
+def session_runner(name: str, session: Session, sample: Feeds, fixed: Feeds | None = None) -> Any:
     """A Polygraphy ``BaseRunner`` for one of our sessions: OpenVINO, or ONNX Runtime run node by node.
 
     Args:
         name: Of the runner, as reports show it.
         session: Takes arrays by name, returns arrays by name.
         sample: Arrays of one call by name; only their ranks are looked at.
+        fixed: Inputs that are the same in every call.
 
     Raises:
         MissingExtraError: Polygraphy is not installed.
     """
-    return _runner(name, sample, session.inputs, session)
+
+    def run(feeds: Feeds) -> dict[str, Any]:
+        return session({**feeds, **(fixed or {})})
+
+    return _runner(name, sample, session.inputs, run)
 
 
 def torch_runner(
@@ -111,8 +104,10 @@ def call_model(
         model: Called without gradients.
         feeds: Arrays by argument name; ``outer.inner`` for entries of a mapping.
         fixed: Other arguments.
-        codes: Return the codes of all temporal quantizers too, as "<quantizer>/codes" in float32.
-        given: Codes that quantizers pass on in place of their own (which are still what is returned).
+        codes: Return the codes of all temporal quantizers too, under the names and in the form of
+            :func:`~modelopt_tdq.compare.layers.returning_codes`.
+        given: Codes that quantizers pass on in place of their own (which are still what is returned), from
+            :func:`~modelopt_tdq.compare.layers.given_codes`.
     """
     arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (fixed or {}).items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -139,14 +134,15 @@ def _tapped(model: nn.Module, found: dict[str, Any], given: Mapping[str, Any]) -
             if quantizer.pre_quant_scale is not None:
                 x = x * quantizer.pre_quant_scale
             rows = quantizer._rows(x)
-            key, count = name + CODES_SUFFIX, 0
-            while key in found:  # a layer that runs more than once
+            kind = "int8" if isinstance(quantizer.num_bits, int) else "fp8"
+            key, count = f"{name}/codes", 0
+            while f"{key}:{kind}" in found:  # a layer that runs more than once
                 count += 1
-                key = f"{name}{CODES_SUFFIX}_{count}"
-            found[key] = quantize(x, rows.scale, rows.offset, quantizer.num_bits).cpu().numpy()
-            if key not in given:
+                key = f"{name}/codes_{count}"
+            found[f"{key}:{kind}"] = quantize(x, rows.scale, rows.offset, quantizer.num_bits).float().cpu().numpy()
+            if key + GIVEN not in given:
                 return None
-            codes = torch.as_tensor(np.asarray(given[key], np.float32)).to(x.device).reshape(x.shape)
+            codes = torch.as_tensor(np.asarray(given[key + GIVEN], np.float32)).to(x.device).reshape(x.shape)
             return dequantize(codes, rows.value_scale, rows.value_offset).to(output.dtype)
 
         return hook

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from modelopt_tdq.compare.layers import codes_by_quantizer
 from modelopt_tdq.compare.metrics import (
     CodesDifference,
     OutputDifference,
@@ -19,10 +20,7 @@ from modelopt_tdq.compare.metrics import (
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.metrics import sqnr_db
 
-__all__ = ["CODES_SUFFIX", "StepComparator"]
-
-#: An exported graph calls the codes of a quantizer "<quantizer>/codes".
-CODES_SUFFIX = "/codes"
+__all__ = ["StepComparator"]
 
 
 class StepComparator:
@@ -34,13 +32,15 @@ class StepComparator:
     Args:
         full_precision: Output of the model without quantization, one per step.
         output: Name of the model's output.
-        fp8: Whether codes are FP8 E4M3 values rather than integers.
+        given: Whether the implementation under test computes with the reference's codes (a graph made by
+            :func:`~modelopt_tdq.compare.layers.with_given_codes`): nothing but rounding may then change its output.
     """
 
     def __init__(
-        self, full_precision: Sequence[np.ndarray[Any, Any]], output: str = "output", *, fp8: bool = False
+        self, full_precision: Sequence[np.ndarray[Any, Any]], output: str = "output", *, given: bool = False
     ) -> None:
-        self.full_precision, self.output, self.fp8 = [np.asarray(a, np.float64) for a in full_precision], output, fp8
+        self.full_precision, self.output = [np.asarray(a, np.float64) for a in full_precision], output
+        self.given = given
 
     def step(self, reference: np.ndarray[Any, Any]) -> int:
         """Index of the step that a reference output belongs to.
@@ -79,7 +79,8 @@ class StepComparator:
                 raise TdqError(
                     "output", self.output, "one of the results lacks it", f"It has {', '.join(list(outputs)[:8])}"
                 )
-        return output_difference(reference[self.output], result[self.output], self.full_precision[step])
+        exact = None if self.given else self.full_precision[step]
+        return output_difference(reference[self.output], result[self.output], exact)
 
     def __call__(
         self, reference: Mapping[str, Any], result: Mapping[str, Any]
@@ -87,8 +88,8 @@ class StepComparator:
         """Compare two results as Polygraphy's Comparator hands them over.
 
         Returns:
-            The output; then the codes that both results hold, in the reference's order, up to the first that
-            differ. Those behind would only tell how the difference spreads.
+            The output; then the codes of the quantizers that both results hold, in the order in which they run. With
+            given codes every layer is judged by itself; otherwise only the first that differs means anything.
 
         Raises:
             TdqError: The reference does not belong to any step, or one of the two lacks the output.
@@ -96,9 +97,8 @@ class StepComparator:
         compared: OrderedDict[str, OutputDifference | CodesDifference] = OrderedDict()
         step = self.step(np.asarray(reference[self.output])) if self.output in reference else 0
         compared[self.output] = self.output_at(step, reference, result)
-        for name in reference:
-            if name.endswith(CODES_SUFFIX) and name in result:
-                compared[name] = difference = codes_difference(name, reference[name], result[name], fp8=self.fp8)
-                if difference.differing:
-                    break
+        own = codes_by_quantizer((name, result[name]) for name in result)
+        for name, codes in codes_by_quantizer((name, reference[name]) for name in reference).items():
+            if name in own:
+                compared[name] = codes_difference(name, codes.values, own[name].values, fp8=codes.fp8)
         return compared

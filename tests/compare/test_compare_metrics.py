@@ -32,6 +32,16 @@ def test_without_quantization_noise_float32_rounding_passes() -> None:
     assert not output_difference(exact, exact * 1.0001, exact)
 
 
+def test_behind_given_codes_only_rounding_passes() -> None:
+    exact = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    assert output_difference(exact, exact * np.float32(1 + 2e-7), None)
+    assert not output_difference(exact, exact * np.float32(1.0001), None)
+    assert "rounding" in str(output_difference(exact, exact, None))
+    half = exact.astype(np.float16)
+    assert output_difference(half, np.nextafter(half, np.float16(9)), None)
+    assert not output_difference(half, half * np.float16(1.01), None)
+
+
 def test_rounding_moves_few_codes_by_one_step() -> None:
     codes = np.random.default_rng(0).integers(-127, 127, 10_000)
     few, many, far = codes.copy(), codes.copy(), codes.copy()

@@ -5,44 +5,77 @@ import onnx
 import pytest
 from support.models import FAMILIES, quantized
 
-from modelopt_tdq.compare.layers import GIVEN, code_tensors, given_codes, with_given_codes
+import modelopt_tdq as tdq
+from modelopt_tdq.compare.layers import codes_by_quantizer, given_codes, returning_codes, with_given_codes
 from modelopt_tdq.export import export_onnx
 from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
 
 DATA = FAMILIES["plain"].data()
 FEED = {name: tensor.numpy() for name, tensor in DATA[0].items()}
+LAYERS = [f"{layer}.input_quantizer" for layer in ("conv1", "mix", "conv2")]
 
 
 @pytest.mark.parametrize("bits", [8, (4, 3)], ids=["int8", "fp8"])
 def test_a_layer_sees_the_given_codes_and_answers_with_its_own(tmp_path: Path, bits: object) -> None:
     path = export_onnx(quantized(weight_bits=bits, activation_bits=bits), tmp_path / "m.onnx", DATA[0]).path
     graph = onnx.load(path)
-    tensors = code_tensors(graph)
-    assert list(tensors) == [f"{layer}.input_quantizer/codes" for layer in ("conv1", "mix", "conv2")]
-    assert set(tensors.values()) == {bits == (4, 3)}
-    own = OnnxRuntimeSession(graph, codes=True)(FEED)
-    cut = OnnxRuntimeSession(with_given_codes(graph), codes=True)
+    results = OnnxRuntimeSession(returning_codes(graph))(FEED)
+    own = codes_by_quantizer(results.items())
+    assert list(own) == LAYERS
+    assert {codes.fp8 for codes in own.values()} == {bits == (4, 3)}
+    assert all(codes.values.dtype == np.float32 for codes in own.values())
+    assert len(np.unique(own[LAYERS[0]].values)) > 50
+    cut = with_given_codes(graph, graph)
+    onnx.checker.check_model(cut, full_check=True)
+    session = OnnxRuntimeSession(cut)
+    assert session.shapes[f"{LAYERS[0]}/codes:given"] == (2, 8, 8, 8)
 
-    def answer(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return cut({**FEED, **{name + GIVEN: codes for name, codes in given.items()}})
-
-    first, second, third = tensors
-    given = {name: own[name] for name in tensors}
-    same = answer(given)
-    for name in (*tensors, "output"):
-        np.testing.assert_array_equal(same[name], own[name])
-    changed = answer({**given, second: np.zeros_like(own[second])})
-    np.testing.assert_array_equal(changed[first], own[first])
-    np.testing.assert_array_equal(changed[second], own[second])
-    assert not np.array_equal(changed[third], own[third])
+    given = given_codes(results)
+    same = session({**FEED, **given})
+    assert set(same) == set(results)
+    for name in same:
+        np.testing.assert_array_equal(same[name], results[name])
+    zeros = {f"{LAYERS[1]}/codes:given": np.zeros_like(own[LAYERS[1]].values)}
+    changed = codes_by_quantizer(session({**FEED, **given, **zeros}).items())
+    np.testing.assert_array_equal(changed[LAYERS[0]].values, own[LAYERS[0]].values)
+    np.testing.assert_array_equal(changed[LAYERS[1]].values, own[LAYERS[1]].values)
+    assert not np.array_equal(changed[LAYERS[2]].values, own[LAYERS[2]].values)
     assert len(graph.graph.input) == 2  # the original is untouched
 
 
-def test_given_codes_keep_the_padding_that_is_the_layers_own() -> None:
-    reference = {"a": np.ones((1, 1, 2, 2)), "c": np.ones(3)}
-    own = {"a": np.full((1, 1, 4, 4), -5.0), "b": np.zeros(2)}
-    given = given_codes(reference, own)
-    np.testing.assert_array_equal(given["a"][0, 0], np.pad(np.ones((2, 2)), 1, constant_values=-5))
-    np.testing.assert_array_equal(given["b"], own["b"])
-    assert set(given) == {"a", "b"}
-    assert (own["a"] == -5).all()
+def test_a_layer_that_pads_keeps_its_own_border(tmp_path: Path) -> None:
+    model = quantized(asymmetric=True)
+    graphs = {
+        lowering: onnx.load(export_onnx(model, tmp_path / f"{lowering}.onnx", DATA[0], lowering=lowering).path)
+        for lowering in ("reference", "ratio")
+    }
+    reference = OnnxRuntimeSession(returning_codes(graphs["reference"]))(FEED)
+    plain = OnnxRuntimeSession(returning_codes(graphs["ratio"]))(FEED)
+    padded = f"{LAYERS[2]}/codes:int8"
+    assert (reference[padded].shape, plain[padded].shape) == ((2, 8, 8, 8), (2, 8, 10, 10))
+    assert np.abs(plain[padded][0, 0, 0]).min() > 0  # the code of zero, which is not zero
+    session = OnnxRuntimeSession(with_given_codes(graphs["ratio"], graphs["reference"]))
+    answer = session({**FEED, **given_codes(reference)})
+    np.testing.assert_array_equal(answer[padded], plain[padded])
+    np.testing.assert_allclose(answer["output"], reference["output"], rtol=0, atol=1e-6)
+
+
+def test_codes_that_only_one_of_the_graphs_has_are_not_given(tmp_path: Path) -> None:
+    graph = onnx.load(export_onnx(quantized(), tmp_path / "m.onnx", DATA[0]).path)
+    other = onnx.ModelProto.FromString(
+        graph.SerializeToString().replace(b"mix.input_quantizer", b"mix.input_quantized")
+    )
+    session = OnnxRuntimeSession(with_given_codes(graph, other))
+    assert set(session.inputs) == {*FEED, f"{LAYERS[0]}/codes:given", f"{LAYERS[2]}/codes:given"}
+    results = OnnxRuntimeSession(returning_codes(other))(FEED)
+    given = {name: codes for name, codes in given_codes(results).items() if name in session.inputs}
+    answer = session({**FEED, **given})
+    assert list(codes_by_quantizer(answer.items())) == [LAYERS[0], LAYERS[2]]
+    np.testing.assert_array_equal(answer["output"], results["output"])
+
+
+def test_graphs_of_different_models(tmp_path: Path) -> None:
+    graph = onnx.load(export_onnx(quantized(), tmp_path / "m.onnx", DATA[0]).path)
+    other = onnx.ModelProto.FromString(graph.SerializeToString().replace(b"input_quantizer", b"input_quantized"))
+    with pytest.raises(tdq.TdqError, match="no quantizer in common with the reference"):
+        with_given_codes(graph, other)

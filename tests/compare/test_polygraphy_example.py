@@ -1,21 +1,25 @@
-"""The commands of trt_examples/polygraphy/README.md, as they are printed there."""
+"""The commands of trt_examples/polygraphy/README.md, as they are printed there, run in this process."""
 
-import copy
-import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import modelopt.torch.quantization as mtq
+import onnx
 import pytest
 import torch
-from support.models import fast_config
+from support.export import lowered, trace
+from support.models import FAMILIES, fast_config
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export import export_onnx
+from modelopt_tdq.export.twin import write_twin
 from modelopt_tdq.model_folder import load_model
 from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
 
@@ -23,76 +27,161 @@ pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("polygraphy")
 
+import diffusers
+from polygraphy.logger import G_LOGGER
+from polygraphy.tools import main as polygraphy
+
 EXAMPLE = Path(__file__).parents[2] / "trt_examples" / "polygraphy"
-MODEL = Path(__file__).parents[2] / "trt_examples" / "ddim_cifar10" / "model"
-README = (EXAMPLE / "README.md").read_text()
-COMMANDS = re.findall(r"^ *(polygraphy run (?:.*\\\n)*.*)$", README, re.MULTILINE)
-CODES = re.search(r"^CODES=\$\((python -c .*)\)$", README, re.MULTILINE)
+BUNDLED = Path(__file__).parents[2] / "trt_examples" / "ddim_cifar10" / "model"
+BLOCKS = re.findall(r"```bash\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)
+COMMANDS = re.findall(r"^ *((?:polygraphy run|python) (?:.*\\\n)*.*)$", "".join(BLOCKS), re.MULTILINE)
+GRAPHS, REFERENCE, OUTPUTS, LAYERS, *TABLE = COMMANDS
+
+#: A step of 20, counted from the noise, and the row of the table that belongs to its time.
+STEP, ROW = 7, 12
+STEPS = range(20)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first step of the README makes, with a faster calibration, and a fault at the third of five steps."""
-    torch.manual_seed(0)
-    target = tmp_path_factory.mktemp("polygraphy")
-    for script in ("data_loader.py", "compare.py"):
-        shutil.copy(EXAMPLE / script, target)
-    model, scheduler = load_model(MODEL), load_scheduler(MODEL)
-    start = noise(2, sample_shape(model), 0)
-    mtq.quantize(model, fast_config(), lambda m: sample(m, scheduler, start, 5))
-    inputs = {"sample": start, "timestep": scheduler.timesteps[0]}
-    export_onnx(model, target / "reference.onnx", inputs, lowering="reference")
-    table = tdq.scale_table(model)
-    for name, columns, factor in (("wrong_row", slice(None), 1.5), ("wrong_entry", slice(9, 10), 1.02)):
-        scale = table.scale.clone()
-        scale[2, columns] *= factor
-        wrong = copy.deepcopy(model)
-        tdq.set_scale_table(wrong, tdq.ScaleTable(table.timesteps, scale, table.names))
-        export_onnx(wrong, target / f"{name}.onnx", inputs)
-    (target / "wrong_entry.txt").write_text(table.names[9])
-    return target
+@dataclass
+class Example:
+    """A folder with the scripts of the example, and the graphs that its README has made."""
+
+    folder: Path
+    model: torch.nn.Module
+    graph: Any
+
+    def lowered(self, factor: float, columns: Any = slice(None), lowering: str = "ratio") -> onnx.ModelProto:
+        """The graph for deployment, with wrong scales in one row."""
+        table = tdq.scale_table(self.model)
+        wrong = torch.ones_like(table.scale)
+        wrong[ROW, columns] = factor
+        offset = None if table.offset is None else table.offset * wrong  # zero keeps its code
+        tdq.set_scale_table(self.model, tdq.ScaleTable(table.timesteps, table.scale * wrong, table.names, offset))
+        try:
+            return lowered(self.graph, lowering, self.model).proto
+        finally:
+            tdq.set_scale_table(self.model, table)
 
 
-def run(command: str, folder: Path, graph: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README in ``folder``, with another graph in the place of ratio.onnx."""
-    scripts = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    words = shlex.split(command.replace("\\\n", " ").replace("ratio.onnx", graph))
-    if "$CODES" in words:
-        assert CODES is not None
-        listed = subprocess.run(
-            shlex.split(CODES[1].replace("ratio.onnx", graph)),
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        at = words.index("$CODES")
-        words[at : at + 1] = listed.stdout.split()
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+def make(folder: Path, source: Path, config: dict[str, Any]) -> Example:
+    """What the first step of the README makes, with a faster calibration."""
+    for script in EXAMPLE.glob("*.py"):
+        text = script.read_text()
+        assert script.name != "data_loader.py" or "MODEL = bundled_model()" in text
+        (folder / script.name).write_text(text.replace("MODEL = bundled_model()", f"MODEL = {str(source)!r}"))
+    model, scheduler = load_model(source), load_scheduler(source)
+    start = noise(1, sample_shape(model), 0)
+    mtq.quantize(model, config, lambda m: sample(m, scheduler, start, len(STEPS)))
+    example = Example(folder, model, trace(model, {"sample": start, "timestep": scheduler.timesteps[0]}))
+    onnx.save(example.lowered(1.0, lowering="reference"), folder / "reference.onnx")
+    return example
 
 
-def test_outputs_per_step(folder: Path) -> None:
-    reference, compare = COMMANDS[:2]
-    done = run(reference, folder, "")
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = run(compare, folder, "wrong_row.onnx")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert re.findall(r"step (\d) \| (\w+) \| output", done.stdout) == [
-        ("0", "passed"),
-        ("1", "passed"),
-        ("2", "FAILED"),
-        ("3", "passed"),
-        ("4", "passed"),
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Polygraphy is as loud as before."""
+    with G_LOGGER.verbosity():
+        yield
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a command of the README: its exit status, and what it printed."""
+
+    def command(line: str, example: Example) -> tuple[int, str]:
+        monkeypatch.chdir(example.folder)
+        for script in example.folder.glob("*.py"):  # a process of its own would not know them
+            monkeypatch.delitem(sys.modules, script.stem, raising=False)
+        program, *words = shlex.split(line.replace("\\\n", " "))
+        status = 0
+        if program == "polygraphy":
+            status = polygraphy(words)
+        else:
+            monkeypatch.setattr(sys, "argv", words)
+            runpy.run_path(words[0], run_name="__main__")
+        return status, capsys.readouterr().out
+
+    return command
+
+
+def failed(printed: str) -> set[tuple[int, str]]:
+    return {(int(step), name) for step, name in re.findall(r"step (\d+), time [\d.]+ \| FAILED \| (\S+):", printed)}
+
+
+def first_fault(printed: str) -> list[str]:
+    return re.findall(r"FIRST FAULTY LAYER: (.*)$", printed, re.MULTILINE)
+
+
+def test_the_bundled_model_over_20_steps(tmp_path: Path, run: Any) -> None:
+    example = make(tmp_path, BUNDLED, fast_config())
+    assert run(REFERENCE.replace("reference_codes", "reference"), example)[0] == 0
+    onnx.save(example.lowered(1.5), tmp_path / "ratio.onnx")
+    status, printed = run(OUTPUTS, example)
+    assert status == 1
+    assert printed.count("Allowed: ") == 1
+    assert failed(printed) == {(STEP, "output")}
+    assert re.findall(r"step (\d+), time [\d.]+ \| \w+ \| output", printed) == [str(step) for step in STEPS]
+
+    names = tdq.scale_table(example.model).names
+    onnx.save(example.lowered(1.01, 9), tmp_path / "ratio.onnx")
+    run(GRAPHS, example)
+    assert run(REFERENCE, example)[0] == 0
+    status, printed = run(LAYERS, example)
+    assert status == 1
+    assert first_fault(printed) == [f"{names[9]}, step {STEP}, time 600"]
+    assert {step for step, _ in failed(printed)} == {STEP}
+    assert re.findall(r"step (\d+), time [\d.]+ \| 50 layers, 0 faulty", printed) == [
+        str(s) for s in STEPS if s != STEP
     ]
 
 
-def test_codes_layer_by_layer(folder: Path) -> None:
-    reference, compare = COMMANDS[2:]
-    done = run(reference, folder, "wrong_entry.onnx")
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = run(compare, folder, "wrong_entry.onnx")
-    assert done.returncode == 1, done.stdout + done.stderr
-    wrong = (folder / "wrong_entry.txt").read_text()
-    assert re.findall(r"step (\d) \| FAILED \| (.*)/codes", done.stdout) == [("2", wrong)]
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    FAMILIES["unet"].make().save_pretrained(folder)
+    diffusers.DDIMScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [fast_config(weight_bits=(4, 3), activation_bits=(4, 3)), fast_config(asymmetric=True), fast_config()],
+    ids=["fp8", "offset", "plugin"],
+)
+def test_layers_of_other_graphs(tiny: Path, tmp_path: Path, run: Any, config: Any, request: Any) -> None:
+    example = make(tmp_path, tiny, config)
+    lowering = "plugin" if request.node.callspec.id == "plugin" else "ratio"
+    columns = (0, len(tdq.scale_table(example.model).names) - 1)
+    for name, factor, column in (("sound", 1.0, 0), ("first", 1.05, columns[0]), ("last", 0.5, columns[1])):
+        onnx.save(example.lowered(factor, column, lowering), tmp_path / "ratio.onnx")
+        if lowering == "plugin":
+            shutil.move(tmp_path / "ratio.onnx", tmp_path / "plugin.onnx")
+            write_twin(tmp_path / "plugin.onnx", tmp_path / "ratio.onnx")
+        run(GRAPHS, example)
+        if name == "sound":
+            assert run(REFERENCE, example)[0] == 0
+        status, printed = run(LAYERS, example)
+        assert status == (name != "sound"), printed
+        wrong = tdq.scale_table(example.model).names[column]
+        assert first_fault(printed) == ([] if name == "sound" else [f"{wrong}, step {STEP}, time 600"])
+
+
+def test_a_table_that_is_an_input(tiny: Path, tmp_path: Path, run: Any) -> None:
+    example = make(tmp_path, tiny, fast_config())
+    onnx.save(example.lowered(1.0), tmp_path / "ratio.onnx")
+    run(GRAPHS, example)
+    assert run(REFERENCE, example)[0] == 0
+    inputs = {"sample": noise(1, (3, 8, 8), 0), "timestep": torch.tensor(0)}
+    export_onnx(example.model, tmp_path / "table.onnx", inputs, table_input=True)
+    table = tdq.scale_table(example.model)
+    scale = table.scale.clone()
+    for factor in (1.0, 1.05):
+        scale[ROW, 1] = table.scale[ROW, 1] * factor
+        tdq.ScaleTable(table.timesteps, scale, table.names).save(tmp_path / "int8" / "scale_table")
+        (graphs, outputs, layers) = TABLE
+        run(graphs, example)
+        assert run(outputs, example)[0] == 0
+        status, printed = run(layers, example)
+        assert status == (factor != 1.0), printed
+        assert first_fault(printed) == ([] if factor == 1.0 else [f"{table.names[1]}, step {STEP}, time 600"])

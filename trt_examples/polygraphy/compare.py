@@ -1,28 +1,20 @@
-"""For ``polygraphy run --compare-func-script``: the quantization noise of each step is the tolerance.
+"""For ``polygraphy run --compare-func-script``: outputs against the quantization noise, codes against rounding.
 
-Polygraphy passes the results of the current run first, those of ``--load-outputs`` (the reference) second.
+Polygraphy passes the results of the current run first, those of ``--load-outputs`` (the reference) second. It loads
+this file anew for every step; what has to last is in ``data_loader.py``.
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cache
 
 import data_loader  # beside this file
 
-from modelopt_tdq.compare import StepComparator
-
-
-@cache
-def comparator() -> StepComparator:
-    """Knows the full-precision prediction of every step."""
-    return StepComparator([prediction for _, prediction in data_loader.trajectory()])
-
 
 def compare_outputs(result: Mapping, reference: Mapping) -> OrderedDict:
-    """What Polygraphy calls once per step: name of each compared tensor to its verdict."""
-    verdicts = comparator()(reference, result)
-    step = comparator().step(reference["output"])
-    for name, difference in verdicts.items():
-        if name == "output" or not difference or difference.differing:
-            print(f"step {step} | {'passed' if difference else 'FAILED'} | {name}: {difference}")
-    return verdicts
+    """Called once per step: name of each compared tensor to its verdict."""
+    return data_loader.comparator(given=False)(reference, result)
+
+
+def compare_layers(result: Mapping, reference: Mapping) -> OrderedDict:
+    """The same, for a graph whose layers compute with the reference's codes."""
+    return data_loader.comparator(given=True)(reference, result)

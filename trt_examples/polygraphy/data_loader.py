@@ -5,22 +5,25 @@ the four constants, or ``trajectory``, for a model of your own.
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import torch
 
+from modelopt_tdq.compare import PrintedComparator
 from modelopt_tdq.demo.bundled import bundled_model
 from modelopt_tdq.model_folder import load_model
 from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
 
 MODEL = bundled_model()
-BATCH = 2
-STEPS = 5
+BATCH = 1
+STEPS = 20
 SEED = 7  # not the seed of the calibration
 
 Feeds = dict[str, np.ndarray]
 
 
+@cache
 def trajectory() -> list[tuple[Feeds, np.ndarray]]:
     """The inputs of each step, and the prediction in full precision."""
     model, calls = load_model(MODEL), []
@@ -36,3 +39,10 @@ def load_data() -> Iterator[Feeds]:
     """What Polygraphy calls: one mapping from input name to array per step."""
     for feeds, _ in trajectory():
         yield feeds
+
+
+@cache
+def comparator(given: bool) -> PrintedComparator:
+    """For ``compare.py``: knows the full-precision prediction of every step."""
+    times = [float(feeds["timestep"]) for feeds, _ in trajectory()]
+    return PrintedComparator([prediction for _, prediction in trajectory()], times, given=given)

@@ -1,0 +1,75 @@
+"""``modelopt-tdq compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from modelopt_tdq.cli.options import Folder
+
+__all__ = ["compare"]
+
+
+def _calls(described: dict[str, Any], times: torch.Tensor, argument: str, batch: int) -> Iterator[dict[str, Any]]:
+    from modelopt_tdq.model_folder import make_inputs
+
+    for step, time in enumerate(times):
+        inputs = make_inputs(described, batch, seed=step)
+        inputs[argument] = torch.full_like(inputs[argument], float(time))
+        yield inputs
+
+
+def compare(
+    folder: Folder,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its export, with --lowering ratio or plugin (then the plugin-free twin is run), also with "
+            "--table-input. Default: exported now, by ratios.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Its export with --lowering reference. Default: exported now.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Time steps to compare, spread over the table.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size; that of --onnx, if given.")] = 1,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="torch, onnxruntime, openvino; may be repeated. Default: those that are installed."),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Compare codes, layer by layer, too.")] = True,
+) -> None:
+    """Compare the quantized model with what it is exported to, per time step and per layer.
+
+    Prints what is allowed and what was found. Exit status 1 if a backend differs from the reference by more than
+    rounding explains; the first faulty layer is named last.
+    """
+    import importlib.util
+
+    from rich.console import Console
+
+    from modelopt_tdq.compare import BACKENDS, TORCH, compare_model, render
+    from modelopt_tdq.model_folder import load_quantized
+    from modelopt_tdq.model_table import scale_table
+
+    found = load_quantized(folder)
+    table = scale_table(found.model)
+    rows = torch.linspace(0, len(table) - 1, min(steps, len(table))).round().long()
+    argument = table.metadata["timestep_argument"]
+    comparison = compare_model(
+        found.model,
+        _calls(found.inputs, table.timesteps[rows], argument, batch),
+        backends=backend or [name for name in (TORCH, *BACKENDS) if importlib.util.find_spec(name)],
+        layers=layers,
+        reference_path=reference,
+        lowered_path=onnx,
+    )
+    Console().print(render(comparison))
+    if not comparison.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,86 @@
+"""``modelopt-tdq export`` and ``twin``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelopt_tdq.cli.options import Folder
+
+__all__ = ["export", "twin"]
+
+
+class Lowering(str, Enum):
+    """How time-dependent scales are written in ONNX."""
+
+    RATIO = "ratio"
+    PLUGIN = "plugin"
+    REFERENCE = "reference"
+
+
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Option(help="ONNX file to write.")] = Path("model.onnx"),
+    lowering: Annotated[
+        Lowering,
+        typer.Option(
+            help="ratio: for TensorRT and OpenVINO; plugin: the same, its lookup done by the TensorRT plugin "
+            "TdqScaleLookup; reference: the yardstick, for ONNX Runtime."
+        ),
+    ] = Lowering.RATIO,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch size. Default: that of the calibration.", show_default=False)
+    ] = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
+    table_input: Annotated[
+        bool,
+        typer.Option(
+            "--table-input",
+            help="Make the scales inputs of the graph, so that one engine serves every table of the model; "
+            "modelopt_tdq.export.engine_table makes the inputs. With --lowering ratio.",
+        ),
+    ] = False,
+) -> None:
+    """Export a quantized model to ONNX; standard operators only, but for the node of --lowering plugin.
+
+    The inputs have the names and shapes that calibration used. Calibrate with one time per sample to get an
+    ONNX file that takes one time per sample.
+    """
+    import logging
+    import warnings
+
+    from modelopt_tdq.export import export_onnx
+    from modelopt_tdq.model_folder import load_quantized, make_inputs
+
+    # torch's exporter tells of its own deprecations and of packages that it does without
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    found = load_quantized(folder)
+    inputs = make_inputs(found.inputs, batch)
+    report = export_onnx(
+        found.model, output, inputs, lowering=lowering.value, dynamic_batch=dynamic_batch, table_input=table_input
+    )
+    typer.echo(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
+    for name, reason in report.skipped:
+        typer.echo(f"  skipped {name}: {reason}")
+    if lowering is Lowering.RATIO:
+        typer.echo(f"Next: modelopt-tdq build {report.path}")
+    elif lowering is Lowering.PLUGIN:
+        typer.echo(f"For backends without the plugin: modelopt-tdq twin {report.path}")
+
+
+def twin(
+    onnx: Annotated[
+        Path, typer.Argument(help="ONNX file, from `modelopt-tdq export --lowering plugin`.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="ONNX file to write. Default: <name>_twin.onnx beside it.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the plugin-free twin of a graph with the TensorRT plugin: standard operators, the same numbers."""
+    from modelopt_tdq.export.twin import write_twin
+
+    typer.echo(f"{write_twin(onnx, output or onnx.with_name(f'{onnx.stem}_twin{onnx.suffix}'))}: plugin-free")

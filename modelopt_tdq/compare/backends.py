@@ -1,0 +1,107 @@
+"""What can be compared, and how each backend gets to run a graph.
+
+A new backend is one line of :data:`BACKENDS`: how a session is made of a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from torch import nn
+
+from modelopt_tdq.errors import require
+from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.openvino import OpenVinoSession
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["BACKENDS", "TORCH", "Backend", "Deployed", "Session", "deployed"]
+
+#: The quantized torch model itself, which needs no session.
+TORCH = "torch"
+
+
+class Session(Protocol):
+    """What runs a file."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """NumPy dtype of each input."""
+        ...
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a backend runs a file.
+
+    Attributes:
+        open: Makes its session of an ONNX file, or of what its ``files`` entry names instead (an engine).
+        layers: Whether its codes can be compared, layer by layer. Not if it fuses differently once it is to return
+            them, for then it would be another program that is compared.
+    """
+
+    open: Callable[[Path], Session]
+    layers: bool
+
+
+#: By name.
+BACKENDS: Mapping[str, Backend] = {
+    "onnxruntime": Backend(OnnxRuntimeSession, layers=True),
+    "openvino": Backend(OpenVinoSession, layers=False),
+}
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A lowered graph as backends without the plugin run it.
+
+    Attributes:
+        path: Of the file to run.
+        graph: Its content.
+        table: The inputs of its table, if that is an input: the same in every call.
+        note: What is run in place of the file that was named; "" if it is that file.
+    """
+
+    path: Path
+    graph: onnx.ModelProto
+    table: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    note: str = ""
+
+
+def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> Deployed:
+    """Read a lowered graph: one with the plugin becomes its twin, one whose table is an input gets the model's.
+
+    Args:
+        path: Of the ONNX file.
+        model: The quantized model that it was exported from.
+        folder: Where the twin goes.
+
+    Raises:
+        TdqError: The file is missing or no ONNX file, or its table has other quantizers than the model.
+        MissingExtraError: The extra ``onnx`` is not installed.
+    """
+    from modelopt_tdq.export.plugin import PLUGIN_DOMAIN
+    from modelopt_tdq.export.table_input import TABLE_INPUT, engine_table
+    from modelopt_tdq.export.twin import write_twin
+    from modelopt_tdq.runtime.onnx_model import read_onnx
+
+    onnx = require("onnx", "onnx")
+    file, note = Path(path), ""
+    read_onnx(file)
+    graph = onnx.load(str(file))
+    if any(node.domain == PLUGIN_DOMAIN for node in graph.graph.node):
+        note = f"{file.name} needs the TensorRT plugin: its plugin-free twin was run, the same graph without"
+        file = write_twin(file, folder / "twin.onnx")
+        graph = onnx.load(str(file))
+    table = engine_table(graph, model) if any(v.name == TABLE_INPUT for v in graph.graph.input) else {}
+    return Deployed(file, graph, table, note)

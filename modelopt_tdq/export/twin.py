@@ -1,0 +1,49 @@
+"""The plugin-free twin of a graph with the TensorRT plugin, as a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.export.plugin import plugin_free
+from modelopt_tdq.runtime.onnx_model import read_onnx
+
+__all__ = ["write_twin"]
+
+#: Weights of more than this go into a file beside the graph, as in an export.
+_EXTERNAL_DATA_ABOVE = 1 << 30
+
+
+def write_twin(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
+    """Write :func:`~modelopt_tdq.export.plugin.plugin_free` of a file to another, when it has passed ONNX's checker.
+
+    Args:
+        path: ONNX file, exported with ``lowering="plugin"``.
+        output: ONNX file to write; weights of more than 1 GiB lie beside it, in ``<name>.data``.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        TdqError: There is no such file, it has no node of the plugin, or it would be overwritten.
+        MissingExtraError: The extra ``onnx`` is not installed.
+    """
+    onnx = require("onnx", "onnx")
+    source, target = Path(path), Path(output)
+    read_onnx(source)
+    if target.exists() and target.samefile(source):
+        raise TdqError("output", str(target), "it is the graph itself", "Name another file")
+    if target.is_dir() or not target.parent.is_dir():
+        problem = "it is a folder" if target.is_dir() else "its folder does not exist"
+        raise TdqError("output", str(target), problem, "Name a file in an existing folder")
+    twin = plugin_free(source)
+    external = twin.ByteSize() > _EXTERNAL_DATA_ABOVE
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        onnx.save(twin, str(partial), save_as_external_data=external, location=f"{target.name}.data")
+        onnx.checker.check_model(str(partial), full_check=True)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
