@@ -21,6 +21,14 @@ class Lowering(str, Enum):
     REFERENCE = "reference"
 
 
+class Packing(str, Enum):
+    """How weights of at most 4 bits are stored."""
+
+    NONE = "none"
+    CAST = "cast"
+    DIRECT = "direct"
+
+
 def export(
     folder: Folder,
     output: Annotated[Path, typer.Option(help="ONNX file to write.")] = Path("model.onnx"),
@@ -43,6 +51,13 @@ def export(
             "modelopt_tdq.export.engine_table makes the inputs. With --lowering ratio.",
         ),
     ] = False,
+    pack_weights: Annotated[
+        Packing,
+        typer.Option(
+            help="Weights of at most 4 bits. none: in INT8 tensors; cast: two to a byte, for ONNX Runtime and OpenVINO; "
+            "direct: those of matrix products two to a byte, for TensorRT, at a kernel more per layer."
+        ),
+    ] = Packing.NONE,
 ) -> None:
     """Export a quantized model to ONNX; standard operators only, but for the node of --lowering plugin.
 
@@ -61,11 +76,19 @@ def export(
     found = load_quantized(folder)
     inputs = make_inputs(found.inputs, batch)
     report = export_onnx(
-        found.model, output, inputs, lowering=lowering.value, dynamic_batch=dynamic_batch, table_input=table_input
+        found.model,
+        output,
+        inputs,
+        lowering=lowering.value,
+        dynamic_batch=dynamic_batch,
+        table_input=table_input,
+        pack_weights=pack_weights.value,
     )
     typer.echo(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
     for name, reason in report.skipped:
         typer.echo(f"  skipped {name}: {reason}")
+    if report.weights_form:
+        typer.echo(f"weights: {report.weights_form}")
     if lowering is Lowering.RATIO:
         typer.echo(f"Next: modelopt-tdq build {report.path}")
     elif lowering is Lowering.PLUGIN:
