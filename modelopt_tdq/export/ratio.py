@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["lower_ratio"]
 
+_TRANSPOSED = (
+    "TensorRT-RTX has no low-precision kernel for ConvTranspose and computes it in floating point (OpenVINO has one); "
+    "to leave it out there, call mtq.disable_quantizer(model, '{layer}.*') before the export"
+)
+
 
 def lower_ratio(context: LoweringContext) -> None:
     """Replace all activation markers, and rewrite the products that take their codes.
@@ -58,10 +63,17 @@ def lower_ratio(context: LoweringContext) -> None:
         context.quantized(spec.name)
         for path in paths:
             products[path.product][path.index] = emitter
+            if path.product.op_type == "ConvTranspose":
+                context.limited[spec.name] = _TRANSPOSED.format(layer=spec.name.rpartition(".")[0])
         _emit_operand(context, emitter, paths)
     for weight, lowered in context.weights.items():
-        if any(not products.get(node) for node, _ in weight.uses() if node.op_type in PRODUCTS):
-            context.skip(lowered.spec.name, "stored in low precision, but its product computes in floating point")
+        for node, _ in weight.uses():
+            if node.op_type in PRODUCTS and not products.get(node):
+                context.skip(lowered.spec.name, "stored in low precision, but its product computes in floating point")
+            elif node.op_type not in (*PRODUCTS, "Cast"):
+                context.skip(
+                    lowered.spec.name, f"stored in low precision, but {node.op_type} computes in floating point"
+                )
     for product, operands in products.items():
         _report_float_partner(context, product, operands)
         correct_product(context, product, operands)
