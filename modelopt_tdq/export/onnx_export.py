@@ -51,7 +51,8 @@ def export_onnx(
 ) -> ExportReport:
     """Write a quantized model as an ONNX file: standard operators only, but for ``lowering="plugin"``.
 
-    Opset 21, or 22 for bfloat16. The model is not changed. The file appears when it is complete and has passed ONNX's checker.
+    The opset is 21, or 22 for bfloat16. The model is not changed. The file appears when it is complete and has passed
+    ONNX's checker.
 
     Args:
         model: The module that ``mtq.quantize`` was called with.
