@@ -24,6 +24,7 @@ from modelopt_tdq.export.activation import ActivationEmitter
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.correction import correct_product
 from modelopt_tdq.export.product import (
+    LAYOUT,
     PRODUCTS,
     Path,
     constant_of,
@@ -70,7 +71,7 @@ def lower_ratio(context: LoweringContext) -> None:
         for node, _ in weight.uses():
             if node.op_type in PRODUCTS and not products.get(node):
                 context.skip(lowered.spec.name, "stored in low precision, but its product computes in floating point")
-            elif node.op_type not in (*PRODUCTS, "Cast"):
+            elif node.op_type not in (*PRODUCTS, *LAYOUT):
                 context.skip(
                     lowered.spec.name, f"stored in low precision, but {node.op_type} computes in floating point"
                 )
