@@ -31,6 +31,7 @@ class LoweringContext:
         samples: Times per call in the sample run.
         batch: Samples per call in the sample run.
         features: Names of the layers whose output is looked up.
+        limited: Quantizers in low precision whose product has a low-precision kernel on some backends only, with which.
     """
 
     editor: GraphEditor
@@ -43,6 +44,7 @@ class LoweringContext:
     features: list[str] = field(default_factory=list)
     low_precision: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    limited: dict[str, str] = field(default_factory=dict)
 
     def markers(self) -> list[ir.Node]:
         """The activation markers, in graph order."""

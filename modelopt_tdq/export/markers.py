@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
-from torch import Tensor, nn
+from torch import _VF, Tensor, nn
 from torch.nn import functional
 
 from modelopt_tdq.export.spec import weight_quantizers
@@ -152,7 +152,8 @@ def _export_functionals(self: Any) -> Iterator[tuple[ModuleType, str, Callable[.
 
 def with_markers(model: nn.Module) -> nn.Module:
     """A deep copy of ``model`` for export: quantizers are markers, attention is plain, nothing delivers the time."""
-    prepared = copy.deepcopy(model).eval()
+    # ModelOpt's recurrent layers hold a Python module, which deepcopy does not take
+    prepared = copy.deepcopy(model, {id(_VF): _VF}).eval()
     for key, hook in list(prepared._forward_pre_hooks.items()):
         if isinstance(hook, _DeliveryHook):
             prepared._forward_pre_hooks.pop(key)

@@ -22,10 +22,11 @@ from modelopt_tdq.export.markers import DOMAIN, with_markers
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
 from modelopt_tdq.export.ratio import lower_ratio
 from modelopt_tdq.export.reference import lower_reference
+from modelopt_tdq.export.report import ExportReport, report_of
 from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
 from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, require_table_input
 from modelopt_tdq.export.trace import trace
-from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights, weights_form
+from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,32 +39,6 @@ _LOWERINGS = {"ratio": lower_ratio, "reference": lower_reference, "plugin": lowe
 _EXTERNAL_DATA_ABOVE = 1 << 30
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export did.
-
-    Attributes:
-        path: The ONNX file. Weights of more than 1 GiB lie beside it, in ``<name>.data``.
-        lowering: "ratio", "reference" or "plugin".
-        quantized: Names of the quantizers that are deployed in low precision.
-        skipped: The other enabled quantizers, each with the reason: their numbers are those of the torch
-            model, but the operator computes in floating point.
-        features: Names of the layers whose output is looked up by time, and that are gone from the graph (but stay,
-            for other times, with the policy "exact").
-        features_form: The form that they have: "table of outputs", with its size; "" if there are none.
-        weights_form: Size of the quantized weights, and what is lost where codes of at most 4 bits take 8; "" if there
-            are none.
-    """
-
-    path: Path
-    lowering: str
-    quantized: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-    features: tuple[str, ...] = ()
-    features_form: str = ""
-    weights_form: str = ""
-
-
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -74,9 +49,10 @@ def export_onnx(
     table_input: bool = False,
     pack_weights: PackWeights = "none",
 ) -> ExportReport:
-    """Write a quantized model as an ONNX file (opset 21, 22 for bfloat16; standard operators only, but for ``lowering="plugin"``).
+    """Write a quantized model as an ONNX file: standard operators only, but for ``lowering="plugin"``.
 
-    The model is not changed. The file appears when it is complete and has passed ONNX's checker.
+    The opset is 21, or 22 for bfloat16. The model is not changed. The file appears when it is complete and has passed
+    ONNX's checker.
 
     Args:
         model: The module that ``mtq.quantize`` was called with.
@@ -119,7 +95,7 @@ def export_onnx(
     graph = marker_graph(model, sample_inputs, dynamic_batch=dynamic_batch)
     context = lower(graph, lowering, table_input=table_input, pack_weights=pack_weights)
     _write(graph.model, target)
-    return _report(context, target, lowering)
+    return report_of(context, target, lowering)
 
 
 @dataclass(frozen=True)
@@ -217,37 +193,3 @@ def _write(model: ir.Model, target: Path) -> None:
         if data is not None:
             shutil.move(Path(folder) / data, target.parent / data)
         os.replace(partial, target)
-
-
-def _report(context: LoweringContext, path: Path, lowering: str) -> ExportReport:
-    spec = context.spec
-    stored = {weight.spec.name for weight in context.weights.values()}
-    quantized, skipped = [], []
-    for name in [*spec.activations, *spec.weights, *spec.folded]:
-        if name in context.skipped:
-            skipped.append((name, context.skipped[name]))
-        elif name in context.low_precision or name in stored:
-            quantized.append(name)
-        elif name in spec.folded:
-            skipped.append((name, f"the weight has {spec.folded[name][1]}; its values are stored as floats"))
-        else:
-            skipped.append((name, "the model does not run this layer on these sample inputs"))
-    # a weight has one entry per value of the graph that carries it, before and after a cast
-    stored_once = {id(weight): weight for weight in context.weights.values()}.values()
-    return ExportReport(
-        path,
-        lowering,
-        tuple(quantized),
-        tuple(skipped),
-        tuple(context.features),
-        _features_form(context),
-        weights_form(stored_once),
-    )
-
-
-def _features_form(context: LoweringContext) -> str:
-    table = context.spec.features
-    if table is None or not context.features:
-        return ""
-    size = sum(table.features[name].nbytes for name in context.features)
-    return f"table of outputs, {len(table)} times, {size:,} bytes, times between the rows: {table.outside}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONVOLUTIONS",
+    "LAYOUT",
     "PRODUCTS",
     "Path",
     "constant_of",
@@ -30,7 +31,7 @@ CONVOLUTIONS = ("Conv", "ConvTranspose")
 PRODUCTS = (*CONVOLUTIONS, "MatMul", "Gemm")
 
 #: Only move values around; a constant stays one.
-_LAYOUT = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
+LAYOUT = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def pads_of(product: ir.Node) -> list[int]:
 
 
 def _commutes_with_scale(node: ir.Node, index: int) -> bool:
-    if node.op_type in _LAYOUT:
+    if node.op_type in LAYOUT:
         return index == 0
     if node.op_type == "Mul":
         factor = constant_of(node.inputs[1 - index])
@@ -123,7 +124,7 @@ def offset_problem(path: Path, is_constant: Callable[[ir.Value | None], bool]) -
         return "it has an offset, and the weights that an output of ConvTranspose sees differ along the borders"
     if path.index != 0 or not is_constant(product.inputs[1]):
         return "it has an offset, and the other operand of its product is no weight"
-    if any(node.op_type not in _LAYOUT for node in path.chain):
+    if any(node.op_type not in LAYOUT for node in path.chain):
         return f"it has an offset, and passes through {path.chain[-1].op_type} before its product"
     transposed: int = product.attributes.get_int("transA", 0)
     if product.op_type == "Gemm" and transposed:

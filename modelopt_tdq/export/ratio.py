@@ -24,6 +24,7 @@ from modelopt_tdq.export.activation import ActivationEmitter
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.correction import correct_product
 from modelopt_tdq.export.product import (
+    LAYOUT,
     PRODUCTS,
     Path,
     constant_of,
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["lower_ratio"]
+
+_TRANSPOSED = (
+    "TensorRT-RTX has no low-precision kernel for ConvTranspose and computes it in floating point (OpenVINO has one); "
+    "to leave it out there, call mtq.disable_quantizer(model, '{layer}.*') before the export"
+)
 
 
 def lower_ratio(context: LoweringContext) -> None:
@@ -58,10 +64,17 @@ def lower_ratio(context: LoweringContext) -> None:
         context.quantized(spec.name)
         for path in paths:
             products[path.product][path.index] = emitter
+            if path.product.op_type == "ConvTranspose":
+                context.limited[spec.name] = _TRANSPOSED.format(layer=spec.name.rpartition(".")[0])
         _emit_operand(context, emitter, paths)
     for weight, lowered in context.weights.items():
-        if any(not products.get(node) for node, _ in weight.uses() if node.op_type in PRODUCTS):
-            context.skip(lowered.spec.name, "stored in low precision, but its product computes in floating point")
+        for node, _ in weight.uses():
+            if node.op_type in PRODUCTS and not products.get(node):
+                context.skip(lowered.spec.name, "stored in low precision, but its product computes in floating point")
+            elif node.op_type not in (*PRODUCTS, *LAYOUT):
+                context.skip(
+                    lowered.spec.name, f"stored in low precision, but {node.op_type} computes in floating point"
+                )
     for product, operands in products.items():
         _report_float_partner(context, product, operands)
         correct_product(context, product, operands)

@@ -173,6 +173,10 @@ def _times(model: nn.Module, scales: Tensor | None, features: FeatureTable | Non
     return scales if features is None else features.timesteps, delivery.argument  # type: ignore[return-value]
 
 
+def _is_recurrent(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase)
+
+
 def read_quantization(model: nn.Module) -> QuantizationSpec:
     """Read the enabled quantizers of ``model``, and its temporal features.
 
@@ -190,6 +194,9 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.rotate_is_enabled:
             raise unsupported(name, "rotate", "a quantizer that rotates its input")
+        quantizers = (m for m in module.modules() if isinstance(m, TensorQuantizer)) if _is_recurrent(module) else ()
+        if any(quantizer.is_enabled for quantizer in quantizers):
+            raise unsupported(f"{name}.*", type(module).__bases__[-1].__name__, "a quantized recurrent layer")
     weights: dict[str, WeightSpec] = {}
     folded: dict[str, tuple[Any, str]] = {}
     found = weight_quantizers(model)

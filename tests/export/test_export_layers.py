@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
@@ -108,6 +109,13 @@ def test_ratio_skips_nothing_without_offsets(traced: Traced, dequant: bool) -> N
     assert skipped == {f"{name}.v_bmm_quantizer": reason for name in ATTENTIONS}
 
 
+def test_ratio_says_which_layers_only_some_backends_compute_in_low_precision(traced: Traced) -> None:
+    set_table(traced.model, ROWS)
+    limited = lowered(traced.graph, "ratio", traced.model).context.limited
+    assert set(limited) == {"images.transposed.input_quantizer", "images.transposed_grouped.input_quantizer"}
+    assert "disable_quantizer(model, 'images.transposed.*')" in limited["images.transposed.input_quantizer"]
+
+
 def test_ratio_says_what_an_offset_keeps_in_float(traced: Traced) -> None:
     set_table(traced.model, ROWS, offset=True)
     skipped = lowered(traced.graph, "ratio", traced.model).context.skipped
@@ -115,3 +123,18 @@ def test_ratio_says_what_an_offset_keeps_in_float(traced: Traced) -> None:
     expected = {"images.transposed", "images.transposed_grouped", "attention", "attention_bmm"}
     assert layers - {"images.same", "images.reflected"} == expected
     assert all("offset" in reason or "floating point" in reason for reason in skipped.values())
+
+
+def test_a_layer_can_be_left_out_after_calibration() -> None:
+    """The cure that the report names."""
+    model = quantized_zoo()
+    mtq.disable_quantizer(model, "images.transposed*")
+    graph = lowered(trace(model, {"sample": sample(), "timestep": torch.tensor(0.0)}), "ratio")
+    assert graph.context.limited == {}
+    assert "images.plain.input_quantizer" in graph.context.low_precision
+    assert not [node.name for node in graph.proto.graph.node if "images.transposed.input_quantizer" in node.name]
+    with torch.no_grad():
+        expected = model(sample(seed=7), torch.tensor(500.0))
+    found = OnnxRuntimeSession(graph.proto)({"sample": sample(seed=7), "timestep": 500.0})
+    for name, want, got in zip(model.names, expected, found.values(), strict=True):
+        assert np.abs(got - want.numpy()).max() / want.abs().max() < 3e-6, name

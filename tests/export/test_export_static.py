@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from support.export import LOWERINGS, Lowered, lowered, set_table, trace
+from support.models import TinyDenoiser, calls, fast_config, loop, quantized
 from support.zoo import ROWS, Zoo, quantized_zoo, sample
 from torch import nn
 
@@ -113,3 +114,20 @@ def test_modelopts_own_static_quantizers_export_too(bits: int, tmp_path: Any) ->
         np.testing.assert_allclose(found["output"], expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(found["0.input_quantizer/codes"], x * 4)
         assert [n.op_type for n in onnx.load(report.path).graph.node].count("QuantizeLinear") == 1
+
+
+@pytest.mark.parametrize("bits", [8, (4, 3)])
+def test_one_row_is_modelopts_static_graph_node_for_node(bits: Any) -> None:
+    config = fast_config(weight_bits=bits, activation_bits=bits)
+    static = mtq.quantize(TinyDenoiser().eval(), {**config, "algorithm": "max"}, loop(calls()))
+    torch.manual_seed(0)
+    temporal = quantized(weight_bits=bits, activation_bits=bits)
+    temporal.load_state_dict(static.state_dict(), strict=False)
+    names = tdq.scale_table(temporal).names
+    scales = [static.get_submodule(n).amax / static.get_submodule(n).maxbound for n in names]
+    tdq.set_scale_table(temporal, tdq.ScaleTable(torch.zeros(1), torch.stack(scales)[None], names))
+    inputs = {"sample": calls()[0][0], "timestep": torch.tensor(300.0)}
+    graphs = [lowered(trace(model, inputs), "ratio").proto.graph for model in (static, temporal)]
+    assert [node.op_type for node in graphs[0].node].count("QuantizeLinear") == 3
+    assert graphs[0].node == graphs[1].node
+    assert {t.name: t for t in graphs[0].initializer} == {t.name: t for t in graphs[1].initializer}

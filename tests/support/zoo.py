@@ -29,6 +29,7 @@ class Zoo(nn.Module):
                 "padded": nn.Conv2d(8, 6, 3, padding=1),
                 "strided": nn.Conv2d(8, 6, (3, 5), stride=2, padding=(2, 1), bias=False),
                 "grouped": nn.Conv2d(8, 6, 3, padding=1, groups=2),
+                "depthwise": nn.Conv2d(8, 16, 3, padding=1, groups=8),
                 "dilated": nn.Conv2d(8, 6, 3, padding=2, dilation=2),
                 "same": nn.Conv2d(8, 6, 4, padding="same"),
                 "reflected": nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect"),
