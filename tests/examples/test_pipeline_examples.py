@@ -77,10 +77,23 @@ def test_torch_and_the_exported_graph_agree_at_every_time(done: Done) -> None:
 
 
 def test_images_on_the_engine_are_those_of_the_quantized_pipeline(done: Done) -> None:
-    """A code that rounds the other way moves the rest of its trajectory: far less than quantization itself does."""
+    """A code that rounds the other way moves the rest of its trajectory: less than quantization itself does.
+
+    Measured in benchmarks/results/pipeline_swap.md; trajectories of random models are chaotic. The next test is strict.
+    """
     images = done.found["run"]
     assert images.error("full precision", "quantized") > 0
-    assert images.error("quantized", "onnxruntime") < 0.02 * images.error("full precision", "quantized")
+    assert images.error("quantized", "onnxruntime") < images.error("full precision", "quantized")
+
+
+def test_the_swapped_denoiser_answers_as_the_original_in_every_step(done: Done) -> None:
+    pipeline = done.load()
+    exact, denoiser = (getattr(each, done.family.denoiser) for each in (done.family.tiny(), pipeline))
+    swapped = tdq.EngineDenoiser(OnnxRuntimeSession(done.found["export"].path), denoiser)
+    for inputs in tdq.trajectory_inputs(pipeline, **done.call, num_inference_steps=6):
+        with torch.no_grad():
+            full, expected, found = (each(**inputs)[0] for each in (exact, denoiser, swapped))
+        assert (found - expected).square().mean() < 0.02 * (expected - full).square().mean()
 
 
 def test_the_swapped_denoiser_looks_like_the_original(done: Done) -> None:
