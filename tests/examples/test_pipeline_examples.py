@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -25,6 +26,7 @@ from trt_examples.loading import load
 from trt_examples.options import parse
 from trt_examples.steps import main
 
+RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 EXAMPLES = Path(__file__).parents[2] / "trt_examples"
 
 
@@ -58,7 +60,9 @@ def done(
     (folder / "fast.yaml").write_text("algorithm: {statistic: max, weights: max, protect_steps: false}\n")
     arguments = ["--tiny", "--output", str(folder), "--prompts", str(folder / "prompts.txt")]
     arguments += ["--preset", str(folder / "fast.yaml"), "--calibration-steps", "4", "--steps", "6", "--layers"]
-    found = main(family, arguments=["quantize", "export", "compare", "run", *arguments])
+    arguments += ["--compute-capability", "8.9"]
+    steps = ["all"] if RTX else ["quantize", "export", "compare", "run"]
+    found = main(family, arguments=[*steps, *arguments])
     return Done(family, arguments, found)
 
 
@@ -117,11 +121,9 @@ def test_the_swapped_denoiser_looks_like_the_original(done: Done) -> None:
     assert swapped.dtype == denoiser.dtype
 
 
-@pytest.mark.parametrize("done", ["dit"], indirect=True)
+@pytest.mark.skipif(not RTX, reason="needs tensorrt_rtx")
 def test_builds_an_engine_with_every_quantized_layer_in_low_precision(done: Done) -> None:
-    """One family: a build takes seconds."""
-    pytest.importorskip("tensorrt_rtx")
-    report = main(done.family, arguments=["build", *done.arguments, "--compute-capability", "8.9"])["build"]
+    report = done.found["build"]
     assert len(report.quantized) >= 12
     assert float_layers(report) == ()
     assert report.compute_capabilities == ("8.9",)
