@@ -38,7 +38,7 @@ def sample_inputs(
 def trajectory_inputs(
     pipeline: Any, component: str | None = None, timestep: str = "timestep", **call: Any
 ) -> list[dict[str, Any]]:
-    """What the pipeline passes to its denoiser in every step of one call, in the order of the steps.
+    """What the pipeline passes to its denoiser in every step of one call, in the order in which it does.
 
     Inputs at different times are not interchangeable, so a comparison per time step needs a trajectory.
 
@@ -49,7 +49,8 @@ def trajectory_inputs(
         **call: Keyword arguments of the pipeline; ``num_inference_steps`` is 2 unless given.
 
     Returns:
-        One mapping per step, as :func:`sample_inputs` gives for the first.
+        As :func:`sample_inputs` gives for the first; two per step of a pipeline, such as Wan's, that calls its denoiser
+        once with the text and once without.
 
     Raises:
         TdqError: The pipeline has no denoiser, or does not call it.

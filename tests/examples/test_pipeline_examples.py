@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 import shlex
+import statistics
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ import torch
 from support.pipelines import FAMILIES
 
 import modelopt_tdq as tdq
+from modelopt_tdq.runtime.engine_report import float_layers
 from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
 from trt_examples.family import Family
 from trt_examples.loading import load
 from trt_examples.options import parse
 from trt_examples.steps import main
 
+RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 EXAMPLES = Path(__file__).parents[2] / "trt_examples"
 
 
@@ -37,7 +42,9 @@ class Done:
     def call(self) -> dict[str, Any]:
         return self.family.tiny_call(0)
 
-    def load(self) -> Any:
+    @cached_property
+    def pipeline(self) -> Any:
+        """With the quantized denoiser."""
         return load(self.family, parse(self.family, None, ["run", *self.arguments]), quantized=True)
 
 
@@ -52,8 +59,10 @@ def done(
     (folder / "prompts.txt").write_text("1\n2\n")
     (folder / "fast.yaml").write_text("algorithm: {statistic: max, weights: max, protect_steps: false}\n")
     arguments = ["--tiny", "--output", str(folder), "--prompts", str(folder / "prompts.txt")]
-    arguments += ["--preset", str(folder / "fast.yaml"), "--calibration-steps", "4", "--steps", "6"]
-    found = main(family, arguments=["quantize", "export", "compare", "run", *arguments])
+    arguments += ["--preset", str(folder / "fast.yaml"), "--calibration-steps", "4", "--steps", "6", "--layers"]
+    arguments += ["--compute-capability", "8.9"]
+    steps = ["all"] if RTX else ["quantize", "export", "compare", "run"]
+    found = main(family, arguments=[*steps, *arguments])
     return Done(family, arguments, found)
 
 
@@ -77,16 +86,31 @@ def test_torch_and_the_exported_graph_agree_at_every_time(done: Done) -> None:
 
 
 def test_images_on_the_engine_are_those_of_the_quantized_pipeline(done: Done) -> None:
-    """A code that rounds the other way moves the rest of its trajectory: far less than quantization itself does."""
+    """A code that rounds the other way moves the rest of its trajectory: less than quantization itself does.
+
+    Measured in benchmarks/results/pipeline_swap.md. Random models are chaotic: codes are compared above.
+    """
     images = done.found["run"]
     assert images.error("full precision", "quantized") > 0
-    assert images.error("quantized", "onnxruntime") < 0.02 * images.error("full precision", "quantized")
+    assert images.error("quantized", "onnxruntime") < images.error("full precision", "quantized")
+
+
+def test_the_swapped_denoiser_answers_as_the_original(done: Done) -> None:
+    """Flips are rare: most calls have none at all."""
+    exact, denoiser = (getattr(each, done.family.denoiser) for each in (done.family.tiny(), done.pipeline))
+    swapped = tdq.EngineDenoiser(OnnxRuntimeSession(done.found["export"].path), denoiser)
+    shares = []
+    for inputs in tdq.trajectory_inputs(done.pipeline, **done.call, num_inference_steps=6):
+        with torch.no_grad():
+            full, expected, found = (each(**inputs)[0] for each in (exact, denoiser, swapped))
+        shares.append(float((found - expected).square().mean() / (expected - full).square().mean()))
+    assert max(shares) < 1
+    assert statistics.median(shares) < 1e-3
 
 
 def test_the_swapped_denoiser_looks_like_the_original(done: Done) -> None:
-    pipeline = done.load()
-    denoiser = getattr(pipeline, done.family.denoiser)
-    inputs = tdq.sample_inputs(pipeline, **done.call)
+    denoiser = getattr(done.pipeline, done.family.denoiser)
+    inputs = tdq.sample_inputs(done.pipeline, **done.call)
     expected = denoiser(**inputs)
     swapped = tdq.EngineDenoiser(OnnxRuntimeSession(done.found["export"].path), denoiser)
     found = swapped(**inputs)
@@ -95,6 +119,14 @@ def test_the_swapped_denoiser_looks_like_the_original(done: Done) -> None:
     assert isinstance(swapped(**inputs, return_dict=False), tuple)
     assert swapped.config == denoiser.config
     assert swapped.dtype == denoiser.dtype
+
+
+@pytest.mark.skipif(not RTX, reason="needs tensorrt_rtx")
+def test_builds_an_engine_with_every_quantized_layer_in_low_precision(done: Done) -> None:
+    report = done.found["build"]
+    assert len(report.quantized) >= 12
+    assert float_layers(report) == ()
+    assert report.compute_capabilities == ("8.9",)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -39,7 +39,8 @@ def ddim() -> Any:
 def _images(pipeline: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(9)
-    return torch.as_tensor(pipeline(**DIT.tiny_call(0), num_inference_steps=4, generator=generator)[0][0].__array__())
+    found = pipeline(**DIT.tiny_call(0), num_inference_steps=4, generator=generator, output_type="np")[0]
+    return torch.as_tensor(found).double()
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,9 @@ def exported(quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_graph_whose_table_is_an_input_takes_the_denoisers_own(quantized: Any, exported: Path) -> None:
-    expected = _images(quantized)
+    noise = (_images(DIT.tiny()) - _images(quantized)).square().mean()
     swapped = tdq.swap_denoiser(copy.deepcopy(quantized), exported, free=True)
-    assert torch.equal(_images(swapped), expected)
+    assert (_images(swapped) - _images(quantized)).square().mean() < 0.02 * noise
 
 
 def test_or_any_other_table(quantized: Any, exported: Path) -> None:
@@ -69,8 +70,8 @@ def test_or_any_other_table(quantized: Any, exported: Path) -> None:
     tdq.set_scale_table(other.transformer, coarse)
     session = OnnxRuntimeSession(exported)
     swapped = tdq.swap_denoiser(copy.deepcopy(quantized), session, table=engine_table(exported, coarse))
-    assert torch.equal(_images(swapped), _images(other))
-    assert not torch.equal(_images(other), _images(quantized))
+    difference = (_images(other) - _images(quantized)).square().mean()
+    assert (_images(swapped) - _images(other)).square().mean() < 0.02 * difference
 
 
 def test_an_engine_that_takes_a_table_needs_one(quantized: Any, exported: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from modelopt_tdq.config import make_config
 from trt_examples.dit import dit
 from trt_examples.flux import flux
 from trt_examples.pixart import pixart
@@ -14,8 +11,3 @@ from trt_examples.stable_diffusion import stable_diffusion
 from trt_examples.wan import wan
 
 FAMILIES = {module.FAMILY.name: module.FAMILY for module in (dit, flux, pixart, sd3, sdxl, stable_diffusion, wan)}
-
-
-def fast_pipeline_config(**fields: Any) -> dict[str, Any]:
-    """The INT8 preset with statistics that take no second look at the model."""
-    return make_config(**{"statistic": "max", "weights": "max", "protect_steps": False, "progress": False, **fields})
