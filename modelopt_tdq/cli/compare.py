@@ -72,10 +72,11 @@ def compare(
     table = scale_table(found.model)
     rows = torch.linspace(0, len(table) - 1, min(steps, len(table))).round().long()
     argument = table.metadata["timestep_argument"]
+    without_engine = (TORCH, *(name for name, kind in BACKENDS.items() if not kind.engine))
     comparison = compare_model(
         found.model,
         _calls(found.inputs, table.timesteps[rows], argument, batch),
-        backends=backend or [name for name in (TORCH, *BACKENDS) if importlib.util.find_spec(name)],
+        backends=backend or [name for name in without_engine if importlib.util.find_spec(name)],
         layers=layers,
         reference_path=reference,
         lowered_path=onnx,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from modelopt_tdq.compare.metrics import TOLERANCES
-from modelopt_tdq.compare.model import LayerResult, ModelComparison
+from modelopt_tdq.compare.results import LayerResult, ModelComparison
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from modelopt_tdq.compare.model import ModelComparison
+from modelopt_tdq.compare.results import ModelComparison
 from modelopt_tdq.compare.table import render
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.report.comparison_plots import draw_comparison

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from modelopt_tdq.compare.metrics import FLIP_RATE, CodesDifference
-from modelopt_tdq.compare.model import LayerResult, ModelComparison
+from modelopt_tdq.compare.results import LayerResult, ModelComparison
 from modelopt_tdq.report.canvas import COLORS, FONT, new_figure, save_figure, short_name
 
 __all__ = ["draw_comparison"]

@@ -155,6 +155,7 @@ def test_layers_of_other_number_formats(tiny: Path, tmp_path: Path, run: Any, fi
             assert run(REFERENCE, example)[0] == 0
         found, printed = run(LAYERS, example)
         assert found == status, printed
+        assert len(re.findall(r"\| output: .* dB, rounding\)", printed)) == len(STEPS)
         assert first_fault(printed) == expected
 
 
