@@ -120,8 +120,9 @@ def main() -> None:
             records.append({"quantizer": name, "time": time, "found": found})
             rows.append(_row(name, time, found))
             print(rows[-1], flush=True)
-    head = "| quantizer | time | caught by codes from | and named right | caught by the output from |\n|---|--:|--:|--:|--:|"
-    record.write("seeded_faults", {"faults": records}, "\n".join([head, *rows]))
+    head = "| quantizer | time | caught by codes from | and named right | caught by the output from |"
+    rows[:0] = [head, "|---|--:|--:|--:|--:|"]
+    record.write("seeded_faults", {"faults": records}, "\n".join(rows))
 
 
 def _row(name: str, time: float, found: list[dict[str, Any]]) -> str:

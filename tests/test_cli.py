@@ -15,7 +15,7 @@ from modelopt_tdq.model_folder import describe_inputs, load_quantized, make_inpu
 
 diffusers = pytest.importorskip("diffusers")
 
-COMMANDS = ("demo", "analyze", "quantize", "export", "build", "compare", "report", "doctor")
+COMMANDS = ("demo", "analyze", "quantize", "export", "twin", "build", "compare", "report", "doctor")
 SMALL = {
     "sample_size": 8,
     "block_out_channels": (8, 16),
@@ -123,9 +123,33 @@ def test_export_and_compare(quantized: Path, tmp_path: Path) -> None:
     model = onnx.load(file)
     assert [i.name for i in model.graph.input] == ["sample", "timestep"]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
-    result = run("compare", quantized, "--onnx", file, "--steps", 2, "--backend", "torch", "--backend", "onnxruntime")
+    backends = ("--backend", "torch", "--backend", "onnxruntime")
+    page = tmp_path / "report" / "compare.html"
+    result = run("compare", quantized, "--onnx", file, "--steps", 2, *backends, "--report", page)
     assert result.exit_code == 0, result.output
     assert "passed" in result.output
+    assert "Allowed: " in result.output
+    assert 'src="data:image/png;base64,' in page.read_text()
+
+
+def test_plugin_twin_and_table_input(quantized: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("polygraphy")
+    files = {name: tmp_path / f"{name}.onnx" for name in ("plugin", "table", "plugin_twin")}
+    for name, options in (("plugin", ("--lowering", "plugin")), ("table", ("--table-input",))):
+        result = run("export", quantized, "--output", files[name], "--batch", 1, *options)
+        assert result.exit_code == 0, result.output
+    assert "TdqScaleLookup" in {node.op_type for node in onnx.load(files["plugin"]).graph.node}
+    assert {"tdq_table", "tdq_edges"} < {value.name for value in onnx.load(files["table"]).graph.input}
+
+    result = run("twin", files["plugin"])
+    assert result.exit_code == 0, result.output
+    assert "TdqScaleLookup" not in {node.op_type for node in onnx.load(files["plugin_twin"]).graph.node}
+    assert "no node TdqScaleLookup" in refused("twin", files["table"])
+    assert "the graph itself" in refused("twin", files["plugin"], "--output", files["plugin"])
+    result = run("compare", quantized, "--onnx", files["plugin"], "--steps", 1, "--backend", "onnxruntime")
+    assert result.exit_code == 0, result.output
+    assert "plugin-free twin was run" in result.output
 
 
 def test_compare_fails_on_another_models_export(quantized: Path, pipeline: Path, tmp_path: Path) -> None:
@@ -136,7 +160,9 @@ def test_compare_fails_on_another_models_export(quantized: Path, pipeline: Path,
     tdq.set_scale_table(found.model, tdq.ScaleTable(table.timesteps, table.scale.flip(0) * 1.5, table.names))
     file = tmp_path / "other.onnx"
     tdq.export_onnx(found.model, file, make_inputs(found.inputs, 1))
-    assert run("compare", quantized, "--onnx", file, "--steps", 1, "--backend", "onnxruntime").exit_code == 1
+    result = run("compare", quantized, "--onnx", file, "--steps", 1, "--backend", "onnxruntime")
+    assert result.exit_code == 1
+    assert f"First faulty layer: {table.names[0].partition('.')[0]}" in result.output
 
 
 def test_calibration_script(pipeline: Path, tmp_path: Path) -> None:
@@ -222,6 +248,8 @@ def _script(text: str) -> Callable[[Path], list[object]]:
         (_script("other = 1"), "no such function"),
         (lambda f: ["export", f], "quantization.json"),
         (lambda f: ["compare", f], "quantization.json"),
+        (lambda f: ["compare", f, "--report", f], "it is a folder"),
+        (lambda f: ["twin", f / "gone.onnx"], "no such file"),
         (lambda f: ["build", f / "gone.onnx"], "no such file"),
         (lambda f: ["build", f / "gone.onnx", "--dynamic-size", "batch=1,2"], "NAME=MIN,LIKELY,MAX"),
         (lambda f: ["build", f / "gone.onnx", "--backend", "cuda"], "backend"),

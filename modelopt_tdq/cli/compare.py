@@ -44,6 +44,12 @@ def compare(
         typer.Option(help="torch, onnxruntime, openvino; may be repeated. Default: those that are installed."),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Compare codes, layer by layer, too.")] = True,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="HTML file to write: a heat map of layers and time steps, and the tables.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Compare the quantized model with what it is exported to, per time step and per layer.
 
@@ -58,18 +64,25 @@ def compare(
     from modelopt_tdq.model_folder import load_quantized
     from modelopt_tdq.model_table import scale_table
 
+    if report is not None:
+        from modelopt_tdq.report.comparison import check_page, write_comparison
+
+        check_page(report)
     found = load_quantized(folder)
     table = scale_table(found.model)
     rows = torch.linspace(0, len(table) - 1, min(steps, len(table))).round().long()
     argument = table.metadata["timestep_argument"]
+    without_engine = (TORCH, *(name for name, kind in BACKENDS.items() if not kind.engine))
     comparison = compare_model(
         found.model,
         _calls(found.inputs, table.timesteps[rows], argument, batch),
-        backends=backend or [name for name in (TORCH, *BACKENDS) if importlib.util.find_spec(name)],
+        backends=backend or [name for name in without_engine if importlib.util.find_spec(name)],
         layers=layers,
         reference_path=reference,
         lowered_path=onnx,
     )
     Console().print(render(comparison))
+    if report is not None:
+        typer.echo(f"Report: {write_comparison(comparison, report, folder.name)}")
     if not comparison.passed:
         raise typer.Exit(1)

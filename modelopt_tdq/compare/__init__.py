@@ -9,8 +9,9 @@ from modelopt_tdq.compare.metrics import (
     codes_difference,
     output_difference,
 )
-from modelopt_tdq.compare.model import LayerResult, ModelComparison, StepResult, compare_model
+from modelopt_tdq.compare.model import compare_model
 from modelopt_tdq.compare.printed import PrintedComparator
+from modelopt_tdq.compare.results import LayerResult, ModelComparison, StepResult
 from modelopt_tdq.compare.runners import session_runner, torch_runner
 from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.compare.table import render

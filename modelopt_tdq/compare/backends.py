@@ -45,13 +45,15 @@ class Backend:
     """How a backend runs a file.
 
     Attributes:
-        open: Makes its session of an ONNX file, or of what its ``files`` entry names instead (an engine).
+        open: Makes its session of an ONNX file, or of what ``compare_model(files=…)`` names instead.
         layers: Whether its codes can be compared, layer by layer. Not if it fuses differently once it is to return
             them, for then it would be another program that is compared.
+        engine: Whether it runs an engine, which ``files`` has to name, rather than the ONNX file.
     """
 
     open: Callable[[Path], Session]
     layers: bool
+    engine: bool = False
 
 
 #: By name.

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from modelopt_tdq.calibration.output_error import full_precision
 from modelopt_tdq.compare.backends import BACKENDS, TORCH, Deployed, deployed
 from modelopt_tdq.compare.layers import codes_by_quantizer, given_codes, returning_codes, with_given_codes
-from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference, output_difference
+from modelopt_tdq.compare.metrics import codes_difference, output_difference
+from modelopt_tdq.compare.results import LayerResult, ModelComparison, StepResult
 from modelopt_tdq.compare.runners import OUTPUT, call_model, session_runner, torch_runner
 from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.errors import TdqError, require
@@ -24,84 +25,13 @@ from modelopt_tdq.export.inputs import flatten_inputs
 from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
 from modelopt_tdq.timestep import find_timestep
 
-__all__ = ["REFERENCE", "LayerResult", "ModelComparison", "StepResult", "compare_model"]
+__all__ = ["REFERENCE", "compare_model"]
 
 #: Name of the reference: the reference graph in ONNX Runtime, run node by node.
 REFERENCE = "reference"
 
 #: An array by the name of an input or output, of one call.
 _Arrays = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One backend at one time step.
-
-    Attributes:
-        backend: Its name.
-        step: Which call it was, from 0.
-        time: Of the step, in the model's own units; the smallest where every sample has its own.
-        difference: Of the model's first output.
-    """
-
-    backend: str
-    step: int
-    time: float
-    difference: OutputDifference
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """One layer of one backend at one time step, given the reference's codes.
-
-    Attributes:
-        backend: Its name.
-        step: Which call it was, from 0.
-        time: Of the step, in the model's own units.
-        name: Of the quantizer; or of the output, behind the last of them.
-        difference: Of the codes of the layer's input; or of the output.
-    """
-
-    backend: str
-    step: int
-    time: float
-    name: str
-    difference: CodesDifference | OutputDifference
-
-
-@dataclass(frozen=True)
-class ModelComparison:
-    """What :func:`compare_model` found.
-
-    Attributes:
-        steps: The output, per backend and step.
-        layers: The layers whose codes differ, be it by rounding only, in the order in which they run; last the
-            output, if it differs by more than rounding.
-        compared_codes: Codes compared per backend, over all steps and layers.
-        quantizers: Names of those whose codes were compared, in the order in which they run.
-        notes: What the reader has to know about how it was compared.
-    """
-
-    steps: tuple[StepResult, ...]
-    layers: tuple[LayerResult, ...]
-    compared_codes: Mapping[str, int]
-    quantizers: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether no output differs by more than the quantization noise, and no layer by more than rounding."""
-        return all(step.difference for step in self.steps) and not self.faults
-
-    @property
-    def faults(self) -> tuple[LayerResult, ...]:
-        """The layers that rounding does not explain: first those of the first step, in the order they run."""
-        return tuple(layer for layer in self.layers if not layer.difference)
-
-    def codes(self, backend: str) -> list[CodesDifference]:
-        """The differences in codes of one backend."""
-        found = [layer.difference for layer in self.layers if layer.backend == backend]
-        return [difference for difference in found if isinstance(difference, CodesDifference)]
 
 
 def compare_model(
@@ -134,12 +64,15 @@ def compare_model(
         progress: Show a progress bar.
 
     Raises:
-        TdqError: A backend is not known, there are no inputs, or export fails.
+        TdqError: A backend is not known or lacks its engine, there are no inputs, or export fails.
         MissingExtraError: Polygraphy or a backend is not installed.
     """
     known = (TORCH, *BACKENDS)
     if unknown := [backend for backend in backends if backend not in known]:
         raise TdqError("backends", unknown, "not known", f"Use some of {', '.join(known)}")
+    for backend in backends:
+        if backend != TORCH and BACKENDS[backend].engine and backend not in (files or {}):
+            raise TdqError("files", files, f"{backend} runs an engine", f"Pass files={{{backend!r}: <its engine>}}")
     calls = list(inputs)
     if not calls:
         raise TdqError("inputs", calls, "empty", "Pass the arguments of one call per time step")

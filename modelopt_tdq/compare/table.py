@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from modelopt_tdq.compare.metrics import TOLERANCES
-from modelopt_tdq.compare.model import LayerResult, ModelComparison
+from modelopt_tdq.compare.results import LayerResult, ModelComparison
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,7 +33,7 @@ def render(comparison: ModelComparison) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    parts: list[RenderableType] = [TOLERANCES, *comparison.notes, _outputs(comparison)]
+    parts: list[RenderableType] = [TOLERANCES, *map(Text, comparison.notes), _outputs(comparison)]
     for backend, count in comparison.compared_codes.items():
         moved = sum(codes.differing for codes in comparison.codes(backend))
         parts.append(f"{backend}: {moved} of {count} codes differ, with the reference's codes in all other layers")

@@ -186,6 +186,21 @@ def test_the_twin_of_a_graph_with_the_plugin(
     assert [file.name for file in tmp_path.iterdir()] == ["plugin.onnx"]
 
 
+def test_a_quantizer_that_a_graph_lacks_is_named(model: TinyDenoiser, graphs: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "other.onnx"
+    path.write_bytes(graphs["ratio"].read_bytes().replace(b"mix.input_quantizer", b"mix.input_quantized"))
+    comparison = compare_model(
+        model,
+        DATA[:1],
+        backends=["onnxruntime"],
+        reference_path=graphs["reference"],
+        lowered_path=path,
+        progress=False,
+    )
+    assert "onnxruntime: the codes of mix.input_quantizer were not compared" in text(comparison)
+    assert comparison.passed
+
+
 def test_a_table_that_is_an_input_gets_the_models(model: TinyDenoiser, graphs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     path = export_onnx(model, tmp_path / "table.onnx", DATA[0], table_input=True).path
@@ -221,6 +236,10 @@ def test_a_backend_is_a_line_in_a_mapping(
     )
     assert {(step.backend, step.time) for step in comparison.steps if not step.difference} == {("another", 600.0)}
     assert set(comparison.compared_codes) == {"onnxruntime"}
+    needs_one = Backend(OnnxRuntimeSession, layers=False, engine=True)
+    monkeypatch.setattr("modelopt_tdq.compare.model.BACKENDS", {**BACKENDS, "another": needs_one})
+    with pytest.raises(tdq.TdqError, match="another runs an engine"):
+        compare_model(model, DATA, backends=["another"], files={"openvino": path})
 
 
 def test_what_is_printed_in_polygraphy(capsys: pytest.CaptureFixture[str]) -> None:

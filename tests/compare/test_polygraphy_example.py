@@ -3,7 +3,6 @@
 import re
 import runpy
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from support.models import FAMILIES, fast_config
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export import export_onnx
-from modelopt_tdq.export.twin import write_twin
 from modelopt_tdq.model_folder import load_model
 from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
 
@@ -51,7 +49,7 @@ class Example:
     graph: Any
 
     def lowered(self, factor: float, columns: Any = slice(None), lowering: str = "ratio") -> onnx.ModelProto:
-        """The graph for deployment, with wrong scales in one row."""
+        """A graph with wrong scales in one row."""
         table = tdq.scale_table(self.model)
         wrong = torch.ones_like(table.scale)
         wrong[ROW, columns] = factor
@@ -145,26 +143,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [fast_config(weight_bits=(4, 3), activation_bits=(4, 3)), fast_config(asymmetric=True), fast_config()],
-    ids=["fp8", "offset", "plugin"],
+    "fields", [{"weight_bits": (4, 3), "activation_bits": (4, 3)}, {"asymmetric": True}], ids=["fp8", "offset"]
 )
-def test_layers_of_other_graphs(tiny: Path, tmp_path: Path, run: Any, config: Any, request: Any) -> None:
-    example = make(tmp_path, tiny, config)
-    lowering = "plugin" if request.node.callspec.id == "plugin" else "ratio"
-    columns = (0, len(tdq.scale_table(example.model).names) - 1)
-    for name, factor, column in (("sound", 1.0, 0), ("first", 1.05, columns[0]), ("last", 0.5, columns[1])):
-        onnx.save(example.lowered(factor, column, lowering), tmp_path / "ratio.onnx")
-        if lowering == "plugin":
-            shutil.move(tmp_path / "ratio.onnx", tmp_path / "plugin.onnx")
-            write_twin(tmp_path / "plugin.onnx", tmp_path / "ratio.onnx")
+def test_layers_of_other_number_formats(tiny: Path, tmp_path: Path, run: Any, fields: dict[str, Any]) -> None:
+    example = make(tmp_path, tiny, fast_config(**fields))
+    names = tdq.scale_table(example.model).names
+    for factor, status, expected in ((1.0, 0, []), (0.5, 1, [f"{names[-1]}, step {STEP}, time 600"])):
+        onnx.save(example.lowered(factor, len(names) - 1), tmp_path / "ratio.onnx")
         run(GRAPHS, example)
-        if name == "sound":
+        if factor == 1.0:
             assert run(REFERENCE, example)[0] == 0
-        status, printed = run(LAYERS, example)
-        assert status == (name != "sound"), printed
-        wrong = tdq.scale_table(example.model).names[column]
-        assert first_fault(printed) == ([] if name == "sound" else [f"{wrong}, step {STEP}, time 600"])
+        found, printed = run(LAYERS, example)
+        assert found == status, printed
+        assert len(re.findall(r"\| output: .* dB, rounding\)", printed)) == len(STEPS)
+        assert first_fault(printed) == expected
 
 
 def test_a_table_that_is_an_input(tiny: Path, tmp_path: Path, run: Any) -> None:
