@@ -72,6 +72,11 @@ class DeviceQueue:
         """What the caller's stream is given from here on waits for what was launched here."""
         self._module.current_stream().wait_stream(self._stream)
 
+    def finish(self) -> None:
+        """Wait until nothing runs: what it uses may be freed."""
+        with self.active():
+            self._module.synchronize()
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Record what ``launch`` enqueues as a CUDA graph; the result enqueues it again, with one call."""
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""TensorRT's data types in torch and NumPy."""
+"""TensorRT's data types in torch and NumPy, and values between them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from modelopt_tdq.errors import TdqError, require
 
-__all__ = ["numpy_dtype", "torch_dtype"]
+__all__ = ["host_array", "host_tensor", "numpy_dtype", "torch_dtype"]
 
 _TORCH = {
     "FLOAT": torch.float32,
@@ -42,3 +43,15 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """The same type in NumPy, whose bfloat16 is that of ml_dtypes."""
     name = str(dtype).removeprefix("torch.")
     return np.dtype(require("ml_dtypes", "onnx").bfloat16 if name == "bfloat16" else name)
+
+
+def host_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """The same values on the host; torch does not know NumPy's bfloat16."""
+    return torch.from_numpy(array.astype(np.float32) if array.dtype.name == "bfloat16" else array)
+
+
+def host_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A copy on the host; bfloat16, which NumPy itself does not have, as float32."""
+    dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+    array: np.ndarray[Any, Any] = tensor.to("cpu", dtype, copy=True).numpy()
+    return array

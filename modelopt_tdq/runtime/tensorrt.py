@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from modelopt_tdq.runtime.engine_loading import load_engine
 from modelopt_tdq.runtime.engine_slot import EngineSlot
 from modelopt_tdq.runtime.feeds import as_feeds
 from modelopt_tdq.runtime.table_buffers import TABLE_INPUTS, table_tensors
-from modelopt_tdq.runtime.tensor_types import numpy_dtype, torch_dtype
+from modelopt_tdq.runtime.tensor_types import host_array, host_tensor, numpy_dtype, torch_dtype
 from modelopt_tdq.table import ScaleTable
 
 __all__ = ["TensorRTSession"]
@@ -137,9 +136,9 @@ class TensorRTSession:
                 for name, value in new.items():
                     self._table[name].copy_(value)
             else:
+                self._drop_slots()
                 self._table = {name: value.to(self._queue.device, copy=True) for name, value in new.items()}
-                self._slots.clear()
-                self._bound = None
+            self._queue.wait_for_caller()
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name.
@@ -163,7 +162,7 @@ class TensorRTSession:
             results: dict[str, Any] = {}
             for name in self.outputs:
                 output = slot.outputs[name]
-                results[name] = output.clone() if resident else _array(output)
+                results[name] = output.clone() if resident else host_array(output)
         if new:
             self._contexts.save()
         return results
@@ -183,7 +182,7 @@ class TensorRTSession:
                 )
         host = {name: value for name, value in inputs.items() if name not in there}
         arrays = as_feeds(host, {name: self.inputs[name] for name in host})
-        values = there | {name: _tensor(array) for name, array in arrays.items()}
+        values = there | {name: host_tensor(array) for name, array in arrays.items()}
         return {name: values[name] for name in self.inputs}, bool(there)
 
     def _slot(self, shapes: dict[str, tuple[int, ...]]) -> tuple[EngineSlot, bool]:
@@ -194,7 +193,8 @@ class TensorRTSession:
             for name, shape in shapes.items():
                 self._check_shape(name, shape)
             buffers = {n: torch.empty(s, dtype=self._dtypes[n], device=self._queue.device) for n, s in shapes.items()}
-            while len(self._slots) >= self._max_shapes:
+            if len(self._slots) >= self._max_shapes:
+                self._queue.finish()  # the oldest may still run
                 self._slots.popitem(last=False)
             slot = EngineSlot(self._loaded, self._contexts.get(), self._queue, buffers | self._table)
         if new or (self._bound is not slot and not self._contexts.capture):
@@ -215,10 +215,14 @@ class TensorRTSession:
 
     def close(self) -> None:
         """Write the run-time cache and free what is on the device."""
+        self._drop_slots()
         self._contexts.save()
+        self._contexts.clear()
+
+    def _drop_slots(self) -> None:
+        self._queue.finish()
         self._slots.clear()
         self._bound = None
-        self._contexts.clear()
 
     def __enter__(self) -> TensorRTSession:
         return self
@@ -246,15 +250,3 @@ def _ranges(engine: Any, name: str) -> list[tuple[int, int]]:
 
 def _shown(least: int, most: int) -> int | str:
     return least if least == most else f"{least}..{most}"
-
-
-def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """On the host; torch does not know NumPy's bfloat16."""
-    return torch.from_numpy(array.astype(np.float32) if array.dtype.name == "bfloat16" else array)
-
-
-def _array(output: Tensor) -> np.ndarray[Any, Any]:
-    """A copy on the host; bfloat16, which NumPy does not have, as float32."""
-    kept = output.to("cpu", torch.float32 if output.dtype == torch.bfloat16 else None, copy=True)
-    array: np.ndarray[Any, Any] = kept.numpy()
-    return array

@@ -137,19 +137,24 @@ def test_fractions_for_integers(plain: Any, model: Any, tmp_path: Path) -> None:
         session({**inputs, "timestep": 300.5})
 
 
-def test_one_graph_per_set_of_shapes(plain: Any, onnx_file: Path, tmp_path: Path) -> None:
+def test_one_graph_per_set_of_shapes(
+    plain: Any, onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DeviceQueue, "finish", lambda queue: plain.stage.calls.append("finish"))
     session = session_of(plain, onnx_file, tmp_path, cuda_graph=True, max_shapes=2)
     expected, stage = OnnxRuntimeSession(onnx_file), plain.stage
-    for batch, time in ((2, 600.0), (2, 500.0), (3, 500.0), (2, 10.0), (3, 400.0)):
+    for batch, time in ((2, 600.0), (2, 500.0), (3, 500.0), (3, 400.0), (2, 10.0)):
         inputs = call(batch, seed=int(time), time=time)
         np.testing.assert_array_equal(session(inputs)["output"].numpy(), expected(inputs)["output"])
     assert stage.calls.count("capture") == len(stage.contexts) == 2
     assert stage.calls.count("replay") == 3
-    session(call(4))  # the third set of shapes: that of batch 2 was not used for longest
-    session(call(3))
-    assert stage.calls.count("capture") == 3
+    assert "finish" not in stage.calls  # the loop never waits for the GPU
+    session(call(4))  # instead of batch 3, which was not used for longest
     session(call(2))
+    assert stage.calls.count("capture") == 3
+    session(call(3))
     assert stage.calls.count("capture") == 4
+    assert stage.calls.count("finish") == 2  # before something is freed that may run
     assert {context._memory for context in stage.contexts} == {session._contexts._memory.data_ptr()}
 
 
