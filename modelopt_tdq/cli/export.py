@@ -54,8 +54,8 @@ def export(
     pack_weights: Annotated[
         Packing,
         typer.Option(
-            help="Weights of at most 4 bits. none: in INT8 tensors; cast: two to a byte, for ONNX Runtime and OpenVINO; "
-            "direct: those of matrix products two to a byte, for TensorRT, at a kernel more per layer."
+            help="Weights of at most 4 bits. none: in INT8 tensors; cast: two to a byte, for ONNX Runtime and "
+            "OpenVINO; direct: those of matrix products two to a byte, for TensorRT, at a kernel more per layer."
         ),
     ] = Packing.NONE,
 ) -> None:
