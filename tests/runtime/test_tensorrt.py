@@ -410,3 +410,13 @@ def test_a_pipeline_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(pipeline.transformer.session, TensorRTSession)
     for backend in BACKENDS:
         np.testing.assert_array_equal(images[backend], images["onnxruntime"])
+
+
+def test_the_time_of_a_batch_is_not_waited_for(model: Any) -> None:
+    session = SimpleNamespace(inputs={"sample": np.float32, "timestep": np.float32}, outputs=["output"])
+    denoiser = tdq.EngineDenoiser(session, model)
+    # a tensor without values: to look at them is an error, as it is a wait on the GPU
+    time = torch.empty((), device="meta")
+    assert denoiser._fitted("timestep", time.expand(2), ()).shape == ()
+    with pytest.raises(RuntimeError, match="meta"):
+        denoiser._fitted("timestep", torch.empty(2, device="meta"), ())
