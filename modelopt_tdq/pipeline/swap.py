@@ -189,7 +189,7 @@ def swap_denoiser(
         original = original.original
     session = _session(Path(engine), backend, table) if isinstance(engine, (str, os.PathLike)) else engine
     if table is not None and hasattr(session, "set_table"):  # it holds its table itself, on its device
-        if session is engine:
+        if not isinstance(engine, (str, os.PathLike)):
             session.set_table(table)
         table = None
     parameters = inspect.signature(original.forward).parameters
