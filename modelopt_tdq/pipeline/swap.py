@@ -188,6 +188,10 @@ def swap_denoiser(
     if isinstance(original, EngineDenoiser):
         original = original.original
     session = _session(Path(engine), backend, table) if isinstance(engine, (str, os.PathLike)) else engine
+    if table is not None and hasattr(session, "set_table"):  # it holds its table itself, on its device
+        if not isinstance(engine, (str, os.PathLike)):
+            session.set_table(table)
+        table = None
     parameters = inspect.signature(original.forward).parameters
     unknown = [i for i in session.inputs if i.partition(".")[0] not in parameters]
     if set(unknown) == {TABLE_INPUT, EDGES_INPUT}:

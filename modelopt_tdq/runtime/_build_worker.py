@@ -158,11 +158,17 @@ def rtx_targets(trt: Any, capabilities: list[str]) -> list[Any]:
     return [known[capability] for capability in capabilities]
 
 
-def describe_layers(trt: Any, logger: Any, engine: Any) -> str:
-    """The list of layers: the builder logs it, or else the engine's own inspector, which needs a GPU, has it."""
+def describe_layers(trt: Any, logger: Any, engine: Any, version_compatible: bool, warnings: list[str]) -> str:
+    """The list of layers: the builder logs it, or else the engine's own inspector, which needs a GPU, has it.
+
+    An engine without a lean runtime may not load here; then nothing is known of its layers.
+    """
     if logger.layers:
         return str(logger.layers)
     loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+    if loaded is None and version_compatible:
+        warnings.append("this TensorRT does not tell the layers of a version-compatible engine: all types are unknown")
+        return ""
     if loaded is None:
         raise BuildError(
             "backend",
@@ -223,7 +229,7 @@ def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
             "the builder failed: " + "; ".join(logger.errors[-2:] or ["no reason given"]),
             "Change the model or the compute capabilities",
         )
-    layers = describe_layers(trt, logger, engine)
+    layers = describe_layers(trt, logger, engine, request["version_compatible"], warnings)
     if request["timing_cache"]:
         Path(request["new_timing_cache"]).write_bytes(config.get_timing_cache().serialize())
     Path(request["engine"]).write_bytes(engine)

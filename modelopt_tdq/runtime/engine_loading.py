@@ -67,15 +67,15 @@ def load_engine(
     report, content = _read(file, trust)
     name = _backend(backend, report)
     trt = require(name, BACKENDS[name])
-    needs_lean = report is not None and _check_version(trt, report, lean_runtime)
     if report is not None:
+        _check_version(trt, report, lean_runtime)
         _check_gpu(report, queue.capability)
     errors: deque[str] = deque(maxlen=3)
     logger = _logger(trt, errors)
     _load_plugins(trt, plugins, report)
     with queue.active():
         runtime = _runtime(trt, logger, errors)
-        lean = runtime.load_runtime(os.fspath(lean_runtime)) if needs_lean and lean_runtime is not None else runtime
+        lean = runtime.load_runtime(os.fspath(lean_runtime)) if lean_runtime is not None else runtime
         if lean is None:
             raise TdqError(
                 "lean_runtime", str(lean_runtime), f"it cannot be loaded ({'; '.join(errors)})", "Pass its path"
@@ -122,11 +122,10 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-def _check_version(trt: Any, report: EngineReport, lean_runtime: str | os.PathLike[str] | None) -> bool:
-    """Whether it takes the lean runtime of the version that built the engine to run it here."""
+def _check_version(trt: Any, report: EngineReport, lean_runtime: str | os.PathLike[str] | None) -> None:
     built, here = _release(report.backend_version), _release(trt.__version__)
     if built == here:
-        return False
+        return
     what = f"{report.engine.name} was built by {report.backend} {report.backend_version}"
     if not report.version_compatible or here < built:
         problem = f"{what}, and engines run in the release that built them"
@@ -142,7 +141,6 @@ def _check_version(trt: Any, report: EngineReport, lean_runtime: str | os.PathLi
             f"{what} to run in later ones too, which takes that version's lean runtime library",
             f"Pass the path of libnvinfer_lean.so of TensorRT {report.backend_version}",
         )
-    return True
 
 
 def _check_gpu(report: EngineReport, capability: str | None) -> None:

@@ -45,8 +45,8 @@ class TensorRTSession:
             ``<engine>.runtime_cache``, False for none. Written after the first call of each set of shapes, and
             by :meth:`close`.
         plugins: Libraries with the plugins that the engine needs, where it was built with C++ ones.
-        lean_runtime: TensorRT: lean runtime library of the version that built a version-compatible engine, where
-            another version runs it.
+        lean_runtime: TensorRT: lean runtime library of the version that built a version-compatible engine; needed
+            where another version runs it. It is loaded as code: trust it as you do TensorRT.
         device: Of torch.
 
     Attributes:

@@ -153,9 +153,10 @@ class IExecutionContext:
         return sorted(set(self._engine._inputs) - set(self._shapes))
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        batch = self._shapes["sample"][0]
-        shape = self._engine._tensors[name][1]
-        return self._shapes.get(name) or tuple(batch if size < 0 else size for size in shape)
+        if name in self._shapes:
+            return self._shapes[name]
+        batch = next(shape[0] for each, shape in self._shapes.items() if shape and not each.startswith("tdq_"))
+        return tuple(batch if size < 0 else size for size in self._engine._tensors[name][1])
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         stage = self._engine._module.stage

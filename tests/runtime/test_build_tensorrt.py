@@ -7,6 +7,7 @@ import shlex
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import modelopt_tdq as tdq
+from modelopt_tdq.runtime._build_worker import BuildError, describe_layers
 from modelopt_tdq.runtime.trtexec import trtexec_command
 
 pytest.importorskip("onnx")
@@ -102,6 +104,17 @@ def test_timing_cache(library: Path, tmp_path: Path, content: bytes | None, recw
         "model.engine.json",
         "times.cache",
     }
+
+
+def test_layers_of_an_engine_that_does_not_load_here() -> None:
+    logger = SimpleNamespace(layers="", errors=["no lean runtime"])
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda engine: None)
+    library = SimpleNamespace(Runtime=lambda logger: runtime, __name__="tensorrt")
+    warnings: list[str] = []
+    assert describe_layers(library, logger, b"", True, warnings) == ""
+    assert "all types are unknown" in warnings[0]
+    with pytest.raises(BuildError, match="does not tell its layers: no lean runtime"):
+        describe_layers(library, logger, b"", False, warnings)
 
 
 def test_a_failed_build_leaves_the_timing_cache_alone(library: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -225,6 +226,22 @@ def other(model: Any, spread: float) -> tdq.ScaleTable:
     return table
 
 
+def test_a_pipeline_passes_a_table_on(
+    plain: Any, model: Any, table_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TensorRTSession.__init__.__kwdefaults__, "device", "cpu")
+    engine, expected = engine_of(plain, table_file, tmp_path), OnnxRuntimeSession(table_file)
+    inputs = {"sample": noise(2, 3, 8, 8, seed=3), "timestep": torch.tensor(400.0)}
+    first, second = (engine_table(table_file, other(model, spread)) for spread in (4.0, 9.0))
+    pipeline = SimpleNamespace(components={"unet": model}, unet=model)
+    tdq.swap_denoiser(pipeline, engine, backend="tensorrt", component="unet", table=first)
+    session = pipeline.unet.session
+    for table in (first, second):
+        found = pipeline.unet(**inputs)[0]
+        np.testing.assert_array_equal(found.numpy(), expected(inputs | table)["output"])
+        tdq.swap_denoiser(pipeline, session, component="unet", table=second)
+
+
 def test_tables_of_other_engines(plain: Any, model: Any, table_file: Path, onnx_file: Path, tmp_path: Path) -> None:
     with pytest.raises(tdq.TdqError, match=r"takes its table as an input. Pass TensorRTSession\(engine, table"):
         session_of(plain, table_file, tmp_path)
@@ -373,13 +390,13 @@ def test_the_real_tensorrt_rtx_judges_a_damaged_engine(tmp_path: Path, monkeypat
 
 def test_a_pipeline_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
-    from support.pipelines import PIPELINES
+    from support.pipelines import FAMILIES, fast_pipeline_config
 
-    family = PIPELINES["ddim"]
-    pipeline = family.make()
-    config = tdq.make_config(statistic="max", weights="max", protect_steps=False, progress=False)
-    tdq.quantize_pipeline(pipeline, config, calls=[family.call], steps=2, progress=False)
-    path = tdq.export_onnx(pipeline.unet, tmp_path / "m.onnx", tdq.sample_inputs(pipeline, **family.call)).path
+    family = FAMILIES["dit"]
+    pipeline, call = family.tiny(), family.tiny_call(0)
+    tdq.quantize_pipeline(pipeline, fast_pipeline_config(), calls=[call], steps=2, progress=False)
+    inputs = tdq.sample_inputs(pipeline, **call)
+    path = tdq.export_onnx(pipeline.transformer, tmp_path / "m.onnx", inputs).path
     monkeypatch.setitem(TensorRTSession.__init__.__kwdefaults__, "device", "cpu")
     pipeline.set_progress_bar_config(disable=True)
     images = {}
@@ -387,9 +404,19 @@ def test_a_pipeline_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         file = path
         if backend in BACKENDS:
             file = engine_of(install(backend, monkeypatch), path, tmp_path)
-        tdq.swap_denoiser(pipeline, file, backend=backend, component="unet")
-        call = {**family.call, "num_inference_steps": 3, "output_type": "np"}
-        images[backend] = pipeline(**call, generator=torch.Generator().manual_seed(9))[0]
-    assert isinstance(pipeline.unet.session, TensorRTSession)
+        tdq.swap_denoiser(pipeline, file, backend=backend, component="transformer")
+        arguments = {**call, "num_inference_steps": 3, "output_type": "np"}
+        images[backend] = pipeline(**arguments, generator=torch.Generator().manual_seed(9))[0]
+    assert isinstance(pipeline.transformer.session, TensorRTSession)
     for backend in BACKENDS:
         np.testing.assert_array_equal(images[backend], images["onnxruntime"])
+
+
+def test_the_time_of_a_batch_is_not_waited_for(model: Any) -> None:
+    session = SimpleNamespace(inputs={"sample": np.float32, "timestep": np.float32}, outputs=["output"])
+    denoiser = tdq.EngineDenoiser(session, model)
+    # a tensor without values: to look at them is an error, as it is a wait on the GPU
+    time = torch.empty((), device="meta")
+    assert denoiser._fitted("timestep", time.expand(2), ()).shape == ()
+    with pytest.raises(RuntimeError, match="meta"):
+        denoiser._fitted("timestep", torch.empty(2, device="meta"), ())
