@@ -43,20 +43,25 @@ def test_a_layer_sees_the_given_codes_and_answers_with_its_own(tmp_path: Path, b
     assert len(graph.graph.input) == 2  # the original is untouched
 
 
-def test_a_layer_that_pads_keeps_its_own_border(tmp_path: Path) -> None:
-    model = quantized(asymmetric=True)
-    graphs = {
-        lowering: onnx.load(export_onnx(model, tmp_path / f"{lowering}.onnx", DATA[0], lowering=lowering).path)
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, onnx.ModelProto]:
+    """Both lowerings of a model whose layers have offsets, and so pad explicitly."""
+    model, folder = quantized(asymmetric=True), tmp_path_factory.mktemp("padded")
+    return {
+        lowering: onnx.load(export_onnx(model, folder / f"{lowering}.onnx", DATA[0], lowering=lowering).path)
         for lowering in ("reference", "ratio")
     }
-    reference = OnnxRuntimeSession(returning_codes(graphs["reference"]))(FEED)
-    plain = OnnxRuntimeSession(returning_codes(graphs["ratio"]))(FEED)
-    padded = f"{LAYERS[2]}/codes:int8"
-    assert (reference[padded].shape, plain[padded].shape) == ((2, 8, 8, 8), (2, 8, 10, 10))
-    assert np.abs(plain[padded][0, 0, 0]).min() > 0  # the code of zero, which is not zero
-    session = OnnxRuntimeSession(with_given_codes(graphs["ratio"], graphs["reference"]))
+
+
+def test_a_layer_that_pads_keeps_its_own_border(padded: dict[str, onnx.ModelProto]) -> None:
+    reference = OnnxRuntimeSession(returning_codes(padded["reference"]))(FEED)
+    plain = OnnxRuntimeSession(returning_codes(padded["ratio"]))(FEED)
+    codes = f"{LAYERS[2]}/codes:int8"
+    assert (reference[codes].shape, plain[codes].shape) == ((2, 8, 8, 8), (2, 8, 10, 10))
+    assert np.abs(plain[codes][0, 0, 0]).min() > 0  # the code of zero, which is not zero
+    session = OnnxRuntimeSession(with_given_codes(padded["ratio"], padded["reference"]))
     answer = session({**FEED, **given_codes(reference)})
-    np.testing.assert_array_equal(answer[padded], plain[padded])
+    np.testing.assert_array_equal(answer[codes], plain[codes])
     np.testing.assert_allclose(answer["output"], reference["output"], rtol=0, atol=1e-6)
 
 
@@ -79,3 +84,12 @@ def test_graphs_of_different_models(tmp_path: Path) -> None:
     other = onnx.ModelProto.FromString(graph.SerializeToString().replace(b"input_quantizer", b"input_quantized"))
     with pytest.raises(tdq.TdqError, match="no quantizer in common with the reference"):
         with_given_codes(graph, other)
+
+
+def test_given_codes_leave_tensorrt_its_low_precision_kernels(
+    padded: dict[str, onnx.ModelProto], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    onnx.save(with_given_codes(padded["ratio"], padded["reference"]), tmp_path / "layers.onnx")
+    report = tdq.build_engine(tmp_path / "layers.onnx", tmp_path / "layers.engine", compute_capabilities=("8.9",))
+    assert [report.low_precision(layer) for layer in report.quantized] == [True] * len(LAYERS)
