@@ -29,6 +29,7 @@ from support.models import fast_config  # noqa: E402
 
 import modelopt_tdq as tdq  # noqa: E402
 from modelopt_tdq.example_call import example_call  # noqa: E402
+from modelopt_tdq.export.inputs import flatten_inputs  # noqa: E402
 from modelopt_tdq.model_folder import load_model  # noqa: E402
 from modelopt_tdq.runtime.engine_report import EngineReport, float_layers  # noqa: E402
 from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape  # noqa: E402
@@ -73,7 +74,8 @@ def measure(name: str, number_format: str, denoiser: Denoiser, folder: Path, cod
         static = lowered(graph, "ratio", model)
     compared = [(0, 0)]
     if codes:
-        arrays = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor)}
+        flat = flatten_inputs(inputs, "timestep")
+        arrays = dict(zip(flat.names, flat.tensors, strict=True))
         time = torch.as_tensor(inputs["timestep"]).reshape(-1)
         compared = [codes_by_definition(g, model, arrays, time.unique().numpy()) for g in graphs.values()]
     ratio_engine, static_engine = _build(graphs["ratio"].proto, folder), _build(static.proto, folder)
