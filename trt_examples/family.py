@@ -26,7 +26,6 @@ class Family:
         call: The pipeline's arguments for one prompt.
         settings: Further arguments of every call of the real pipeline.
         sized: Whether the pipeline takes a height and a width.
-        dtype: On a GPU.
         steps: Of the images, where the user does not say.
     """
 
@@ -40,7 +39,6 @@ class Family:
     call: Callable[[str], dict[str, Any]] = _prompt
     settings: Mapping[str, Any] = field(default_factory=dict)
     sized: bool = True
-    dtype: str = "float16"
     steps: int = 30
 
 

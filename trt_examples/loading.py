@@ -28,10 +28,16 @@ def calls(family: Family, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The arguments of one call of the pipeline per prompt."""
     lines = prompts(family, options)
     if options.tiny:
-        return [family.tiny_call(number) for number in range(len(lines))]
+        return [_placed(family.tiny_call(number), options) for number in range(len(lines))]
     size = {name: getattr(options, name, None) for name in ("height", "width")}
     given = {name: value for name, value in size.items() if value is not None}
     return [{**family.call(line), **family.settings, **given} for line in lines]
+
+
+def _placed(call: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Embeddings as text encoders give them: on the device, in the pipeline's type."""
+    place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+    return {name: value.to(**place) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
 
 
 def denoiser_folder(options: argparse.Namespace) -> Path:

@@ -74,6 +74,7 @@ def build(family: Family, options: argparse.Namespace) -> tdq.EngineReport:
 
 def compare(family: Family, options: argparse.Namespace) -> ModelComparison:
     """Torch and the exported graph in ONNX Runtime against the reference, on steps of the pipeline's own sampling."""
+    _check_dtype(options, "onnxruntime")
     pipeline = load(family, options, quantized=True)
     trajectory = tdq.trajectory_inputs(
         pipeline, family.denoiser, **calls(family, options)[0], num_inference_steps=options.steps
@@ -92,6 +93,7 @@ def compare(family: Family, options: argparse.Namespace) -> ModelComparison:
 
 def run(family: Family, options: argparse.Namespace) -> Images:
     """One image, or the frames of a video: full precision, quantized in torch, and on the engine, at the same seed."""
+    _check_dtype(options, options.backend)
     call = calls(family, options)[0]
     engine = options.output / ("model.onnx" if options.backend in ("onnxruntime", "openvino") else "model.engine")
     if not engine.is_file():
@@ -115,6 +117,13 @@ def run(family: Family, options: argparse.Namespace) -> Images:
     print(images)
     print(images.save(options.output / "images.png"))
     return images
+
+
+def _check_dtype(options: argparse.Namespace, backend: str) -> None:
+    if options.dtype == "bfloat16" and backend in ("onnxruntime", "openvino"):
+        raise tdq.TdqError(
+            "dtype", options.dtype, f"{backend} cannot run it on a CPU", "Use --dtype float16 throughout"
+        )
 
 
 _STEPS = {"quantize": quantize, "export": export, "build": build, "compare": compare, "run": run}

@@ -60,7 +60,7 @@ def quantize_pipeline(
 
     def forward_loop(model: nn.Module) -> None:
         every = list(call_arguments(pipeline, prompts, calls, steps, seed))  # with generators that start anew
-        for arguments in tqdm(every, "calibrate", unit="call", disable=not progress):
+        for arguments in tqdm(every, "sample", unit="image", disable=not progress):
             pipeline(**arguments)
 
     with quiet(pipeline):

@@ -149,10 +149,11 @@ def test_a_step_needs_the_ones_before_it(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (["--tiny", "--prompts", "missing.txt"], "prompts"),
-        (["--tiny", "--prompts", "empty.txt"], "prompts"),
-        (["--tiny", "--preset", "int7"], "recipe"),
-        (["--model", "./nowhere"], "model"),
+        (["quantize", "--tiny", "--prompts", "missing.txt"], "prompts"),
+        (["quantize", "--tiny", "--prompts", "empty.txt"], "prompts"),
+        (["quantize", "--tiny", "--preset", "int7"], "recipe"),
+        (["quantize", "--model", "./nowhere"], "model"),
+        (["compare", "--tiny", "--dtype", "bfloat16"], "dtype"),
     ],
 )
 def test_what_cannot_be_used_is_named(
@@ -161,5 +162,5 @@ def test_what_cannot_be_used_is_named(
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n\n")
     with pytest.raises(tdq.TdqError) as error:
-        main(FAMILIES["dit"], arguments=["quantize", *arguments])
+        main(FAMILIES["dit"], arguments=arguments)
     assert error.value.field == field

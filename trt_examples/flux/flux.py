@@ -50,7 +50,6 @@ FAMILY = Family(
     tiny=tiny_pipeline,
     tiny_call=lambda i: {**tiny.text(i), **tiny.pooled(i), **tiny.size()},
     prompts=PROMPTS,
-    dtype="bfloat16",
     steps=28,
 )
 

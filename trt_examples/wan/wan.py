@@ -57,7 +57,6 @@ FAMILY = Family(
         "rain falls on a window, close-up, shallow depth of field",
     ),
     settings={"num_frames": 33},
-    dtype="bfloat16",
     steps=50,
 )
 
