@@ -25,6 +25,7 @@ ENDS = {
     "sd3": {"pos_embed.proj", "context_embedder", "proj_out"},
     "flux": {"x_embedder", "context_embedder", "proj_out"},
     "flux_guidance": {"x_embedder", "context_embedder", "proj_out"},
+    "cogvideox": {"patch_embed.proj", "proj_out"},
 }
 
 
