@@ -43,6 +43,13 @@ def compare(
         list[str] | None,
         typer.Option(help="torch, onnxruntime, openvino; may be repeated. Default: those that are installed."),
     ] = None,
+    engine: Annotated[
+        Path | None,
+        typer.Option(
+            help="Engine of TensorRT or TensorRT-RTX, built from --onnx, to compare too; it needs the GPU.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Compare codes, layer by layer, too.")] = True,
     report: Annotated[
         Path | None,
@@ -60,9 +67,10 @@ def compare(
 
     from rich.console import Console
 
-    from modelopt_tdq.compare import BACKENDS, TORCH, compare_model, render
+    from modelopt_tdq.compare import WITHOUT_ENGINE, compare_model, render
     from modelopt_tdq.model_folder import load_quantized
     from modelopt_tdq.model_table import scale_table
+    from modelopt_tdq.runtime.engine_report import EngineReport
 
     if report is not None:
         from modelopt_tdq.report.comparison import check_page, write_comparison
@@ -72,14 +80,15 @@ def compare(
     table = scale_table(found.model)
     rows = torch.linspace(0, len(table) - 1, min(steps, len(table))).round().long()
     argument = table.metadata["timestep_argument"]
-    without_engine = (TORCH, *(name for name, kind in BACKENDS.items() if not kind.engine))
+    files = {} if engine is None else {EngineReport.load(engine).backend: engine}
     comparison = compare_model(
         found.model,
         _calls(found.inputs, table.timesteps[rows], argument, batch),
-        backends=backend or [name for name in without_engine if importlib.util.find_spec(name)],
+        backends=[*(backend or [name for name in WITHOUT_ENGINE if importlib.util.find_spec(name)]), *files],
         layers=layers,
         reference_path=reference,
         lowered_path=onnx,
+        files=files,
     )
     Console().print(render(comparison))
     if report is not None:

@@ -1,6 +1,6 @@
 """Is the deployed model the one that was quantized? Per time step, and layer by layer."""
 
-from modelopt_tdq.compare.backends import BACKENDS, TORCH, Backend
+from modelopt_tdq.compare.backends import BACKENDS, TORCH, WITHOUT_ENGINE, Backend
 from modelopt_tdq.compare.layers import given_codes, returning_codes, with_given_codes
 from modelopt_tdq.compare.metrics import (
     TOLERANCES,
@@ -20,6 +20,7 @@ __all__ = [
     "BACKENDS",
     "TOLERANCES",
     "TORCH",
+    "WITHOUT_ENGINE",
     "Backend",
     "CodesDifference",
     "LayerResult",

@@ -21,7 +21,7 @@ from modelopt_tdq.runtime.openvino import OpenVinoSession
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["BACKENDS", "TORCH", "Backend", "Deployed", "Session", "deployed"]
+__all__ = ["BACKENDS", "TORCH", "WITHOUT_ENGINE", "Backend", "Deployed", "Session", "deployed"]
 
 #: The quantized torch model itself, which needs no session.
 TORCH = "torch"
@@ -45,22 +45,33 @@ class Backend:
     """How a backend runs a file.
 
     Attributes:
-        open: Makes its session of an ONNX file, or of what ``compare_model(files=…)`` names instead.
+        open: Makes its session of a file; an engine's also of the inputs of its table (empty if that is no input).
         layers: Whether its codes can be compared, layer by layer. Not if it fuses differently once it is to return
             them, for then it would be another program that is compared.
         engine: Whether it runs an engine, which ``files`` has to name, rather than the ONNX file.
     """
 
-    open: Callable[[Path], Session]
+    open: Callable[..., Session]
     layers: bool
     engine: bool = False
+
+
+def _tensorrt(path: Path, table: Mapping[str, Any]) -> Session:
+    from modelopt_tdq.runtime.tensorrt import TensorRTSession
+
+    return TensorRTSession(path, table=table or None)
 
 
 #: By name.
 BACKENDS: Mapping[str, Backend] = {
     "onnxruntime": Backend(OnnxRuntimeSession, layers=True),
     "openvino": Backend(OpenVinoSession, layers=False),
+    "tensorrt": Backend(_tensorrt, layers=False, engine=True),
+    "tensorrt_rtx": Backend(_tensorrt, layers=False, engine=True),
 }
+
+#: What can be compared with nothing but the model.
+WITHOUT_ENGINE = (TORCH, *(name for name, backend in BACKENDS.items() if not backend.engine))
 
 
 @dataclass(frozen=True)

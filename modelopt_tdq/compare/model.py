@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.output_error import full_precision
-from modelopt_tdq.compare.backends import BACKENDS, TORCH, Deployed, deployed
+from modelopt_tdq.compare.backends import BACKENDS, TORCH, WITHOUT_ENGINE, Deployed, deployed
 from modelopt_tdq.compare.layers import codes_by_quantizer, given_codes, returning_codes, with_given_codes
 from modelopt_tdq.compare.metrics import codes_difference, output_difference
 from modelopt_tdq.compare.results import LayerResult, ModelComparison, StepResult
@@ -38,7 +38,7 @@ def compare_model(
     model: nn.Module,
     inputs: Iterable[Mapping[str, Any]],
     *,
-    backends: Sequence[str] = (TORCH, *BACKENDS),
+    backends: Sequence[str] = WITHOUT_ENGINE,
     layers: bool = True,
     reference_path: str | os.PathLike[str] | None = None,
     lowered_path: str | os.PathLike[str] | None = None,
@@ -110,8 +110,10 @@ class _Run:
     def runner(self, backend: str, sample: _Arrays) -> Any:
         if backend == TORCH or self.lowered is None:
             return torch_runner(self.model, sample, fixed=self.fixed)
-        session = BACKENDS[backend].open(Path(self.files.get(backend, self.lowered.path)))
-        return session_runner(backend, session, sample, self.lowered.table)
+        kind, file, table = BACKENDS[backend], Path(self.files.get(backend, self.lowered.path)), self.lowered.table
+        if kind.engine:  # it holds its table
+            return session_runner(backend, kind.open(file, table), sample)
+        return session_runner(backend, kind.open(file), sample, table)
 
 
 def _exported(model: nn.Module, sample: Mapping[str, Any], folder: Path, lowering: Any) -> Path:

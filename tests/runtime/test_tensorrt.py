@@ -412,6 +412,38 @@ def test_a_pipeline_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_array_equal(images[backend], images["onnxruntime"])
 
 
+@pytest.mark.parametrize("table_input", [False, True])
+def test_an_engine_is_compared_with_the_reference(
+    trt: Any,
+    model: Any,
+    onnx_file: Path,
+    table_file: Path,
+    tmp_path: Path,
+    table_input: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("polygraphy")
+    from modelopt_tdq.compare import compare_model
+
+    monkeypatch.setitem(TensorRTSession.__init__.__kwdefaults__, "device", "cpu")
+    graph, backend = table_file if table_input else onnx_file, trt.__name__
+    calls = [call(time=time) for time in (20.0, 600.0)]
+    if table_input:  # exported with one time for the batch
+        calls = [{**inputs, "timestep": inputs["timestep"][0]} for inputs in calls]
+    arguments: dict[str, Any] = {"backends": [backend], "layers": False, "lowered_path": graph, "progress": False}
+    sound = compare_model(model, calls, files={backend: engine_of(trt, graph, tmp_path)}, **arguments)
+    assert [step.backend for step in sound.steps] == [backend] * 2
+    assert sound.passed
+    with pytest.raises(tdq.TdqError, match=f"{backend} runs an engine"):
+        compare_model(model, calls, **arguments)
+    wrong = onnx.load(graph)
+    weight = next(tensor for tensor in wrong.graph.initializer if tensor.name.endswith("weight_quantizer/scale"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(wrong, tmp_path / "wrong.onnx")
+    engine = engine_of(trt, tmp_path / "wrong.onnx", tmp_path)
+    assert not compare_model(model, calls, files={backend: engine}, **arguments).passed
+
+
 def test_the_time_of_a_batch_is_not_waited_for(model: Any) -> None:
     session = SimpleNamespace(inputs={"sample": np.float32, "timestep": np.float32}, outputs=["output"])
     denoiser = tdq.EngineDenoiser(session, model)
