@@ -88,6 +88,22 @@ def test_follows_the_pipeline_to_another_dtype(quantized: Any, exported: Path) -
     assert _images(swapped).float().std() > 0
 
 
+def test_a_pipeline_without_an_autoencoder(ddim: Any, tmp_path: Path) -> None:
+    """Diffusion in pixels, as the bundled model's."""
+    call = {"batch_size": 1, "num_inference_steps": 4, "output_type": "np"}
+    quantized = tdq.quantize_pipeline(
+        copy.deepcopy(ddim), fast_config(), calls=[{"batch_size": 2}], steps=4, progress=False
+    )
+
+    def images(pipeline: Any) -> np.ndarray[Any, Any]:
+        pipeline.set_progress_bar_config(disable=True)
+        return np.asarray(pipeline(**call, generator=torch.Generator().manual_seed(9))[0], np.float64)
+
+    in_torch, noise = images(quantized), np.square(images(ddim) - images(quantized)).mean()
+    path = tdq.export_onnx(quantized.unet, tmp_path / "m.onnx", tdq.sample_inputs(quantized, batch_size=1)).path
+    assert np.square(images(tdq.swap_denoiser(quantized, path)) - in_torch).mean() < 0.02 * noise
+
+
 def test_an_engine_can_take_the_place_of_another(ddim: Any) -> None:
     pipeline = copy.deepcopy(ddim)
     tdq.swap_denoiser(pipeline, _Session())
