@@ -85,7 +85,7 @@ def compare(family: Family, options: argparse.Namespace) -> ModelComparison:
         [trajectory[step] for step in wanted.tolist()],
         backends=("torch", "onnxruntime"),
         layers=options.layers,
-        ratio_path=options.output / "model.onnx",
+        lowered_path=options.output / "model.onnx",
     )
     Console().print(render(comparison))
     return comparison
