@@ -11,7 +11,7 @@ from rich.console import Console
 
 import modelopt_tdq as tdq
 from modelopt_tdq.compare import ModelComparison, compare_model, render
-from modelopt_tdq.runtime.engine_report import float_layers
+from modelopt_tdq.runtime.precision import render_precision
 from trt_examples.family import Family
 from trt_examples.images import Images, compared
 from trt_examples.loading import calls, denoiser_folder, load
@@ -62,13 +62,8 @@ def build(family: Family, options: argparse.Namespace) -> tdq.EngineReport:
     report = tdq.build_engine(
         options.output / "model.onnx", options.output / "model.engine", backend=options.builder, **chosen
     )
-    fallen = float_layers(report)
-    print(
-        f"{report.engine}: {report.kernels} kernels, {len(report.quantized) - len(fallen)} of "
-        f"{len(report.quantized)} quantized layers in low precision ({report.backend} {report.backend_version})"
-    )
-    for name in fallen:
-        print(f"  in float: {name} ({report.quantized[name]})")
+    Console().print(render_precision(report))
+    print(f"{report.engine}: {report.kernels} kernels ({report.backend} {report.backend_version})")
     return report
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.output_error import full_precision
@@ -79,7 +80,7 @@ def compare_model(
     delivery = find_timestep(model)
     argument = None if delivery is None else delivery.argument
     flat = [flatten_inputs(call, argument) for call in calls]
-    feeds = [{n: t.detach().cpu().numpy() for n, t in zip(f.names, f.tensors, strict=True)} for f in flat]
+    feeds = [{n: _array(n, t) for n, t in zip(f.names, f.tensors, strict=True)} for f in flat]
     times = [float(np.min(feed[argument])) if argument in feed else float(k) for k, feed in enumerate(feeds)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,6 +95,18 @@ def compare_model(
     notes = [lowered.note] if lowered is not None and lowered.note else []
     notes += [f"{backend}: the codes of {', '.join(absent)} were not compared" for backend, absent in missing.items()]
     return ModelComparison(tuple(found), tuple(differing), counts, tuple(names), tuple(notes))
+
+
+def _array(name: str, tensor: Tensor) -> np.ndarray[Any, Any]:
+    if tensor.dtype == torch.bfloat16:
+        raise TdqError(
+            "inputs",
+            name,
+            "ONNX Runtime, the reference, computes nothing in bfloat16",
+            "Compare the model in float16 or float32: model.float(), and inputs of that dtype",
+        )
+    array: np.ndarray[Any, Any] = tensor.detach().cpu().numpy()
+    return array
 
 
 @dataclass(frozen=True)

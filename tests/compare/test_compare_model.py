@@ -354,3 +354,10 @@ def test_what_cannot_be_compared(model: TinyDenoiser) -> None:
         compare_model(model, DATA, backends=["tensorflow"])
     with pytest.raises(tdq.TdqError, match="one call per time step"):
         compare_model(model, [])
+
+
+def test_a_model_in_bfloat16_is_refused_by_name(model: TinyDenoiser) -> None:
+    inputs = {**DATA[0], "sample": DATA[0]["sample"].bfloat16()}
+    with pytest.raises(tdq.TdqError, match="nothing in bfloat16") as error:
+        compare_model(model, [inputs])
+    assert error.value.value == "sample"
