@@ -104,6 +104,6 @@ def twin(
     ] = None,
 ) -> None:
     """Write the plugin-free twin of a graph with the TensorRT plugin: standard operators, the same numbers."""
-    from modelopt_tdq.export.twin import write_twin
+    from modelopt_tdq.runtime.twin import write_twin
 
     typer.echo(f"{write_twin(onnx, output or onnx.with_name(f'{onnx.stem}_twin{onnx.suffix}'))}: plugin-free")

@@ -105,8 +105,8 @@ def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> De
     """
     from modelopt_tdq.export.plugin import PLUGIN_DOMAIN
     from modelopt_tdq.export.table_input import TABLE_INPUT, engine_table
-    from modelopt_tdq.export.twin import write_twin
     from modelopt_tdq.runtime.onnx_model import read_onnx
+    from modelopt_tdq.runtime.twin import write_twin
 
     onnx = require("onnx", "onnx")
     file, note = Path(path), ""
