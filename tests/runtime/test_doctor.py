@@ -68,6 +68,7 @@ def test_tensorrt_beside_a_gpu(
     library = types.ModuleType("tensorrt")
     library.__version__ = version
     monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", None)  # another test may have put one there
     found = {b.name: b for b in examine_backends(("NVIDIA L4, 8.9",), (), torch_sees_gpu)}["TensorRT"]
     assert (found.build, found.run) == (build, run)
     assert words in found.remark

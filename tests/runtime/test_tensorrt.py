@@ -390,11 +390,12 @@ def test_the_real_tensorrt_rtx_judges_a_damaged_engine(tmp_path: Path, monkeypat
 
 def test_a_pipeline_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
-    from support.pipelines import FAMILIES, fast_pipeline_config
+    from support.models import fast_config
+    from support.pipelines import FAMILIES
 
     family = FAMILIES["dit"]
     pipeline, call = family.tiny(), family.tiny_call(0)
-    tdq.quantize_pipeline(pipeline, fast_pipeline_config(), calls=[call], steps=2, progress=False)
+    tdq.quantize_pipeline(pipeline, fast_config(), calls=[call], steps=2, progress=False)
     inputs = tdq.sample_inputs(pipeline, **call)
     path = tdq.export_onnx(pipeline.transformer, tmp_path / "m.onnx", inputs).path
     monkeypatch.setitem(TensorRTSession.__init__.__kwdefaults__, "device", "cpu")

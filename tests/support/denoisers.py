@@ -1,4 +1,4 @@
-"""Quantized denoisers of every family: the tiny pipelines', calibrated by their own sampling, and some without one."""
+"""Quantized denoisers of every family: the examples' tiny pipelines, calibrated by their own sampling; some alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import modelopt_tdq as tdq
 from modelopt_tdq.fake_quant import NumBits
 from modelopt_tdq.pipeline.component import denoiser_name
 from support.models import FAMILIES, fast_config
-from support.pipelines import PIPELINES
+from support.pipelines import FAMILIES as PIPELINES
 
-#: The families that have no pipeline here.
-_ALONE = ("plain", "cogvideox")
+#: The families that have no pipeline among the examples, by their name in `support.models`.
+_ALONE = ("unet", "plain", "cogvideox")
 
 DENOISERS = (*PIPELINES, *_ALONE)
 
@@ -44,13 +44,13 @@ def quantized_denoiser(
         config["quant_cfg"] += [{"quantizer_name": rule, "cfg": cfg} for rule in ATTENTION_PRODUCTS]
     if name in _ALONE:
         torch.manual_seed(0)
-        family = FAMILIES[name]
-        model = mtq.quantize(family.make().eval(), config, family.forward_loop())
-        return _cast(Denoiser(model, family.inputs(2, torch.tensor(300.0), 7)), dtype)
+        alone = FAMILIES[name]
+        model = mtq.quantize(alone.make().eval(), config, alone.forward_loop())
+        return _cast(Denoiser(model, alone.inputs(2, torch.tensor(300.0), 7)), dtype)
     family = PIPELINES[name]
-    pipeline = family.make()
-    tdq.quantize_pipeline(pipeline, config, calls=[family.call], steps=4, progress=False)
-    inputs = tdq.sample_inputs(pipeline, **family.call)
+    pipeline, call = family.tiny(), family.tiny_call(0)
+    tdq.quantize_pipeline(pipeline, config, calls=[call], steps=4, progress=False)
+    inputs = tdq.sample_inputs(pipeline, **call)
     return _cast(Denoiser(getattr(pipeline, denoiser_name(pipeline, None, "timestep")), inputs), dtype)
 
 
