@@ -136,11 +136,15 @@ def test_plugin_twin_and_table_input(quantized: Path, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("polygraphy")
     files = {name: tmp_path / f"{name}.onnx" for name in ("plugin", "table", "plugin_twin")}
-    for name, options in (("plugin", ("--lowering", "plugin")), ("table", ("--table-input",))):
+    opened = ("--table-input", "--dynamic-axis", "sample:2=height", "--pack-weights", "cast")
+    for name, options in (("plugin", ("--lowering", "plugin")), ("table", opened)):
         result = run("export", quantized, "--output", files[name], "--batch", 1, *options)
         assert result.exit_code == 0, result.output
     assert "TdqScaleLookup" in {node.op_type for node in onnx.load(files["plugin"]).graph.node}
-    assert {"tdq_table", "tdq_edges"} < {value.name for value in onnx.load(files["table"]).graph.input}
+    sample, *others = onnx.load(files["table"]).graph.input
+    assert {"tdq_table", "tdq_edges"} < {value.name for value in others}
+    assert sample.type.tensor_type.shape.dim[2].dim_param == "height"
+    assert "bytes of codes" in result.output
 
     result = run("twin", files["plugin"])
     assert result.exit_code == 0, result.output
@@ -247,6 +251,7 @@ def _script(text: str) -> Callable[[Path], list[object]]:
         (lambda f: ["quantize", "--output", f / "q", "--calibration-script", "gone.py:loop"], "no such file"),
         (_script("other = 1"), "no such function"),
         (lambda f: ["export", f], "quantization.json"),
+        (lambda f: ["export", f, "--dynamic-axis", "height"], "INPUT:AXIS=NAME"),
         (lambda f: ["compare", f], "quantization.json"),
         (lambda f: ["compare", f, "--report", f], "it is a folder"),
         (lambda f: ["twin", f / "gone.onnx"], "no such file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from modelopt_tdq.cli.options import Folder
+from modelopt_tdq.errors import TdqError
 
 __all__ = ["export", "twin"]
 
@@ -29,6 +31,16 @@ class Packing(str, Enum):
     DIRECT = "direct"
 
 
+def _axes(texts: list[str]) -> dict[str, dict[int, str]]:
+    axes: dict[str, dict[int, str]] = {}
+    for text in texts:
+        found = re.fullmatch(r"(.+):(-?\d+)=(.+)", text)
+        if found is None:
+            raise TdqError("dynamic_axis", text, "not of the form INPUT:AXIS=NAME", "For example sample:2=height")
+        axes.setdefault(found[1], {})[int(found[2])] = found[3]
+    return axes
+
+
 def export(
     folder: Folder,
     output: Annotated[Path, typer.Option(help="ONNX file to write.")] = Path("model.onnx"),
@@ -43,6 +55,14 @@ def export(
         int | None, typer.Option(min=1, help="Batch size. Default: that of the calibration.", show_default=False)
     ] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
+    dynamic_axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave another size open, such as sample:2=height; may be repeated. `build --dynamic-size` takes its "
+            "range.",
+            metavar="INPUT:AXIS=NAME",
+        ),
+    ] = None,
     table_input: Annotated[
         bool,
         typer.Option(
@@ -70,6 +90,7 @@ def export(
     from modelopt_tdq.export import export_onnx
     from modelopt_tdq.model_folder import load_quantized, make_inputs
 
+    axes = _axes(dynamic_axis or [])
     # torch's exporter tells of its own deprecations and of packages that it does without
     warnings.simplefilter("ignore")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -81,6 +102,7 @@ def export(
         inputs,
         lowering=lowering.value,
         dynamic_batch=dynamic_batch,
+        dynamic_axes=axes,
         table_input=table_input,
         pack_weights=pack_weights.value,
     )

@@ -19,6 +19,7 @@ from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.inputs import flatten_inputs
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
+from modelopt_tdq.export.open_sizes import open_sizes
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
 from modelopt_tdq.export.ratio import lower_ratio
 from modelopt_tdq.export.reference import lower_reference
@@ -46,6 +47,7 @@ def export_onnx(
     *,
     lowering: Literal["ratio", "reference", "plugin"] = "ratio",
     dynamic_batch: bool = False,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     table_input: bool = False,
     pack_weights: PackWeights = "none",
 ) -> ExportReport:
@@ -66,6 +68,9 @@ def export_onnx(
             "ratio" with the scales looked up by the TensorRT plugin TdqScaleLookup: see
             :mod:`modelopt_tdq.plugin`, and :func:`~modelopt_tdq.export.plugin.plugin_free` for other backends.
         dynamic_batch: Leave dimension 0 of all inputs that share the sample batch (2 or more) open.
+        dynamic_axes: Further sizes to leave open, such as those of images: by input, axis to a name,
+            ``{"sample": {2: "height", 3: "width"}}``; by these names ``build_engine(dynamic_sizes=...)`` takes their
+            ranges.
         table_input: Make the scales inputs of the graph instead of constants, with lowering "ratio": one engine then
             serves any table of the model, with any number of rows. :func:`~modelopt_tdq.export.engine_table` makes
             the inputs from a :class:`~modelopt_tdq.ScaleTable`; all temporal quantizers are in it, also those whose
@@ -92,7 +97,7 @@ def export_onnx(
     target = Path(path)
     if target.is_dir() or not target.name:
         raise TdqError("path", str(target), "not the name of a file", "Name the file to write, e.g. 'model.onnx'")
-    graph = marker_graph(model, sample_inputs, dynamic_batch=dynamic_batch)
+    graph = marker_graph(model, sample_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes)
     context = lower(graph, lowering, table_input=table_input, pack_weights=pack_weights)
     _write(graph.model, target)
     return report_of(context, target, lowering)
@@ -119,7 +124,13 @@ class MarkerGraph:
     batch: int = 1
 
 
-def marker_graph(model: nn.Module, sample_inputs: Mapping[str, Any], *, dynamic_batch: bool) -> MarkerGraph:
+def marker_graph(
+    model: nn.Module,
+    sample_inputs: Mapping[str, Any],
+    *,
+    dynamic_batch: bool,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+) -> MarkerGraph:
     """The first half of :func:`export_onnx`, with its arguments and errors."""
     spec = read_quantization(model)
     if not spec.activations and not spec.weights and not spec.folded and spec.features is None:
@@ -133,7 +144,8 @@ def marker_graph(model: nn.Module, sample_inputs: Mapping[str, Any], *, dynamic_
     samples = 1 if spec.timestep is None else inputs.tensors[inputs.names.index(spec.timestep)].numel()
     others = (t for n, t in zip(inputs.names, inputs.tensors, strict=True) if n != spec.timestep and t.dim())
     batch = next((len(tensor) for tensor in others), 1)
-    exported, shapes = trace(with_markers(model), inputs, spec.timestep, dynamic_batch)
+    sizes = open_sizes(inputs, spec.timestep, dynamic_batch, dynamic_axes)
+    exported, shapes = trace(with_markers(model), inputs, sizes)
     return MarkerGraph(exported, spec, shapes, samples, dynamic_batch, batch)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.inputs import Inputs
 from modelopt_tdq.export.markers import Marker
+from modelopt_tdq.export.open_sizes import OpenSizes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,19 +57,6 @@ def _opset(model: nn.Module, inputs: Inputs) -> int:
     return OPSET_BFLOAT16 if any(tensor.dtype == torch.bfloat16 for tensor in tensors) else OPSET
 
 
-def _batch(inputs: Inputs, timestep: str | None) -> int:
-    data = [t for n, t in zip(inputs.names, inputs.tensors, strict=True) if n != timestep and t.dim() > 0]
-    batch = data[0].shape[0] if data else 1
-    if batch < 2:
-        raise TdqError(
-            "sample_inputs",
-            inputs.names,
-            f"the batch of `{inputs.names[0]}` is {batch}, and an export with dynamic_batch cannot tell 1 from 'any'",
-            "Pass sample inputs with a batch of 2 or more",
-        )
-    return batch
-
-
 def _run(module: _Positional, inputs: Inputs) -> list[Tensor]:
     try:
         outputs = list(module(*inputs.tensors))
@@ -83,9 +71,7 @@ def _run(module: _Positional, inputs: Inputs) -> list[Tensor]:
     return outputs
 
 
-def trace(
-    model: nn.Module, inputs: Inputs, timestep: str | None, dynamic_batch: bool
-) -> tuple[ir.Model, dict[str, list[tuple[int, ...]]]]:
+def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model, dict[str, list[tuple[int, ...]]]]:
     """Export a model made by :func:`~modelopt_tdq.export.markers.with_markers`.
 
     Returns:
@@ -99,21 +85,17 @@ def trace(
     with torch.no_grad():
         outputs = _run(module, inputs)
         shapes = {m.marker_name: list(m.shapes) for m in model.modules() if isinstance(m, Marker)}
-        dynamic = None
-        if dynamic_batch:
-            batch = _batch(inputs, timestep)
-            # DYNAMIC finds the range by itself; diffusers' upsamplers, for one, branch on a batch of 64
-            batched = [bool(t.dim()) and t.shape[0] == batch for t in inputs.tensors]
-            dynamic = (tuple({0: torch.export.Dim.DYNAMIC} if b else None for b in batched),)
+        dynamic = sizes.for_torch(inputs)
         try:
             program = torch.export.export(module, tuple(inputs.tensors), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             if dynamic is not None:
+                field, value = sizes.asked
                 raise TdqError(
-                    "dynamic_batch",
-                    True,
+                    field,
+                    value,
                     f"{type(model).__name__} cannot be exported with it: {_first_line(error)}",
-                    "Export with dynamic_batch=False, at the batch that will be used",
+                    f"Export without {field}, at the sizes that will be used",
                 ) from error
             raise _cannot_export(model, error, None) from error
         try:
@@ -133,8 +115,7 @@ def trace(
         raise TdqError("model", type(model).__name__, "torch.onnx.export returned nothing", "Report this")
     graph: ir.Model = exported.model
     _drop_idle_squeezes(graph)
-    if dynamic is not None:
-        _name_batch(graph)
+    sizes.rename(graph)
     for value in list(graph.graph.initializers.values()):
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
@@ -172,18 +153,6 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
-
-
-def _name_batch(model: ir.Model) -> None:
-    """Call the open dimension "batch" everywhere, instead of torch's "s12"."""
-    ir = require("onnx_ir", "onnx")
-    symbols = {d.value for v in model.graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value}
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in symbols))
-    for value in values:
-        if symbols and value.shape is not None:
-            sizes = [size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
-            value.shape = ir.Shape([pattern.sub("batch", s) if isinstance(s, str) else s for s in sizes])
 
 
 def _cannot_export(model: nn.Module, error: BaseException, program: Any) -> TdqError:

@@ -178,7 +178,7 @@ class TestErrors:
 
         fixed = quantized(Fixed().eval())
         error = self.check(tmp_path, "dynamic_batch = True: Fixed cannot", fixed, inputs(), dynamic_batch=True)
-        assert "dynamic_batch=False" in error.cure
+        assert "without dynamic_batch" in error.cure
 
     def test_unquantized_model(self, tmp_path: Path) -> None:
         self.check(tmp_path, "no enabled quantizer", TinyDenoiser(), inputs())
