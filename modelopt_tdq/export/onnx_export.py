@@ -32,12 +32,12 @@ from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ExportReport", "MarkerGraph", "export_onnx", "lower", "marker_graph"]
+__all__ = ["EXTERNAL_DATA_ABOVE", "ExportReport", "MarkerGraph", "export_onnx", "lower", "marker_graph"]
 
 _LOWERINGS = {"ratio": lower_ratio, "reference": lower_reference, "plugin": lower_ratio}
 
 #: A protobuf file ends at 2 GiB; larger weights go into a file beside it.
-_EXTERNAL_DATA_ABOVE = 1 << 30
+EXTERNAL_DATA_ABOVE = 1 << 30
 
 
 def export_onnx(
@@ -192,7 +192,7 @@ def _write(model: ir.Model, target: Path) -> None:
     ir, onnx = require("onnx_ir", "onnx"), require("onnx", "onnx")
     target.parent.mkdir(parents=True, exist_ok=True)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    data = f"{target.name}.data" if size > _EXTERNAL_DATA_ABOVE else None
+    data = f"{target.name}.data" if size > EXTERNAL_DATA_ABOVE else None
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         partial = Path(folder) / target.name
         ir.save(model, partial, external_data=data)

@@ -6,13 +6,11 @@ import os
 from pathlib import Path
 
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.export.onnx_export import EXTERNAL_DATA_ABOVE
 from modelopt_tdq.export.plugin import plugin_free
 from modelopt_tdq.runtime.onnx_model import read_onnx
 
 __all__ = ["write_twin"]
-
-#: Weights of more than this go into a file beside the graph, as in an export.
-_EXTERNAL_DATA_ABOVE = 1 << 30
 
 
 def write_twin(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
@@ -38,7 +36,7 @@ def write_twin(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
         problem = "it is a folder" if target.is_dir() else "its folder does not exist"
         raise TdqError("output", str(target), problem, "Name a file in an existing folder")
     twin = plugin_free(source)
-    external = twin.ByteSize() > _EXTERNAL_DATA_ABOVE
+    external = twin.ByteSize() > EXTERNAL_DATA_ABOVE
     partial = target.with_name(f".{target.name}.partial")
     try:
         onnx.save(twin, str(partial), save_as_external_data=external, location=f"{target.name}.data")

@@ -249,7 +249,7 @@ class TestErrors:
 def test_weights_beyond_a_limit_lie_beside_the_file(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelopt_tdq.export.onnx_export._EXTERNAL_DATA_ABOVE", 0)
+    monkeypatch.setattr("modelopt_tdq.export.onnx_export.EXTERNAL_DATA_ABOVE", 0)
     report = tdq.export_onnx(model, tmp_path / "m.onnx", inputs())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     with torch.no_grad():
