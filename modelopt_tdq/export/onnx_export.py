@@ -76,7 +76,7 @@ def export_onnx(
             the inputs from a :class:`~modelopt_tdq.ScaleTable`; all temporal quantizers are in it, also those whose
             scales do not depend on time now.
         pack_weights: How weights of at most 4 bits are stored. "none": in INT8 tensors, for every backend. "cast": two
-            codes to a byte and a Cast to INT8, half the file; ONNX Runtime and OpenVINO run it at the same speed,
+            codes to a byte and a Cast to INT8, half the file; ONNX Runtime runs it, OpenVINO keeps its INT8 kernels,
             TensorRT does not build it. "direct": those of matrix products two to a byte, for TensorRT: half the
             engine, and a kernel more per layer, which unpacks; OpenVINO computes such layers in float. The numbers
             are the same.
