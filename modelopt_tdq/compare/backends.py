@@ -103,18 +103,15 @@ def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> De
         TdqError: The file is missing or no ONNX file, or its table has other quantizers than the model.
         MissingExtraError: The extra ``onnx`` is not installed.
     """
-    from modelopt_tdq.export.plugin import PLUGIN_DOMAIN
     from modelopt_tdq.export.table_input import TABLE_INPUT, engine_table
     from modelopt_tdq.runtime.onnx_model import read_onnx
     from modelopt_tdq.runtime.twin import write_twin
 
-    onnx = require("onnx", "onnx")
     file, note = Path(path), ""
-    read_onnx(file)
-    graph = onnx.load(str(file))
-    if any(node.domain == PLUGIN_DOMAIN for node in graph.graph.node):
+    facts = read_onnx(file)
+    if facts.plugins:
         note = f"{file.name} needs the TensorRT plugin: its plugin-free twin was run, the same graph without"
         file = write_twin(file, folder / "twin.onnx")
-        graph = onnx.load(str(file))
-    table = engine_table(graph, model) if any(v.name == TABLE_INPUT for v in graph.graph.input) else {}
+    graph = require("onnx", "onnx").load(str(file))
+    table = engine_table(graph, model) if TABLE_INPUT in facts.inputs else {}
     return Deployed(file, graph, table, note)

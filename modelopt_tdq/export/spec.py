@@ -173,10 +173,6 @@ def _times(model: nn.Module, scales: Tensor | None, features: FeatureTable | Non
     return scales if features is None else features.timesteps, delivery.argument  # type: ignore[return-value]
 
 
-def _is_recurrent(module: nn.Module) -> bool:
-    return isinstance(module, nn.RNNBase)
-
-
 def read_quantization(model: nn.Module) -> QuantizationSpec:
     """Read the enabled quantizers of ``model``, and its temporal features.
 
@@ -194,8 +190,9 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.rotate_is_enabled:
             raise unsupported(name, "rotate", "a quantizer that rotates its input")
-        quantizers = (m for m in module.modules() if isinstance(m, TensorQuantizer)) if _is_recurrent(module) else ()
-        if any(quantizer.is_enabled for quantizer in quantizers):
+        if isinstance(module, nn.RNNBase) and any(
+            part.is_enabled for part in module.modules() if isinstance(part, TensorQuantizer)
+        ):
             raise unsupported(f"{name}.*", type(module).__bases__[-1].__name__, "a quantized recurrent layer")
     weights: dict[str, WeightSpec] = {}
     folded: dict[str, tuple[Any, str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import typing
@@ -72,6 +73,10 @@ class EngineDenoiser(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "_original"), name)
 
+    @functools.cached_property
+    def _output_class(self) -> Callable[..., Any]:
+        return _output_class(type(self.original))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's; arguments that are None or no tensors must be those of the export."""
         original = self._original
@@ -83,7 +88,7 @@ class EngineDenoiser(nn.Module):
         outputs = [torch.as_tensor(results[name]).to(like.device, like.dtype) for name in self.session.outputs]
         if not return_dict:
             return tuple(outputs)
-        return _output_class(original)(*outputs)
+        return self._output_class(*outputs)
 
     def _feeds(self, tensors: dict[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
         wanted = [name for name in self.session.inputs if name not in self.table]
@@ -141,11 +146,11 @@ def _tensors(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _output_class(original: nn.Module) -> Callable[..., Any]:
-    """The class of the original's outputs, from the annotation of its forward."""
+def _output_class(denoiser: type[nn.Module]) -> Callable[..., Any]:
+    """The class of a denoiser's outputs, from the annotation of its forward."""
     from diffusers.utils.outputs import BaseOutput
 
-    hints = typing.get_type_hints(type(original).forward).get("return")
+    hints = typing.get_type_hints(denoiser.forward).get("return")
     for kind in typing.get_args(hints) or (hints,):
         if inspect.isclass(kind) and issubclass(kind, BaseOutput):
             return kind

@@ -12,6 +12,7 @@ from modelopt_tdq.compare.results import ModelComparison
 from modelopt_tdq.compare.table import render
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.report.comparison_plots import draw_comparison
+from modelopt_tdq.report.page import write_page
 
 __all__ = ["check_page", "write_comparison"]
 
@@ -44,23 +45,15 @@ def write_comparison(comparison: ModelComparison, path: str | os.PathLike[str], 
     check_page(path)
     from rich.console import Console
 
-    jinja2 = require("jinja2", "report")
     console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, highlight=False)
     console.print(render(comparison))
     with tempfile.TemporaryDirectory() as folder:
         figure = draw_comparison(comparison, Path(folder) / "comparison.png").read_bytes()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("comparison.html.j2").render(
+    return write_page(
+        "comparison.html.j2",
+        path,
         title=title,
         passed=comparison.passed,
         figure=base64.b64encode(figure).decode("ascii"),
         text=console.export_html(inline_styles=True, code_format="{code}"),
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
-    return target

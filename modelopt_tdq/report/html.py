@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.report.page import write_page
 from modelopt_tdq.report.table import COLUMNS, is_deployed, row_cells
 
 __all__ = ["write_html"]
@@ -25,21 +26,15 @@ def write_html(results: dict[str, Any], folder: Path, output: str | os.PathLike[
         TdqError: A figure is missing.
         MissingExtraError: The extra ``report`` is not installed.
     """
-    jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     deployed = is_deployed(results)
     figures = [{**figure, "data": _data_uri(folder, figure["file"])} for figure in results["figures"]]
     rows = [
         {"cells": row_cells(row, deployed), "variant": row["variant"], "first": row["variant"] in ("fp32", "max")}
         for row in results["rows"]
     ]
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        "report.html.j2",
+        output,
         results=results,
         columns=COLUMNS,
         rows=rows,
@@ -52,12 +47,6 @@ def write_html(results: dict[str, Any], folder: Path, output: str | os.PathLike[
             for name in ("sqnr", "images", "scales", "details", "features")
         },
     )
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
-    return target
 
 
 def _data_uri(folder: Path, name: str) -> str:

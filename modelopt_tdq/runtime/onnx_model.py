@@ -9,12 +9,9 @@ from typing import Any
 
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN
+from modelopt_tdq.export.product import LAYOUT, PRODUCTS
 
 __all__ = ["OnnxFacts", "PluginNode", "quantized_layers", "read_onnx"]
-
-_MATRIX_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-# What may stand between a DequantizeLinear and the operator that uses its result.
-_MOVES = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Flatten"})
 
 
 @dataclass(frozen=True, order=True)
@@ -100,14 +97,14 @@ def quantized_layers(model: Any) -> dict[str, str]:
 
     def dequantized(name: str) -> bool:
         node = producer.get(name)
-        while node is not None and node.op_type in _MOVES:
+        while node is not None and node.op_type in LAYOUT:  # what may stand between the codes and their product
             node = producer.get(node.input[0])
         return node is not None and node.op_type == "DequantizeLinear"
 
     return {
         node.name or f"node_of_{node.output[0]}": node.op_type
         for node in model.graph.node
-        if node.op_type in _MATRIX_OPERATORS and all(dequantized(name) for name in node.input[:2])
+        if node.op_type in PRODUCTS and all(dequantized(name) for name in node.input[:2])
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.onnx_export import EXTERNAL_DATA_ABOVE
 from modelopt_tdq.export.plugin import plugin_free
+from modelopt_tdq.runtime.build import require_place
 from modelopt_tdq.runtime.onnx_model import read_onnx
 
 __all__ = ["write_twin"]
@@ -32,9 +33,7 @@ def write_twin(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
     read_onnx(source)
     if target.exists() and target.samefile(source):
         raise TdqError("output", str(target), "it is the graph itself", "Name another file")
-    if target.is_dir() or not target.parent.is_dir():
-        problem = "it is a folder" if target.is_dir() else "its folder does not exist"
-        raise TdqError("output", str(target), problem, "Name a file in an existing folder")
+    require_place("output", target)
     twin = plugin_free(source)
     external = twin.ByteSize() > EXTERNAL_DATA_ABOVE
     partial = target.with_name(f".{target.name}.partial")
