@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Static against time-dependent scales, for every preset and statistic, on held-out trajectories of the bundled model.
+"""Static against time-dependent scales, for every recipe and statistic, on held-out trajectories of the bundled UNet.
 
 Same weights, same calibration data, same statistic; SQNR of the noise prediction per step, in dB.
-usage: python calibration_quality.py [--presets int8,w4a4] [--statistics max,mse] [--samples 16] [--steps 20]
+usage: python calibration_quality.py [--recipes int8,w4a4] [--statistics max,mse] [--samples 16] [--steps 20]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import modelopt_tdq as tdq
 def main() -> None:
     """Run, print a table, write results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--presets", default=",".join(tdq.RECIPES))
+    parser.add_argument("--recipes", default=",".join(tdq.RECIPES))
     parser.add_argument("--statistics", default="max,percentile,entropy,mse,output")
     parser.add_argument("--samples", type=int, default=16, help="calibration trajectories")
     parser.add_argument("--held-out", type=int, default=16, help="trajectories to judge on")
@@ -34,9 +34,9 @@ def main() -> None:
     model = load_model()
     held_out = HeldOut(model, arguments.held_out, 1, arguments.steps)
     rows = []
-    for preset in arguments.presets.split(","):
+    for recipe_name in arguments.recipes.split(","):
         for statistic in arguments.statistics.split(","):
-            config = tdq.recipe(preset)
+            config = tdq.recipe(recipe_name)
             config["algorithm"] |= {"statistic": statistic, "progress": False, **fields}
             static = {**config, "algorithm": {**config["algorithm"], "bins": 1}}
             sqnr = {}
@@ -47,7 +47,7 @@ def main() -> None:
             gain = sqnr["tdq"] - sqnr["static"]
             rows.append(
                 {
-                    "preset": preset,
+                    "recipe": recipe_name,
                     "statistic": statistic,
                     "static_db": sqnr["static"].tolist(),
                     "tdq_db": sqnr["tdq"].tolist(),
@@ -55,15 +55,15 @@ def main() -> None:
                     "gain_min_db": float(gain.min()),
                 }
             )
-            print(f"{preset} {statistic}: gain {gain.mean():+.2f}, least {gain.min():+.2f}", flush=True)
+            print(f"{recipe_name} {statistic}: gain {gain.mean():+.2f}, least {gain.min():+.2f}", flush=True)
     lines = [
-        "| preset | statistic | static, mean / worst | TDQ, mean / worst | gain | least gain of a step |",
+        "| recipe_name | statistic | static, mean / worst | TDQ, mean / worst | gain | least gain of a step |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         static, ours = torch.tensor(row["static_db"]), torch.tensor(row["tdq_db"])
         lines.append(
-            f"| {row['preset']} | {row['statistic']} | {static.mean():.2f} / {static.min():.2f} | {ours.mean():.2f} / "
+            f"| {row['recipe']} | {row['statistic']} | {static.mean():.2f} / {static.min():.2f} | {ours.mean():.2f} / "
             f"{ours.min():.2f} | {row['gain_mean_db']:+.2f} | {row['gain_min_db']:+.2f} |"
         )
     write(arguments.name, {"rows": rows, "samples": arguments.samples, "steps": arguments.steps}, "\n".join(lines))

@@ -28,11 +28,11 @@ from support.export import LOWERINGS, codes_by_definition, lowered, trace  # noq
 from support.models import fast_config  # noqa: E402
 
 import modelopt_tdq as tdq  # noqa: E402
-from modelopt_tdq.example_call import example_call  # noqa: E402
 from modelopt_tdq.export.inputs import flatten_inputs  # noqa: E402
-from modelopt_tdq.model_folder import load_model  # noqa: E402
-from modelopt_tdq.runtime.engine_report import EngineReport, float_layers  # noqa: E402
-from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape  # noqa: E402
+from modelopt_tdq.lab.example_call import example_call  # noqa: E402
+from modelopt_tdq.lab.model_folder import load_model  # noqa: E402
+from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape  # noqa: E402
+from modelopt_tdq.runtime.build.report import EngineReport, float_layers  # noqa: E402
 
 FORMATS = {"int8": 8, "fp8": (4, 3)}
 

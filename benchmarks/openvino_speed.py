@@ -22,7 +22,7 @@ from record import write
 from trajectories import load_model, sample
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.openvino import OpenVinoSession
+from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 NAMES = ("fp32", "static", "tdq")
 

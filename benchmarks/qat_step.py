@@ -15,7 +15,7 @@ from record import write
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.denoising import noise_loss, noisy_batch
+from modelopt_tdq.lab.denoising import noise_loss, noisy_batch
 from modelopt_tdq.training.learned import learned_quantizers
 
 #: A UNet of the bundled one's kind, deep enough for about 100 quantized layers.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modelopt_tdq.provenance import provenance
+from modelopt_tdq.lab.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -21,14 +21,14 @@ import record
 import torch
 
 import modelopt_tdq as tdq
-from modelopt_tdq.calibration.output_error import full_precision
 from modelopt_tdq.compare import StepComparator, given_codes, returning_codes, with_given_codes
-from modelopt_tdq.demo.bundled import bundled_model
 from modelopt_tdq.export.onnx_export import MarkerGraph, lower, marker_graph
 from modelopt_tdq.export.spec import read_quantization
-from modelopt_tdq.model_folder import load_quantized
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.demo.bundled import bundled_model
+from modelopt_tdq.lab.model_folder import load_quantized
+from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 STEPS, SEED = 20, 7
 CHANGES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -21,7 +21,7 @@ from record import write
 from trajectories import load_model, sample
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.openvino import OpenVinoSession
+from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 FORMS: dict[str, dict[str, Any]] = {
     "layers in full precision": {"method": "tdq"},

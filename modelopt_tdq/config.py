@@ -12,10 +12,25 @@ from modelopt.torch.opt.config import ModeloptField
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
 from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 
+from modelopt_tdq.core.fake_quant import SUPPORTED_BITS, NumBits
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.fake_quant import SUPPORTED_BITS, NumBits
 
-__all__ = ["ALGORITHMS", "HIGH_PRECISION", "RECIPES", "CalibrationFields", "TdqCalibConfig", "make_config", "recipe"]
+__all__ = [
+    "ALGORITHMS",
+    "HIGH_PRECISION",
+    "RECIPES",
+    "TDQ_CONFIG",
+    "TDQ_FP8_CFG",
+    "TDQ_INT8_CFG",
+    "TDQ_W3A3_CFG",
+    "TDQ_W4A4_CFG",
+    "TDQ_W4A8_CFG",
+    "TDQ_W8A4_CFG",
+    "CalibrationFields",
+    "TdqCalibConfig",
+    "make_config",
+    "recipe",
+]
 
 #: Layers whose weights ModelOpt can quantize per channel, by its registry's names; weight axis per kind.
 _LAYERS = {
@@ -228,3 +243,13 @@ def recipe(name: str) -> dict[str, Any]:
     if unknown := set(arguments) - known:
         raise TdqError("recipe", sorted(unknown), "unknown keys", f"Known: {', '.join(sorted(known | {'algorithm'}))}")
     return copy.deepcopy(make_config(**arguments, **algorithm))
+
+
+TDQ_INT8_CFG = recipe("int8")
+TDQ_FP8_CFG = recipe("fp8")
+TDQ_W8A4_CFG = recipe("w8a4")
+TDQ_W4A8_CFG = recipe("w4a8")
+TDQ_W4A4_CFG = recipe("w4a4")
+TDQ_W3A3_CFG = recipe("w3a3")
+#: W8A8, the one to start with.
+TDQ_CONFIG = TDQ_INT8_CFG

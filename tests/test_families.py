@@ -13,7 +13,7 @@ from support.models import FAMILIES, TIMES, Family, noise
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.calibration.replay import first_tensor
+from modelopt_tdq.model.call import first_output
 
 #: Where the data enters and leaves each family: high precision by section 4.1 of TDQ. Everything else that is
 #: not a function of the time, the text or the class alone is to be quantized.
@@ -68,7 +68,7 @@ def test_outputs_stay_close_and_depend_on_the_quantizers(
     original: nn.Module, quantized: nn.Module, family: Family
 ) -> None:
     for arguments in family.data(batch=3, seed=50):
-        exact, found = first_tensor(original(**arguments)), first_tensor(quantized(**arguments))
+        exact, found = first_output(original(**arguments)), first_output(quantized(**arguments))
         ratio = float((found - exact).square().sum() / exact.square().sum())
         assert 0 < ratio < 1e-2
 
@@ -129,4 +129,4 @@ def test_the_preset_leaves_out_the_ends_and_what_depends_on_time_or_condition_al
 
 def test_another_batch_size_and_a_single_sample(quantized: nn.Module, family: Family) -> None:
     arguments = family.data(batch=1, times=TIMES[1:2], seed=9)[0]
-    assert torch.isfinite(first_tensor(quantized(**arguments))).all()
+    assert torch.isfinite(first_output(quantized(**arguments))).all()

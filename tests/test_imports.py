@@ -18,7 +18,7 @@ import modelopt_tdq as tdq
 
 names = [m.name for m in pkgutil.walk_packages(tdq.__path__, "modelopt_tdq.")]
 for name in names:
-    if not name.endswith(("__main__", "_build_worker", ".worker")):
+    if not name.endswith(("__main__", ".worker")):
         importlib.import_module(name)
 assert len(names) > 60, len(names)
 assert not [name for name, m in sys.modules.items() if m is not None and name.partition(".")[0] in EXTRAS]

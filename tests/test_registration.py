@@ -10,7 +10,7 @@ import pytest
 from modelopt.torch.quantization.mode import CalibrateModeRegistry
 
 import modelopt_tdq
-from modelopt_tdq.calibration.mode import register
+from modelopt_tdq.modes import register
 
 _ATTRIBUTES = """
 import sys, types
@@ -72,7 +72,7 @@ def test_importing_and_registering_again_is_harmless() -> None:
     assert CalibrateModeRegistry["tdq_calibrate"] is mode
 
 
-@pytest.mark.parametrize("preset", [name for name in dir(modelopt_tdq) if name.startswith("TDQ_")])
+@pytest.mark.parametrize("recipe", [name for name in dir(modelopt_tdq) if name.startswith("TDQ_")])
 def test_every_preset_is_a_config_of_modelopt(preset: str) -> None:
     from modelopt.torch.quantization.config import QuantizeConfig
 

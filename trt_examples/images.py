@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from modelopt_tdq.metrics import psnr_db
-from modelopt_tdq.report.plots import image_grid
+from modelopt_tdq.core.metrics import psnr_db
+from modelopt_tdq.lab.report.plots import image_grid
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from modelopt_tdq.runtime.build import DEFAULT_COMPUTE_CAPABILITIES
+from modelopt_tdq.runtime.build.build import DEFAULT_COMPUTE_CAPABILITIES
 from trt_examples.family import Family
 
 STEPS = ("quantize", "export", "build", "compare", "run")
@@ -23,7 +23,7 @@ def parse(family: Family, description: str | None, arguments: list[str] | None) 
     add("--model", default=family.model, help="hub id or folder of the pipeline (%(default)s)")
     add("--output", type=Path, help=f"folder for everything (tdq-{family.name}, tdq-{family.name}-tiny)")
     add("--prompts", type=Path, metavar="FILE", help="one prompt per line, in place of the built-in ones")
-    add("--preset", default="int8", help="int8, fp8, w4a8, ... or a YAML file (%(default)s)")
+    add("--recipe", default="int8", help="int8, fp8, w4a8, ... or a YAML file (%(default)s)")
     add("--calibration-steps", type=int, default=20, help="sampling steps in calibration (%(default)s)")
     add("--steps", type=int, default=family.steps, help="sampling steps of images: any number (%(default)s)")
     add("--seed", type=int, default=1, help="of the images' noise (%(default)s)")

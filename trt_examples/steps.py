@@ -11,7 +11,7 @@ from rich.console import Console
 
 import modelopt_tdq as tdq
 from modelopt_tdq.compare import ModelComparison, compare_model, render
-from modelopt_tdq.runtime.precision import render_precision
+from modelopt_tdq.runtime.build.precision import render_precision
 from trt_examples.family import Family
 from trt_examples.images import Images, compared
 from trt_examples.loading import calls, denoiser_folder, load
@@ -24,7 +24,7 @@ def quantize(family: Family, options: argparse.Namespace) -> tdq.ScaleTable:
     every = calls(family, options)
     tdq.quantize_pipeline(
         pipeline,
-        tdq.recipe(options.preset),
+        tdq.recipe(options.recipe),
         calls=every,
         steps=options.calibration_steps,
         component=family.denoiser,

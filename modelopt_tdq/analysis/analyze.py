@@ -18,8 +18,8 @@ from modelopt_tdq.calibration.columns import columns
 from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.protect import Columns, install, prediction_error
 from modelopt_tdq.config import TdqCalibConfig, make_config
+from modelopt_tdq.core.metrics import decibels
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.metrics import decibels
 
 __all__ = ["Analysis", "analyze"]
 

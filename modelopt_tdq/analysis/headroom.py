@@ -11,7 +11,7 @@ from modelopt_tdq.calibration.candidates import ErrorCurves
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.collect import Calibration
 from modelopt_tdq.calibration.statistics import BINS
-from modelopt_tdq.metrics import decibels
+from modelopt_tdq.core.metrics import decibels
 
 __all__ = ["LayerHeadroom", "headroom", "spread"]
 

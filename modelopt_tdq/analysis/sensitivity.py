@@ -13,9 +13,9 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.output_error import full_precision
-from modelopt_tdq.calibration.replay import first_tensor
-from modelopt_tdq.metrics import decibels
+from modelopt_tdq.core.metrics import decibels
+from modelopt_tdq.model.call import first_output
+from modelopt_tdq.model.full_precision import full_precision
 
 __all__ = ["LayerSensitivity", "Probe", "Proposal", "propose", "sensitivity"]
 
@@ -74,7 +74,7 @@ class Probe:
         self.model = model
         self.calls = list(calls)
         with full_precision(model), torch.no_grad():
-            self.references: list[Tensor] = [first_tensor(model(**call)).float() for call in self.calls]
+            self.references: list[Tensor] = [first_output(model(**call)).float() for call in self.calls]
         self.energy = torch.stack([r.double().square().sum() for r in self.references])
 
     @contextmanager
@@ -94,7 +94,7 @@ class Probe:
     def noise(self) -> Tensor:
         """[T] float64 squared error of the output at each time, with the quantizers as they are."""
         with torch.no_grad():
-            outputs = [first_tensor(self.model(**call)).float() for call in self.calls]
+            outputs = [first_output(self.model(**call)).float() for call in self.calls]
         return torch.stack([(o - r).double().square().sum() for o, r in zip(outputs, self.references, strict=True)])
 
     def sqnr_db(self, noise: Tensor) -> tuple[float, ...]:

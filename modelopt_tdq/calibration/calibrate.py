@@ -13,10 +13,10 @@ from torch import nn
 from modelopt_tdq.calibration.collect import collect
 from modelopt_tdq.calibration.columns import columns
 from modelopt_tdq.calibration.protect import Columns, install, protected_rows
-from modelopt_tdq.calibration.select import temporal_names
-from modelopt_tdq.calibration.snapshot import restored_on_error
 from modelopt_tdq.config import TdqCalibConfig
-from modelopt_tdq.training.forget import forget_learning
+from modelopt_tdq.model.learning import forget_learning
+from modelopt_tdq.model.select import temporal_names
+from modelopt_tdq.model.snapshot import restored_on_error
 
 __all__ = ["tdq_calibrate"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modelopt_tdq.calibration.statistics import ActivationStatistics
-from modelopt_tdq.fake_quant import NumBits, code_range, fake_quantize
+from modelopt_tdq.core.fake_quant import NumBits, code_range, fake_quantize
 
 __all__ = ["ErrorCurves", "affine_offset", "candidate_grid", "histogram_error", "symmetric_scale"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from modelopt_tdq.calibration.candidates import ErrorCurves, affine_offset, symmetric_scale
 from modelopt_tdq.calibration.entropy import entropy_amax
 from modelopt_tdq.calibration.statistics import BINS, ActivationStatistics
-from modelopt_tdq.fake_quant import NumBits, code_range
+from modelopt_tdq.core.fake_quant import NumBits, code_range
 
 __all__ = ["Evidence", "choose_rows"]
 

@@ -7,24 +7,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.model_calib import max_calibrate, mse_calibrate
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
 from modelopt_tdq.calibration.choose import Evidence
-from modelopt_tdq.calibration.distributed import together, union
-from modelopt_tdq.calibration.output_error import full_precision, output_curves
-from modelopt_tdq.calibration.replay import Replay
-from modelopt_tdq.calibration.select import activation_quantizers, temporal_names, weight_quantizers
+from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics
+from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import TdqCalibConfig
+from modelopt_tdq.core.distributed import together, union
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.quantizer import TemporalQuantizer
-from modelopt_tdq.timestep import CurrentTimestep, deliver_timestep
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.select import activation_quantizers, temporal_names
+from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
 
-__all__ = ["Calibration", "calibrate_weights", "collect"]
+__all__ = ["Calibration", "collect"]
 
 #: `asymmetric: auto` takes an offset where it lowers the squared error by this factor (1 dB).
 _ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
@@ -45,20 +46,6 @@ class Calibration:
     times: list[float]
     evidence: dict[str, Evidence]
     replay: Replay
-
-
-def calibrate_weights(model: nn.Module, method: str) -> None:
-    """Let ModelOpt calibrate the enabled weight quantizers: ``max``, ``mse``, or ``keep`` them as they are."""
-    if method == "keep":
-        return
-    weights = [m for q in weight_quantizers(model) for m in q.modules() if isinstance(m, TensorQuantizer)]
-    calibrators = [quantizer._calibrator for quantizer in weights]
-    {"max": max_calibrate, "mse": mse_calibrate}[method](model, forward_loop=None)
-    # ModelOpt's mse leaves spent calibrators behind, which the next calibration would trip over
-    for quantizer, calibrator in zip(weights, calibrators, strict=True):
-        quantizer._calibrator = calibrator
-        if calibrator is not None:
-            calibrator.reset()
 
 
 def _run(

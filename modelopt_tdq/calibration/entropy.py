@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modelopt_tdq.calibration.statistics import BINS
-from modelopt_tdq.fake_quant import NumBits
+from modelopt_tdq.core.fake_quant import NumBits
 
 __all__ = ["entropy_amax"]
 

@@ -13,32 +13,21 @@ from tqdm import tqdm
 
 from modelopt_tdq.calibration.candidates import ErrorCurves, affine_offset, symmetric_scale
 from modelopt_tdq.calibration.choose import Evidence
-from modelopt_tdq.calibration.distributed import all_reduce
 from modelopt_tdq.calibration.pooling import smoothing_pooling
-from modelopt_tdq.calibration.replay import Replay, first_tensor
-from modelopt_tdq.fake_quant import code_range, fake_quantize
-from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.core.fake_quant import code_range, fake_quantize
+from modelopt_tdq.model.call import first_output
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.replay import Replay
 
-__all__ = ["full_precision", "output_curves"]
+__all__ = ["output_curves"]
 
 #: Candidate scales per quantizer; between 0.7 of the smallest and twice the largest per-row optimum.
 _CANDIDATES = 16
 
 #: Largest number of elements in one probe of a layer.
 _PROBE_ELEMENTS = 1 << 23
-
-
-@contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """All quantizers of ``model`` pass their input on (ModelOpt's pre-quantization scales stay active)."""
-    changed = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and m._if_quant]
-    for quantizer in changed:
-        quantizer.disable_quant()
-    try:
-        yield
-    finally:
-        for quantizer in changed:
-            quantizer.enable_quant()
 
 
 def _refined(evidence: Evidence, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -95,7 +84,7 @@ class _Probe:
             return
         self._busy = True
         try:
-            x, y = self.layer.input_quantizer(args[0]), first_tensor(output)
+            x, y = self.layer.input_quantizer(args[0]), first_output(output)
             self.energy[self.row] += float(y.double().square().sum())
             scale, offset = self.scale.to(x.device), self.offset.to(x.device)
             chunk = max(1, _PROBE_ELEMENTS // max(x.numel(), y.numel()))
@@ -106,7 +95,7 @@ class _Probe:
                     candidates = fake_quantize(
                         x.unsqueeze(0), scale[part].reshape(shape), offset[part].reshape(shape), self.num_bits
                     )
-                    result = first_tensor(self.layer(candidates.flatten(0, 1), *args[1:]))
+                    result = first_output(self.layer(candidates.flatten(0, 1), *args[1:]))
                     error = (result.reshape(-1, *y.shape) - y).float().square().flatten(1).sum(1)
                     self.error[self.row, part] += error.double().cpu()
         finally:

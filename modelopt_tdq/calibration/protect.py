@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.distributed import all_reduce
-from modelopt_tdq.calibration.output_error import full_precision
-from modelopt_tdq.calibration.replay import Replay, first_tensor
-from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.model.call import first_output
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.replay import Replay
 
 __all__ = ["Columns", "install", "prediction_error", "protected_rows"]
 
@@ -47,8 +48,8 @@ def prediction_error(
         for row, call in tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step"):
             if row not in references:
                 with full_precision(model):
-                    references[row] = first_tensor(model(**call)).float()
-            difference = first_tensor(model(**call)).float() - references[row]
+                    references[row] = first_output(model(**call)).float()
+            difference = first_output(model(**call)).float() - references[row]
             error[row] = difference.flatten(1).double().square().sum(1).cpu()
     return error
 

@@ -14,9 +14,9 @@ import torch
 from modelopt.torch.quantization.calib.calibrator import _Calibrator
 from torch import Tensor
 
-from modelopt_tdq.calibration.distributed import all_reduce
+from modelopt_tdq.core.distributed import all_reduce
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.timestep import CurrentTimestep
+from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["BINS", "ActivationStatistics", "StepStatistics"]
 

@@ -9,10 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-import modelopt_tdq
-from modelopt_tdq.cli.calibration import prepare
 from modelopt_tdq.cli.options import CalibrationScript, Model, Recipe, Samples, Seed, Steps, Subfolder
-from modelopt_tdq.metrics import json_numbers
 
 __all__ = ["analyze"]
 
@@ -40,9 +37,12 @@ def analyze(
     quantizing one layer alone does to the model's output.
     """
     from modelopt_tdq.analysis import analyze as run_analysis
-    from modelopt_tdq.report.analysis import analysis_tables, draw_analysis, proposal_lines
+    from modelopt_tdq.cli.calibration import prepare
+    from modelopt_tdq.config import recipe as recipe_config
+    from modelopt_tdq.core.metrics import json_numbers
+    from modelopt_tdq.lab.report.analysis import analysis_tables, draw_analysis, proposal_lines
 
-    config = modelopt_tdq.recipe(recipe)
+    config = recipe_config(recipe)
     prepared = prepare(model, subfolder, calibration_script, samples, steps, seed)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
     analysis = run_analysis(prepared.model, prepared.forward_loop, config, target=target, probes=probes)

@@ -7,9 +7,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-import modelopt_tdq
-from modelopt_tdq.cli import analyze, bench, compare, demo, deploy, export, inspect, quantize
+from modelopt_tdq.cli import analyze, bench, build, compare, demo, doctor, export, quantize, report, twin
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.version import __version__
 
 __all__ = ["app"]
 
@@ -41,7 +41,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"modelopt-tdq {modelopt_tdq.__version__}")
+        typer.echo(f"modelopt-tdq {__version__}")
         raise typer.Exit
 
 
@@ -56,9 +56,9 @@ app.command("demo")(demo.demo)
 app.command("analyze")(analyze.analyze)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
-app.command("twin")(export.twin)
-app.command("build")(deploy.build)
+app.command("twin")(twin.twin)
+app.command("build")(build.build)
 app.command("compare")(compare.compare)
-app.command("report")(inspect.report)
-app.command("doctor")(inspect.doctor)
+app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
 app.add_typer(bench.bench, name="bench")

@@ -39,10 +39,10 @@ def supplement(
     The same data, steps and seeds for every row. Writes a JSON file with every run (seed, steps, checksum of the
     model, wall time), and per table a Markdown file and a plot. An interrupted benchmark goes on where it stopped.
     """
-    from modelopt_tdq.bench.budget import budget as named_budget
-    from modelopt_tdq.bench.command import run_supplement
-    from modelopt_tdq.bench.supplement import Bench
-    from modelopt_tdq.demo.bundled import bundled_model
+    from modelopt_tdq.lab.bench.budget import budget as named_budget
+    from modelopt_tdq.lab.bench.command import run_supplement
+    from modelopt_tdq.lab.bench.supplement import Bench
+    from modelopt_tdq.lab.demo.bundled import bundled_model
 
     if workers is None:
         workers = (os.cpu_count() or 1) if device == "cpu" else 1
@@ -72,10 +72,10 @@ def temporal_features(
     trajectories of 20 and of 50 steps, images, calibration time, engine kernels and sizes. Writes a Markdown table, a
     plot of every feature at every time, and a JSON file. An interrupted benchmark goes on where it stopped.
     """
-    from modelopt_tdq.bench.temporal.command import run_temporal
-    from modelopt_tdq.bench.temporal.rows import temporal_budget
-    from modelopt_tdq.bench.temporal.run import TemporalBench
-    from modelopt_tdq.demo.bundled import bundled_model
+    from modelopt_tdq.lab.bench.temporal.command import run_temporal
+    from modelopt_tdq.lab.bench.temporal.rows import temporal_budget
+    from modelopt_tdq.lab.bench.temporal.run import TemporalBench
+    from modelopt_tdq.lab.demo.bundled import bundled_model
 
     shared = TemporalBench(model or bundled_model(), temporal_budget(budget), output)
     typer.echo(run_temporal(shared, " ".join(["modelopt-tdq", *sys.argv[1:]]), run))

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model_folder import load_model
-from modelopt_tdq.trajectories import is_unconditional, load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.trajectories import is_unconditional, load_scheduler, noise, sample, sample_shape
 
 __all__ = ["Calibrated", "load_function", "prepare"]
 
@@ -68,7 +68,7 @@ def prepare(
         TdqError: Something cannot be loaded; the model takes more than a sample and a time, and there is no script.
     """
     if model is None:
-        from modelopt_tdq.demo.bundled import bundled_model
+        from modelopt_tdq.lab.demo.bundled import bundled_model
 
         model = str(bundled_model())
     function = None if script is None else load_function(script, "calibration_script")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from modelopt_tdq.cli.options import Folder
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["compare"]
 
 
-def _calls(described: dict[str, Any], times: torch.Tensor, argument: str, batch: int) -> Iterator[dict[str, Any]]:
-    from modelopt_tdq.model_folder import make_inputs
+def _calls(described: dict[str, Any], times: Tensor, argument: str, batch: int) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from modelopt_tdq.lab.model_folder import make_inputs
 
     for step, time in enumerate(times):
         inputs = make_inputs(described, batch, seed=step)
@@ -65,15 +69,16 @@ def compare(
     """
     import importlib.util
 
+    import torch
     from rich.console import Console
 
     from modelopt_tdq.compare import WITHOUT_ENGINE, compare_model, render
-    from modelopt_tdq.model_folder import load_quantized
-    from modelopt_tdq.model_table import scale_table
-    from modelopt_tdq.runtime.engine_report import EngineReport
+    from modelopt_tdq.lab.model_folder import load_quantized
+    from modelopt_tdq.model.model_table import scale_table
+    from modelopt_tdq.runtime.build.report import EngineReport
 
     if report is not None:
-        from modelopt_tdq.report.comparison import check_page, write_comparison
+        from modelopt_tdq.lab.report.comparison import check_page, write_comparison
 
         check_page(report)
     found = load_quantized(folder)

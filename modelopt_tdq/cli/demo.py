@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from modelopt_tdq.cli.options import Maintenance
-from modelopt_tdq.demo.settings import DEFAULT_PRESETS, DemoSettings
 
 __all__ = ["demo"]
 
@@ -18,9 +17,9 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path("tdq-demo"),
     steps: Annotated[int, typer.Option(min=2, help="DDIM steps of the judged trajectories.")] = 50,
     samples: Annotated[int, typer.Option(min=1, help="Trajectories and images that are judged.")] = 8,
-    presets: Annotated[
+    recipes: Annotated[
         str, typer.Option(help="Recipes to compare, separated by commas: int8, fp8, w8a4, w4a8, w4a4, w3a3.")
-    ] = ",".join(DEFAULT_PRESETS),
+    ] = "int8,w8a4,w4a8,w4a4",
     calibration_samples: Annotated[int, typer.Option(min=1, help="Trajectories to calibrate on; other seeds.")] = 16,
     calibration_steps: Annotated[int, typer.Option(min=2, help="DDIM steps of those.")] = 20,
     engines: Annotated[
@@ -37,12 +36,13 @@ def demo(
     Prints one table; writes images, plots, quantized models, results.json and report.html. Takes under four
     minutes on two cores. An interrupted demo goes on where it stopped.
     """
-    from modelopt_tdq.demo.run import run_demo
+    from modelopt_tdq.lab.demo.run import run_demo
+    from modelopt_tdq.lab.demo.settings import DemoSettings
 
-    chosen = tuple(preset.strip() for preset in presets.split(",") if preset.strip())
+    chosen = tuple(recipe_name.strip() for recipe_name in recipes.split(",") if recipe_name.strip())
     settings = DemoSettings(
         output=output,
-        presets=chosen,
+        recipes=chosen,
         steps=steps,
         samples=samples,
         calibration_samples=calibration_samples,

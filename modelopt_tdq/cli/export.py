@@ -1,4 +1,4 @@
-"""``modelopt-tdq export`` and ``twin``."""
+"""``modelopt-tdq export``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from modelopt_tdq.cli.options import Folder
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["export", "twin"]
+__all__ = ["export"]
 
 
 class Lowering(str, Enum):
@@ -88,7 +88,7 @@ def export(
     import warnings
 
     from modelopt_tdq.export import export_onnx
-    from modelopt_tdq.model_folder import load_quantized, make_inputs
+    from modelopt_tdq.lab.model_folder import load_quantized, make_inputs
 
     axes = _axes(dynamic_axis or [])
     # torch's exporter tells of its own deprecations and of packages that it does without
@@ -115,17 +115,3 @@ def export(
         typer.echo(f"Next: modelopt-tdq build {report.path}")
     elif lowering is Lowering.PLUGIN:
         typer.echo(f"For backends without the plugin: modelopt-tdq twin {report.path}")
-
-
-def twin(
-    onnx: Annotated[
-        Path, typer.Argument(help="ONNX file, from `modelopt-tdq export --lowering plugin`.", show_default=False)
-    ],
-    output: Annotated[
-        Path | None, typer.Option(help="ONNX file to write. Default: <name>_twin.onnx beside it.", show_default=False)
-    ] = None,
-) -> None:
-    """Write the plugin-free twin of a graph with the TensorRT plugin: standard operators, the same numbers."""
-    from modelopt_tdq.runtime.twin import write_twin
-
-    typer.echo(f"{write_twin(onnx, output or onnx.with_name(f'{onnx.stem}_twin{onnx.suffix}'))}: plugin-free")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import modelopt_tdq
-from modelopt_tdq.cli.calibration import Calibrated, prepare
+import modelopt_tdq as tdq
 from modelopt_tdq.cli.options import CalibrationScript, Maintenance, Model, Recipe, Samples, Seed, Steps, Subfolder
+
+if TYPE_CHECKING:
+    from modelopt_tdq.cli.calibration import Calibrated
 
 __all__ = ["quantize"]
 
@@ -37,12 +39,13 @@ def quantize(
     """
     import modelopt.torch.quantization as mtq
 
-    from modelopt_tdq.maintenance import with_maintenance
-    from modelopt_tdq.model_folder import check_output, describe_inputs, save_quantized
+    from modelopt_tdq.cli.calibration import prepare
+    from modelopt_tdq.lab.maintenance import with_maintenance
+    from modelopt_tdq.lab.model_folder import check_output, describe_inputs, save_quantized
     from modelopt_tdq.temporal_features.runtime import has_features
 
     check_output(output)
-    config = with_maintenance(modelopt_tdq.recipe(recipe), maintenance)
+    config = with_maintenance(tdq.recipe(recipe), maintenance)
     prepared = prepare(model, subfolder, calibration_script, samples, steps, seed)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
     if maintenance not in ("none", "naive"):
@@ -65,27 +68,27 @@ def quantize(
         "config": config,
         "calibration": prepared.done,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "modelopt_tdq": modelopt_tdq.__version__,
+        "modelopt_tdq": tdq.__version__,
     }
     folder = save_quantized(prepared.model, output, inputs, done)
-    table = modelopt_tdq.scale_table(prepared.model)
+    table = tdq.scale_table(prepared.model)
     following = int((~table.is_static).sum())
     typer.echo(f"{folder}: {len(table.names)} quantized activations, {following} of them follow {len(table)} times")
     if has_features(prepared.model):
-        modelopt_tdq.feature_table(prepared.model).save(folder / FEATURE_TABLE)
-        typer.echo(f"\n{modelopt_tdq.temporal_report(prepared.model)}\n")
+        tdq.feature_table(prepared.model).save(folder / FEATURE_TABLE)
+        typer.echo(f"\n{tdq.temporal_report(prepared.model)}\n")
     typer.echo(f"Next: modelopt-tdq export {folder} --output model.onnx")
 
 
 def _announce(prepared: Calibrated, config: dict[str, Any], steps: int) -> None:
     """Say what the temporal features will take, before calibration; where the model can be called without a script."""
-    from modelopt_tdq.example_call import example_call
+    from modelopt_tdq.lab.example_call import example_call
+    from modelopt_tdq.lab.trajectories import is_unconditional
     from modelopt_tdq.temporal_features.report import cache_memory, memory_text
-    from modelopt_tdq.trajectories import is_unconditional
 
     if not is_unconditional(prepared.model):
         return
-    block = modelopt_tdq.find_temporal_block(prepared.model, example_call(prepared.model), times=steps)
+    block = tdq.find_temporal_block(prepared.model, example_call(prepared.model), times=steps)
     algorithm = config["algorithm"]
     formats = [rule["cfg"]["num_bits"] for rule in config["quant_cfg"] if rule["quantizer_name"] == "*input_quantizer"]
     bits = algorithm.get("cache_bits") or next((b for b in formats if isinstance(b, int)), 8)

@@ -1,6 +1,6 @@
 """Is the deployed model the one that was quantized? Per time step, and layer by layer."""
 
-from modelopt_tdq.compare.backends import BACKENDS, TORCH, WITHOUT_ENGINE, Backend
+from modelopt_tdq.compare.backends import COMPARED, TORCH, WITHOUT_ENGINE, ComparedBackend
 from modelopt_tdq.compare.layers import given_codes, returning_codes, with_given_codes
 from modelopt_tdq.compare.metrics import (
     TOLERANCES,
@@ -17,12 +17,12 @@ from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.compare.table import render
 
 __all__ = [
-    "BACKENDS",
+    "COMPARED",
     "TOLERANCES",
     "TORCH",
     "WITHOUT_ENGINE",
-    "Backend",
     "CodesDifference",
+    "ComparedBackend",
     "LayerResult",
     "ModelComparison",
     "OutputDifference",

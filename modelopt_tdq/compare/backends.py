@@ -1,6 +1,6 @@
 """What can be compared, and how each backend gets to run a graph.
 
-A new backend is one line of :data:`BACKENDS`: how a session is made of a file.
+A new backend is one line of :data:`COMPARED`: how a session is made of a file.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from torch import nn
 
 from modelopt_tdq.errors import require
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.runtime.openvino import OpenVinoSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["BACKENDS", "TORCH", "WITHOUT_ENGINE", "Backend", "Deployed", "Session", "deployed"]
+__all__ = ["COMPARED", "TORCH", "WITHOUT_ENGINE", "ComparedBackend", "DeployedGraph", "Session", "deployed"]
 
 #: The quantized torch model itself, which needs no session.
 TORCH = "torch"
@@ -41,7 +41,7 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
-class Backend:
+class ComparedBackend:
     """How a backend runs a file.
 
     Attributes:
@@ -57,25 +57,25 @@ class Backend:
 
 
 def _tensorrt(path: Path, table: Mapping[str, Any]) -> Session:
-    from modelopt_tdq.runtime.tensorrt import TensorRTSession
+    from modelopt_tdq.runtime.sessions.tensorrt import TensorRTSession
 
     return TensorRTSession(path, table=table or None)
 
 
 #: By name.
-BACKENDS: Mapping[str, Backend] = {
-    "onnxruntime": Backend(OnnxRuntimeSession, layers=True),
-    "openvino": Backend(OpenVinoSession, layers=False),
-    "tensorrt": Backend(_tensorrt, layers=False, engine=True),
-    "tensorrt_rtx": Backend(_tensorrt, layers=False, engine=True),
+COMPARED: Mapping[str, ComparedBackend] = {
+    "onnxruntime": ComparedBackend(OnnxRuntimeSession, layers=True),
+    "openvino": ComparedBackend(OpenVinoSession, layers=False),
+    "tensorrt": ComparedBackend(_tensorrt, layers=False, engine=True),
+    "tensorrt_rtx": ComparedBackend(_tensorrt, layers=False, engine=True),
 }
 
 #: What can be compared with nothing but the model.
-WITHOUT_ENGINE = (TORCH, *(name for name, backend in BACKENDS.items() if not backend.engine))
+WITHOUT_ENGINE = (TORCH, *(name for name, backend in COMPARED.items() if not backend.engine))
 
 
 @dataclass(frozen=True)
-class Deployed:
+class DeployedGraph:
     """A lowered graph as backends without the plugin run it.
 
     Attributes:
@@ -91,7 +91,7 @@ class Deployed:
     note: str = ""
 
 
-def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> Deployed:
+def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> DeployedGraph:
     """Read a lowered graph: one with the plugin becomes its twin, one whose table is an input gets the model's.
 
     Args:
@@ -104,7 +104,7 @@ def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> De
         MissingExtraError: The extra ``onnx`` is not installed.
     """
     from modelopt_tdq.export.table_input import TABLE_INPUT, engine_table
-    from modelopt_tdq.runtime.onnx_model import read_onnx
+    from modelopt_tdq.runtime.build.onnx_model import read_onnx
     from modelopt_tdq.runtime.twin import write_twin
 
     file, note = Path(path), ""
@@ -114,4 +114,4 @@ def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> De
         file = write_twin(file, folder / "twin.onnx")
     graph = require("onnx", "onnx").load(str(file))
     table = engine_table(graph, model) if TABLE_INPUT in facts.inputs else {}
-    return Deployed(file, graph, table, note)
+    return DeployedGraph(file, graph, table, note)

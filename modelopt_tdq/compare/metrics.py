@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelopt_tdq.metrics import sqnr_db
+from modelopt_tdq.core.metrics import sqnr_db
 
 __all__ = ["TOLERANCES", "CodesDifference", "OutputDifference", "codes_difference", "interior", "output_difference"]
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.output_error import full_precision
-from modelopt_tdq.compare.backends import BACKENDS, TORCH, WITHOUT_ENGINE, Deployed, deployed
+from modelopt_tdq.compare.backends import COMPARED, TORCH, WITHOUT_ENGINE, DeployedGraph, deployed
 from modelopt_tdq.compare.layers import codes_by_quantizer, given_codes, returning_codes, with_given_codes
 from modelopt_tdq.compare.metrics import codes_difference, output_difference
 from modelopt_tdq.compare.results import LayerResult, ModelComparison, StepResult
@@ -23,8 +22,9 @@ from modelopt_tdq.compare.runners import OUTPUT, call_model, session_runner, tor
 from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.inputs import flatten_inputs
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.timestep import find_timestep
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 __all__ = ["REFERENCE", "compare_model"]
 
@@ -57,7 +57,7 @@ def compare_model(
         model: The module that ``mtq.quantize`` was called with.
         inputs: Arguments of the model's ``forward`` by name, one mapping per time step; their shapes, and
             what is no tensor, are the same in all of them.
-        backends: Which to compare: "torch", and names of :data:`~modelopt_tdq.compare.backends.BACKENDS`.
+        backends: Which to compare: "torch", and names of :data:`~modelopt_tdq.compare.backends.COMPARED`.
         layers: Compare codes, layer by layer, too (only in backends that compute the graph as it stands).
         reference_path: The reference graph, if it has been exported already.
         lowered_path: The lowered graph, likewise. Left out, it is exported by ratios.
@@ -68,11 +68,11 @@ def compare_model(
         TdqError: A backend is not known or lacks its engine, there are no inputs, or export fails.
         MissingExtraError: Polygraphy or a backend is not installed.
     """
-    known = (TORCH, *BACKENDS)
+    known = (TORCH, *COMPARED)
     if unknown := [backend for backend in backends if backend not in known]:
         raise TdqError("backends", unknown, "not known", f"Use some of {', '.join(known)}")
     for backend in backends:
-        if backend != TORCH and BACKENDS[backend].engine and backend not in (files or {}):
+        if backend != TORCH and COMPARED[backend].engine and backend not in (files or {}):
             raise TdqError("files", files, f"{backend} runs an engine", f"Pass files={{{backend!r}: <its engine>}}")
     calls = list(inputs)
     if not calls:
@@ -90,7 +90,7 @@ def compare_model(
             lowered = deployed(lowered_path or _exported(model, calls[0], folder, "ratio"), model, folder)
         run = _Run(model, flat[0].rest, reference, lowered, files or {}, folder)
         found = _compare_outputs(run, feeds, backends, times)
-        compared = [b for b in backends if b == TORCH or BACKENDS[b].layers] if layers else []
+        compared = [b for b in backends if b == TORCH or COMPARED[b].layers] if layers else []
         differing, counts, names, missing = _compare_layers(run, feeds, compared, times, progress)
     notes = [lowered.note] if lowered is not None and lowered.note else []
     notes += [f"{backend}: the codes of {', '.join(absent)} were not compared" for backend, absent in missing.items()]
@@ -116,14 +116,14 @@ class _Run:
     model: nn.Module
     fixed: Mapping[str, Any]
     reference: Path
-    lowered: Deployed | None
+    lowered: DeployedGraph | None
     files: Mapping[str, str | os.PathLike[str]]
     folder: Path
 
     def runner(self, backend: str, sample: _Arrays) -> Any:
         if backend == TORCH or self.lowered is None:
             return torch_runner(self.model, sample, fixed=self.fixed)
-        kind, file, table = BACKENDS[backend], Path(self.files.get(backend, self.lowered.path)), self.lowered.table
+        kind, file, table = COMPARED[backend], Path(self.files.get(backend, self.lowered.path)), self.lowered.table
         if kind.engine:  # it holds its table
             return session_runner(backend, kind.open(file, table), sample)
         return session_runner(backend, kind.open(file), sample, table)
@@ -192,5 +192,5 @@ def _layer_by_layer(run: _Run, reference: Any, backend: str) -> Callable[[_Array
     onnx, table = require("onnx", "onnx"), run.lowered.table
     file = run.folder / "layers.onnx"
     onnx.save(with_given_codes(run.lowered.graph, reference), str(file))
-    session = BACKENDS[backend].open(file)
+    session = COMPARED[backend].open(file)
     return lambda feed, given: session({**feed, **table, **{n: given[n] for n in session.inputs if n in given}})

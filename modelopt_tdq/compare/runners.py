@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration.replay import first_tensor
 from modelopt_tdq.compare.backends import Session
 from modelopt_tdq.compare.layers import GIVEN
+from modelopt_tdq.core.fake_quant import dequantize, quantize
 from modelopt_tdq.errors import require
-from modelopt_tdq.fake_quant import dequantize, quantize
-from modelopt_tdq.model_table import temporal_quantizers
-from modelopt_tdq.quantizer import TemporalQuantizer
+from modelopt_tdq.model.call import first_output
+from modelopt_tdq.model.model_table import temporal_quantizers
+from modelopt_tdq.model.quantizer import TemporalQuantizer
 
 __all__ = ["OUTPUT", "call_model", "session_runner", "torch_runner"]
 
@@ -120,7 +120,7 @@ def call_model(
             arguments[name] = tensor
     found: dict[str, np.ndarray[Any, Any]] = {}
     with torch.no_grad(), _tapped(model, found, given or {}) if codes or given else torch.no_grad():
-        output = first_tensor(model(**arguments))
+        output = first_output(model(**arguments))
     return {OUTPUT: output.float().cpu().numpy(), **found}
 
 

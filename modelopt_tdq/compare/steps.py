@@ -11,14 +11,9 @@ import numpy as np
 import torch
 
 from modelopt_tdq.compare.layers import codes_by_quantizer
-from modelopt_tdq.compare.metrics import (
-    CodesDifference,
-    OutputDifference,
-    codes_difference,
-    output_difference,
-)
+from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference, codes_difference, output_difference
+from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.metrics import sqnr_db
 
 __all__ = ["StepComparator"]
 

@@ -1,6 +1,6 @@
 """One activation quantizer in standard operators: from values to codes, and from codes to values.
 
-The codes equal those of :func:`modelopt_tdq.fake_quant.quantize` bit for bit:
+The codes equal those of :func:`modelopt_tdq.core.fake_quant.quantize` bit for bit:
 
 - A scale that is the quantizer's own operand of QuantizeLinear: the operator divides, rounds half to
   even and saturates, as the definition does.

@@ -21,8 +21,9 @@ from torch import _VF, Tensor, nn
 from torch.nn import functional
 
 from modelopt_tdq.export.spec import weight_quantizers
-from modelopt_tdq.temporal_features.looked_up import LookedUp, first_tensor, output_dtype, own_output
-from modelopt_tdq.timestep import _DeliveryHook
+from modelopt_tdq.model.call import layer_input
+from modelopt_tdq.model.timestep import _DeliveryHook
+from modelopt_tdq.temporal_features.looked_up import LookedUp, output_dtype, own_output
 
 __all__ = ["ACTIVATION_MARKER", "DOMAIN", "FEATURE_MARKER", "WEIGHT_MARKER", "Marker", "with_markers"]
 
@@ -70,7 +71,7 @@ class _FeatureMarker(Marker):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The marker node, with the shape and dtype of the layer's output."""
         layer: Any = self
-        inputs = first_tensor(args, kwargs)
+        inputs = layer_input(args, kwargs)
         if layer._tdq_features.outside == "exact":
             source = output = own_output(layer, args, kwargs)
         else:

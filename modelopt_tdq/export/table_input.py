@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from modelopt_tdq.core.schedule import edges
+from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.lookup import ColumnSource, TimeRow, reference_scale, split_columns
 from modelopt_tdq.export.markers import ACTIVATION_MARKER
 from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
 from modelopt_tdq.export.weights import marker_name
-from modelopt_tdq.model_table import scale_table
-from modelopt_tdq.schedule import edges
-from modelopt_tdq.table import ScaleTable
+from modelopt_tdq.model.model_table import scale_table
 
 if TYPE_CHECKING:
     import onnx
@@ -48,7 +48,7 @@ __all__ = [
 #: Names of the inputs, and of their open dimension.
 TABLE_INPUT, EDGES_INPUT, ROWS = "tdq_table", "tdq_edges", "tdq_rows"
 
-_METADATA = "modelopt_tdq.table"
+_METADATA = "modelopt_tdq.core.table"
 _SCHEMA = 1
 
 _Array = np.ndarray[Any, np.dtype[np.float32]]

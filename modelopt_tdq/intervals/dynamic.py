@@ -11,8 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.intervals.encoding import TimeEncoding
-from modelopt_tdq.intervals.position import schedule_position
+from modelopt_tdq.intervals.encoding import TimeEncoding, schedule_position
 from modelopt_tdq.intervals.source import SMALLEST, inverse_softplus, positive
 
 __all__ = ["DYNAMIC", "DynamicIntervals"]

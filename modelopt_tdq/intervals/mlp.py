@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from modelopt_tdq.intervals.encoding import TimeEncoding
-from modelopt_tdq.intervals.position import schedule_position
+from modelopt_tdq.intervals.encoding import TimeEncoding, schedule_position
 from modelopt_tdq.intervals.source import IntervalSource, inverse_softplus
 
 __all__ = ["INITIALIZATIONS", "MlpIntervals"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.intervals.source import IntervalSource, positive, unconstrained
-from modelopt_tdq.schedule import row_index
 
 __all__ = ["TableIntervals"]
 

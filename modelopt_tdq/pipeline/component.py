@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.pipeline.engine_denoiser import EngineDenoiser
 
 __all__ = ["denoiser_name"]
 
@@ -54,7 +55,5 @@ def denoiser_name(pipeline: Any, component: str | None, timestep: str) -> str:
 
 def _arguments(model: nn.Module) -> Iterable[str]:
     """Of the model's forward; an engine in its place is called like the original."""
-    from modelopt_tdq.pipeline.swap import EngineDenoiser
-
     original = model.original if isinstance(model, EngineDenoiser) else model
     return inspect.signature(original.forward).parameters

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.recording import recorded_calls
 from modelopt_tdq.pipeline.calls import call_arguments, quiet
 from modelopt_tdq.pipeline.component import denoiser_name
-from modelopt_tdq.recording import recorded_calls
 
 __all__ = ["sample_inputs", "trajectory_inputs"]
 

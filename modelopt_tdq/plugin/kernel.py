@@ -36,8 +36,8 @@ def scale_lookup(  # type: ignore[no-untyped-def]  # Triton reads the annotation
         scale[b, q] = table[row, q]
         ratio[b, q] = table[row, q] / s_ref[q],  s_ref[q] = largest power of two up to min over k of table[k, q]
 
-    The half-way points are compared in float64, where they are exact (see ``modelopt_tdq.schedule.edges``). A column
-    that holds a number below the smallest normal float32, or none above zero, has s_ref = 1.
+    The half-way points are compared in float64, where they are exact (see ``modelopt_tdq.core.schedule.edges``). A
+    column that holds a number below the smallest normal float32, or none above zero, has s_ref = 1.
 
     Args:
         timestep_ptr: [B] float32.

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration.output_error import full_precision
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.reconstruction import files
 from modelopt_tdq.reconstruction.observe import BlockIO, observed
 from modelopt_tdq.reconstruction.samples import Samples

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.source import SMALLEST, IntervalSource, positive
 from modelopt_tdq.intervals.table import TableIntervals
-from modelopt_tdq.schedule import row_index
 
 __all__ = ["BlockColumns", "block_columns"]
 

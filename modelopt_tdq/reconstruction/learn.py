@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.reconstruction.cache import BlockCache, Chunk
 from modelopt_tdq.reconstruction.columns import BlockColumns
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.reconstruction.rounding import RoundingQuantizer, exponent, regularization, rounding_rate
-from modelopt_tdq.timestep import CurrentTimestep
 from modelopt_tdq.training.quantizer import LearnedQuantizer
 
 __all__ = ["BlockParts", "learn", "sample_errors"]

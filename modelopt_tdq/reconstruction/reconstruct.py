@@ -15,21 +15,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
-from modelopt_tdq.calibration.distributed import gather
-from modelopt_tdq.calibration.select import activation_quantizers
-from modelopt_tdq.calibration.snapshot import restored_on_error
+from modelopt_tdq.core.distributed import gather
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.select import activation_quantizers
+from modelopt_tdq.model.snapshot import restored_on_error
+from modelopt_tdq.model.timestep import deliver_timestep, find_timestep
 from modelopt_tdq.reconstruction.blocks import Block, find_blocks
 from modelopt_tdq.reconstruction.cache import BlockCache
 from modelopt_tdq.reconstruction.columns import block_columns
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
-from modelopt_tdq.reconstruction.enough import require_enough_samples
 from modelopt_tdq.reconstruction.learn import BlockParts, learn, sample_errors
 from modelopt_tdq.reconstruction.observe import calls_in_order, probe
 from modelopt_tdq.reconstruction.resume import BlockResult, Progress
 from modelopt_tdq.reconstruction.rounding import RoundingQuantizer, can_learn_rounding
-from modelopt_tdq.reconstruction.samples import Samples, SpreadReplay
-from modelopt_tdq.timestep import deliver_timestep, find_timestep
+from modelopt_tdq.reconstruction.samples import Samples, SpreadReplay, require_enough_samples
 from modelopt_tdq.training.attach import calibration_fields, learn_scales
 from modelopt_tdq.training.learned import learned_intervals, learned_quantizers
 

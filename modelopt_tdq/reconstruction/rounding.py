@@ -12,7 +12,7 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
-from modelopt_tdq.fake_quant import code_range
+from modelopt_tdq.core.fake_quant import code_range
 
 __all__ = ["RoundingQuantizer", "can_learn_rounding", "exponent", "regularization", "rounding_rate"]
 

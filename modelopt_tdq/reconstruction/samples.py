@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration.replay import Replay, cloned, layout, stack
+from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.timestep import CurrentTimestep
+from modelopt_tdq.model.call import cloned, layout, stack
+from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.timestep import CurrentTimestep
+from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 
-__all__ = ["Samples", "SpreadReplay"]
+__all__ = ["Samples", "SpreadReplay", "require_enough_samples"]
 
 
 class SpreadReplay(Replay):
@@ -130,3 +133,49 @@ class Samples:
     def call(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Keyword arguments of one call with these samples."""
         return {name: stack([self.calls[i][name] for i in numbers]) for name in self.calls[0]}
+
+
+def require_enough_samples(
+    samples: Samples, description: dict[str, Any], names: list[str], config: TdqReconstructConfig
+) -> None:
+    """Every learned interval needs a sample at one of its times; a smooth generator needs two times.
+
+    Args:
+        samples: Of the run.
+        description: Of the source of the intervals.
+        names: Of its quantizers.
+        config: Of the run.
+
+    Raises:
+        TdqError: There are too few.
+    """
+    timesteps = torch.tensor(description["timesteps"], dtype=torch.float32)
+    seen = torch.zeros(len(timesteps), dtype=torch.bool)
+    seen[row_index(samples.times, timesteps)] = True
+    bins = torch.tensor(description["bins"])
+    missing = []
+    for column, name in enumerate(names):
+        own = bins[:, column]
+        empty = sorted(set(own.tolist()) - set(own[seen].tolist()))
+        if empty:
+            missing.append((name, timesteps[own == empty[0]]))
+    smooth = config.intervals in ("thin", "mlp") and len(timesteps) > 1
+    if not missing and not (smooth and int(seen.sum()) < 2):
+        return
+    if missing:
+        name, times = missing[0]
+        problem = f"no sample for the interval of {name} at {_span(times)}, nor for those of {len(missing) - 1} others"
+    else:
+        problem = f"{config.intervals} intervals need samples at two times"
+    raise TdqError(
+        "samples",
+        len(samples),
+        f"a reconstruction without enough samples for its times: {problem}",
+        f"Ask for {len(timesteps)} `samples` or more and record them in forward_loop, or learn fewer intervals: "
+        '`bins`, or "intervals": "static"',
+    )
+
+
+def _span(times: torch.Tensor) -> str:
+    low, high = float(times.min()), float(times.max())
+    return f"time {low:g}" if low == high else f"times {low:g} to {high:g}"

@@ -7,18 +7,30 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
-from modelopt_tdq.runtime.doctor_backends import DISTRIBUTION, Backend, examine_backends, installed_version
+from modelopt_tdq.runtime.build.options import OLDEST_TENSORRT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Backend", "Diagnosis", "Extra", "Package", "doctor", "render"]
+__all__ = [
+    "DISTRIBUTION",
+    "BackendStatus",
+    "Diagnosis",
+    "Extra",
+    "Package",
+    "doctor",
+    "examine_backends",
+    "import_problem",
+    "installed_version",
+    "render",
+]
 
 # Instruction sets with INT8 dot products, by their names in /proc/cpuinfo; without one INT8 gains little.
 _INT8_INSTRUCTIONS = {
@@ -87,7 +99,7 @@ class Diagnosis:
     int8_instructions: tuple[str, ...]
     core: tuple[Package, ...]
     extras: tuple[Extra, ...]
-    backends: tuple[Backend, ...]
+    backends: tuple[BackendStatus, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -201,3 +213,107 @@ def render(diagnosis: Diagnosis) -> RenderableType:
         )
     notes = [f"[yellow]Note:[/] {escape(warning)}" for warning in diagnosis.warnings]
     return Group(machine, extras, backends, *notes)
+
+
+DISTRIBUTION = "modelopt-tdq"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What a deployment backend can do here.
+
+    Attributes:
+        name: Its usual name.
+        build: Whether models can be prepared for it here (an engine built, a graph read).
+        run: Whether models can run on it here.
+        remark: What that means, in words.
+        cure: What to do for the rest; empty if nothing is missing.
+    """
+
+    name: str
+    build: bool
+    run: bool
+    remark: str
+    cure: str = ""
+
+
+def installed_version(name: str) -> str | None:
+    """Of a distribution; None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def import_problem(module: str) -> str | None:
+    """Why ``module`` cannot be imported, or None."""
+    try:
+        import_module(module)
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _tensorrt_too_old() -> str | None:
+    """Why builds refuse the installed TensorRT, or None."""
+    version = str(import_module("tensorrt").__version__)
+    if Version(version) >= Version(OLDEST_TENSORRT):
+        return None
+    return f"{version} is too old: builds need {OLDEST_TENSORRT} or later"
+
+
+def _lookup_plugin() -> str:
+    """Whether lowering="plugin" can be built here in its Python form."""
+    for module, needs in (("tensorrt.plugin", "the full package tensorrt"), ("triton", "Triton")):
+        if import_problem(module):
+            return f"its Python form of the plugin TdqScaleLookup needs {needs}"
+    return "the plugin TdqScaleLookup can be built in"
+
+
+def examine_backends(
+    gpus: tuple[str, ...], instructions: tuple[str, ...], torch_sees_gpu: bool = False
+) -> Iterable[BackendStatus]:
+    """One after the other; each says what it needs and what it is for."""
+
+    def cure(extra: str) -> str:
+        return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+    gpu = gpus[0].split(",")[0] if gpus else None
+    if problem := import_problem("onnxruntime") or import_problem("onnx"):
+        yield BackendStatus("ONNX Runtime", False, False, problem, cure("onnx"))
+    else:
+        yield BackendStatus("ONNX Runtime", True, True, "the numeric reference, on the CPU; not meant for speed")
+
+    if problem := import_problem("openvino"):
+        yield BackendStatus("OpenVINO", False, False, problem, cure("openvino"))
+    else:
+        speed = f"INT8 kernels use {', '.join(instructions)}" if instructions else "this CPU has no INT8 dot products"
+        yield BackendStatus("OpenVINO", True, True, f"on the CPU; {speed}")
+
+    no_torch = "To run: install a CUDA build of torch" if gpu and not torch_sees_gpu else ""
+    if problem := import_problem("tensorrt_rtx"):
+        yield BackendStatus("TensorRT-RTX", False, False, problem, cure("tensorrt-rtx"))
+    elif gpu:
+        here = f"builds ahead of time; runs on {gpu} if it is an RTX GPU"
+        yield BackendStatus("TensorRT-RTX", True, torch_sees_gpu, here, no_torch)
+    else:
+        yield BackendStatus(
+            "TensorRT-RTX", True, False, "builds ahead of time, for GPUs elsewhere", "To run: a machine with an RTX GPU"
+        )
+
+    if problem := import_problem("tensorrt"):
+        needs = "" if gpu else ", on a machine with an NVIDIA GPU"
+        yield BackendStatus("TensorRT", False, False, problem, cure("tensorrt") + needs)
+    elif problem := _tensorrt_too_old():
+        yield BackendStatus("TensorRT", False, False, problem, cure("tensorrt"))
+    elif gpu:
+        yield BackendStatus(
+            "TensorRT", True, torch_sees_gpu, f"builds for and runs on {gpu}; {_lookup_plugin()}", no_torch
+        )
+    else:
+        yield BackendStatus("TensorRT", False, False, "it needs a GPU to build, too", "A machine with an NVIDIA GPU")
+
+    if problem := import_problem("polygraphy"):
+        yield BackendStatus("Polygraphy", False, False, problem, cure("compare"))
+    else:
+        yield BackendStatus("Polygraphy", True, True, "compares the backends above, per time step")

@@ -8,8 +8,8 @@ from pathlib import Path
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.onnx_export import EXTERNAL_DATA_ABOVE
 from modelopt_tdq.export.plugin import plugin_free
-from modelopt_tdq.runtime.build import require_place
-from modelopt_tdq.runtime.onnx_model import read_onnx
+from modelopt_tdq.runtime.build.build import require_place
+from modelopt_tdq.runtime.build.onnx_model import read_onnx
 
 __all__ = ["write_twin"]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.timestep import INTERVALS, find_timestep
 from modelopt_tdq.temporal_features.search import search
 from modelopt_tdq.temporal_features.tape import Tape
 from modelopt_tdq.temporal_features.trace import layers_with_parameters
-from modelopt_tdq.timestep import INTERVALS, find_timestep
 
 __all__ = ["TemporalBlock", "find_temporal_block"]
 

@@ -8,8 +8,8 @@ from modelopt.torch.quantization.config import ModeloptField
 from pydantic import model_validator
 
 from modelopt_tdq.config import ALGORITHMS, CalibrationFields
+from modelopt_tdq.core.fake_quant import SUPPORTED_BITS
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.fake_quant import SUPPORTED_BITS
 
 if TYPE_CHECKING:
     from typing_extensions import Self

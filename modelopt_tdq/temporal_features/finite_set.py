@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelopt_tdq.fake_quant import NumBits, code_range, fake_quantize
-from modelopt_tdq.scales import Scales
+from modelopt_tdq.core.fake_quant import NumBits, code_range, fake_quantize
+from modelopt_tdq.core.scales import Scales
 
 __all__ = ["row_scales"]
 

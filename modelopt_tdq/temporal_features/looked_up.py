@@ -12,24 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.call import layer_input
 from modelopt_tdq.temporal_features.lookup import is_row
 
 if TYPE_CHECKING:
     from modelopt_tdq.temporal_features.module import TemporalFeatures
 
-__all__ = ["LookedUp", "Superseded", "first_tensor", "output_dtype", "own_output", "swap_in", "swap_out"]
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a layer: the first tensor among the arguments of its call.
-
-    Raises:
-        TdqError: There is none.
-    """
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise TdqError("model", None, "a layer that is looked up was called without a tensor", "Leave it out")
+__all__ = ["LookedUp", "Superseded", "output_dtype", "own_output", "swap_in", "swap_out"]
 
 
 def output_dtype(layer: nn.Module, inputs: Tensor) -> torch.dtype:
@@ -69,7 +58,7 @@ class LookedUp:
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """[B, ...] in the dtype that the layer returns, B being the batch of its input."""
         features = self._tdq_features
-        inputs = first_tensor(args, kwargs)
+        inputs = layer_input(args, kwargs)
         time = features.time(inputs.device)
         exact = features.outside == "exact"
         if exact and not torch.compiler.is_compiling() and features.covers(time):
@@ -91,7 +80,7 @@ class Superseded:
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """[B, ...] in the dtype that the layer returns, B being the batch of its input."""
-        inputs = first_tensor(args, kwargs)
+        inputs = layer_input(args, kwargs)
         dtype = output_dtype(self, inputs)  # type: ignore[arg-type]
         return inputs.new_zeros((inputs.shape[0], *self._tdq_what), dtype=dtype)
 

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from modelopt_tdq.fake_quant import dequantize
-from modelopt_tdq.schedule import row_index
+from modelopt_tdq.core.fake_quant import dequantize
+from modelopt_tdq.core.schedule import row_index
 
 __all__ = ["OUTSIDE", "Outside", "Rows", "is_row", "look_up", "neighbours"]
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.output_error import full_precision
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model_table import scale_table, set_scale_table
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.model_table import scale_table, set_scale_table
+from modelopt_tdq.model.timestep import INTERVALS
 from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
 from modelopt_tdq.temporal_features.checksum import block_checksum
 from modelopt_tdq.temporal_features.config import Strategy, TdqTemporalConfig
@@ -29,7 +30,6 @@ from modelopt_tdq.temporal_features.runtime import drop_parameters, install_feat
 from modelopt_tdq.temporal_features.select import Choice, by_hand, merged, select
 from modelopt_tdq.temporal_features.table import Feature, FeatureTable
 from modelopt_tdq.temporal_features.tib import tib_features
-from modelopt_tdq.timestep import INTERVALS
 
 __all__ = ["maintain"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.temporal_features.feature import Feature
 from modelopt_tdq.temporal_features.lookup import Outside, Rows, is_row, look_up
 from modelopt_tdq.temporal_features.table import FeatureTable
-from modelopt_tdq.timestep import CurrentTimestep
 
 __all__ = ["FEATURES", "TemporalFeatures", "describe"]
 

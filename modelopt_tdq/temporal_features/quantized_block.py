@@ -12,15 +12,15 @@ import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration.collect import calibrate_weights
-from modelopt_tdq.calibration.snapshot import restored
-from modelopt_tdq.fake_quant import NumBits
-from modelopt_tdq.quantizer import TemporalQuantizer
-from modelopt_tdq.scales import Scales
+from modelopt_tdq.calibration.weights import calibrate_weights
+from modelopt_tdq.core.fake_quant import NumBits
+from modelopt_tdq.core.scales import Scales
+from modelopt_tdq.model.call import layer_input
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.snapshot import restored
+from modelopt_tdq.model.timestep import deliver_timestep
 from modelopt_tdq.temporal_features.block import TemporalBlock
 from modelopt_tdq.temporal_features.finite_set import row_scales
-from modelopt_tdq.temporal_features.looked_up import first_tensor
-from modelopt_tdq.timestep import deliver_timestep
 
 __all__ = ["Formats", "formats", "naive_features", "naive_scales", "quantizable", "quantized", "switch_on"]
 
@@ -67,7 +67,7 @@ def _inputs(
     size = block.tape.times
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda module, args, kwargs: seen[name].append(first_tensor(args, kwargs).detach()[:size].flatten(1))
+        return lambda module, args, kwargs: seen[name].append(layer_input(args, kwargs).detach()[:size].flatten(1))
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:

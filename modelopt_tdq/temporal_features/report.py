@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from modelopt_tdq.core.metrics import db_text
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.metrics import db_text
 from modelopt_tdq.temporal_features.block import TemporalBlock
 from modelopt_tdq.temporal_features.runtime import feature_table
 

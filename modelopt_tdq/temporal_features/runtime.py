@@ -14,11 +14,11 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.timestep import deliver_timestep
 from modelopt_tdq.temporal_features.looked_up import LookedUp, Superseded, swap_in, swap_out
 from modelopt_tdq.temporal_features.module import FEATURES, TemporalFeatures, describe
 from modelopt_tdq.temporal_features.saved_state import describe_in_state
 from modelopt_tdq.temporal_features.table import FeatureTable
-from modelopt_tdq.timestep import deliver_timestep
 
 __all__ = [
     "FEATURES",

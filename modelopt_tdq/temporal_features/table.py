@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelopt_tdq.core.files import read_table, write_table
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.table_files import read_table, write_table
 from modelopt_tdq.temporal_features.feature import ARRAYS, Feature, own_array
 from modelopt_tdq.temporal_features.lookup import OUTSIDE, Outside, is_row, look_up
 
@@ -34,8 +34,8 @@ class FeatureTable:
         timesteps: [K] float32, strictly ascending, in the model's own time units.
         features: By the name of the layer that makes them, as in ``model.named_modules()``; the order is kept.
         outside: What a time gets that is no row. "nearest": the nearest row, by the rule of the scale table
-            (:func:`modelopt_tdq.schedule.row_index`). "linear": the line between its two neighbours, in float32, and
-            the end row outside of the table. "exact": the model's own layers compute it.
+            (:func:`modelopt_tdq.core.schedule.row_index`). "linear": the line between its two neighbours, in float32,
+            and the end row outside of the table. "exact": the model's own layers compute it.
         metadata: JSON-serialisable facts: "checksum" of the weights that made the features, "strategy" by layer,
             "timestep_argument", and so on.
 

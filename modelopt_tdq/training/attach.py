@@ -9,15 +9,15 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration import select
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
 from modelopt_tdq.calibration.pooling import uniform_bins
-from modelopt_tdq.calibration.snapshot import restored_on_error
+from modelopt_tdq.core.fake_quant import code_range
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.fake_quant import code_range
 from modelopt_tdq.intervals.dynamic import DYNAMIC, DynamicIntervals
-from modelopt_tdq.model_table import temporal_quantizers
-from modelopt_tdq.timestep import INTERVALS
+from modelopt_tdq.model import select
+from modelopt_tdq.model.model_table import temporal_quantizers
+from modelopt_tdq.model.snapshot import restored_on_error
+from modelopt_tdq.model.timestep import INTERVALS
 from modelopt_tdq.training.attention import make_attention_trainable
 from modelopt_tdq.training.config import LearningFields, TdqQatConfig
 from modelopt_tdq.training.learned import (

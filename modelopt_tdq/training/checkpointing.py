@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.timestep import CurrentTimestep, find_timestep
+from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep
 
 __all__ = ["checkpoint"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.quantizer import TemporalQuantizer
-from modelopt_tdq.timestep import CurrentTimestep, find_timestep
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep
 
 __all__ = ["require_finite", "require_finite_quantizers"]
 

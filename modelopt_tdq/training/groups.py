@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.timestep import find_timestep
+from modelopt_tdq.model.timestep import find_timestep
 from modelopt_tdq.training.learned import learned_intervals, learned_quantizers
 from modelopt_tdq.training.schemes import SCHEMES
 from modelopt_tdq.training.weights import LearnedWeightQuantizer

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.build import build_source
 from modelopt_tdq.intervals.dynamic import DYNAMIC
-from modelopt_tdq.timestep import INTERVALS, CurrentTimestep
+from modelopt_tdq.model.timestep import INTERVALS, CurrentTimestep, find_timestep
+from modelopt_tdq.training.attention import leave_attention
 from modelopt_tdq.training.quantizer import DynamicQuantizer, LearnedQuantizer
+from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
-__all__ = ["LearnedIntervals", "learned_intervals", "learned_quantizers", "materialize"]
+__all__ = ["LearnedIntervals", "learned_intervals", "learned_quantizers", "materialize", "stop_noise"]
 
 
 def learned_quantizers(model: nn.Module) -> dict[str, LearnedQuantizer]:
@@ -120,6 +122,17 @@ class LearnedIntervals(nn.Module):
         self.made_from.copy_(_bits(self.source.last_parameters()))
         self._learned_since = False
 
+    def unlearn(self, root: nn.Module) -> None:
+        """Leave ``root``, and turn its learned quantizers back into those they were made from; their scales stay."""
+        root._modules.pop(INTERVALS, None)
+        timestep = find_timestep(root)
+        if timestep is not None:
+            timestep.intervals = None
+        for module in root.modules():
+            if isinstance(module, (LearnedQuantizer, LearnedWeightQuantizer)):
+                module.unlearn()
+        leave_attention(root)
+
     def _require_positive(self, intervals: Tensor, quantizers: dict[str, LearnedQuantizer]) -> None:
         bad = ~((intervals > 0) & intervals.isfinite())
         names = [name for name, quantizer in quantizers.items() if bool(bad[:, quantizer._column].any())]
@@ -197,3 +210,16 @@ def learned_intervals(model: nn.Module) -> LearnedIntervals:
 def materialize(model: nn.Module) -> None:
     """Make the tables of a model that learns from its source, now; eval mode does so by itself."""
     learned_intervals(model).materialize(model)
+
+
+def stop_noise(model: nn.Module) -> None:
+    """From now on, a model that trains with NIPQ rounds; the last part of its training does.
+
+    Raises:
+        TdqError: No quantizer of the model uses NIPQ.
+    """
+    quantizers = [q for q in learned_quantizers(model).values() if q._scheme == "nipq"]
+    if not quantizers:
+        raise TdqError("model", type(model).__name__, "no quantizer of it trains with noise", 'Use scheme "nipq"')
+    for quantizer in quantizers:
+        quantizer._scheme = "nipq_rounding"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.dynamic import DynamicIntervals
-from modelopt_tdq.quantizer import TemporalQuantizer
-from modelopt_tdq.timestep import per_sample
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.timestep import per_sample
 from modelopt_tdq.training.schemes import SCHEMES, Deployed
 
 __all__ = ["DynamicQuantizer", "LearnedQuantizer"]

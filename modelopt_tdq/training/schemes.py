@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from modelopt_tdq.fake_quant import NumBits, code_range, dequantize, fake_quantize
+from modelopt_tdq.core.fake_quant import NumBits, code_range, dequantize, fake_quantize
+from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.intervals.source import inverse_softplus
-from modelopt_tdq.scales import Scales
 
 __all__ = ["SCHEMES", "Deployed", "Scheme"]
 

@@ -6,8 +6,8 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from modelopt_tdq.core.fake_quant import SUPPORTED_BITS, code_range, fake_quantize
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.fake_quant import SUPPORTED_BITS, code_range, fake_quantize
 from modelopt_tdq.intervals.source import SMALLEST
 
 __all__ = ["LearnedWeightQuantizer"]
@@ -46,6 +46,14 @@ class LearnedWeightQuantizer(TensorQuantizer):  # type: ignore[misc]
         del learned._amax
         learned.register_parameter("weight_scale", nn.Parameter(scale.clone()))
         return learned
+
+    def unlearn(self) -> None:
+        """Become ModelOpt's calibrated quantizer again, in place, with the scale that it has."""
+        amax = self.amax.detach().clone()
+        del self._parameters["weight_scale"]
+        del self._learns_weight_scale
+        self.__class__ = TensorQuantizer
+        self.register_buffer("_amax", amax)
 
     @property
     def scale(self) -> Tensor:

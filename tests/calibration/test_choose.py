@@ -9,8 +9,8 @@ from modelopt_tdq.calibration.candidates import affine_offset, candidate_grid, h
 from modelopt_tdq.calibration.choose import Evidence, choose_rows
 from modelopt_tdq.calibration.entropy import entropy_amax
 from modelopt_tdq.calibration.statistics import BINS, ActivationStatistics, StepStatistics
-from modelopt_tdq.fake_quant import NumBits, code_range, fake_quantize, quantize
-from modelopt_tdq.timestep import CurrentTimestep
+from modelopt_tdq.core.fake_quant import NumBits, code_range, fake_quantize, quantize
+from modelopt_tdq.model.timestep import CurrentTimestep
 
 
 def _statistics(rows: list[torch.Tensor]) -> ActivationStatistics:

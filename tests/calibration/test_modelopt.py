@@ -16,7 +16,7 @@ from torch import nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
-from modelopt_tdq.fake_quant import FP8_E4M3, NumBits, code_range, fake_quantize
+from modelopt_tdq.core.fake_quant import FP8_E4M3, NumBits, code_range, fake_quantize
 
 
 def _pair(bits: NumBits, family: str) -> tuple[nn.Module, nn.Module]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modelopt_tdq import TdqError
 from modelopt_tdq.calibration.statistics import BINS, ActivationStatistics, StepStatistics
-from modelopt_tdq.timestep import CurrentTimestep
+from modelopt_tdq.model.timestep import CurrentTimestep
 
 #: Zero, or of a magnitude that stays a normal float32 number under any scaling that a histogram does.
 _value = st.just(0.0) | st.floats(2.0**-60, 2.0**30, width=32).flatmap(lambda v: st.sampled_from([v, -v]))

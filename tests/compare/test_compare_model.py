@@ -12,7 +12,7 @@ from support.export import lowered, trace
 from support.models import FAMILIES, TIMES, TinyDenoiser, quantized
 
 import modelopt_tdq as tdq
-from modelopt_tdq.fake_quant import quantize
+from modelopt_tdq.core.fake_quant import quantize
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("polygraphy")
@@ -20,8 +20,8 @@ pytest.importorskip("polygraphy")
 from polygraphy.comparator import Comparator
 
 from modelopt_tdq.compare import (
-    BACKENDS,
-    Backend,
+    COMPARED,
+    ComparedBackend,
     PrintedComparator,
     StepComparator,
     compare_model,
@@ -33,7 +33,7 @@ from modelopt_tdq.compare import (
 from modelopt_tdq.compare.runners import OUTPUT, call_model
 from modelopt_tdq.export import export_onnx
 from modelopt_tdq.export.onnx_export import MarkerGraph
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 DATA = FAMILIES["plain"].data()
 FEEDS = [{name: tensor.numpy() for name, tensor in call.items()} for call in DATA]
@@ -224,8 +224,8 @@ def test_a_backend_is_a_line_in_a_mapping(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, path = faulty(model, traced, 2, slice(None), 4.0, tmp_path)
-    backend = Backend(OnnxRuntimeSession, layers=False)
-    monkeypatch.setattr("modelopt_tdq.compare.model.BACKENDS", {**BACKENDS, "another": backend})
+    backend = ComparedBackend(OnnxRuntimeSession, layers=False)
+    monkeypatch.setattr("modelopt_tdq.compare.model.COMPARED", {**COMPARED, "another": backend})
     comparison = compare_model(
         model,
         DATA,
@@ -236,8 +236,8 @@ def test_a_backend_is_a_line_in_a_mapping(
     )
     assert {(step.backend, step.time) for step in comparison.steps if not step.difference} == {("another", 600.0)}
     assert set(comparison.compared_codes) == {"onnxruntime"}
-    needs_one = Backend(OnnxRuntimeSession, layers=False, engine=True)
-    monkeypatch.setattr("modelopt_tdq.compare.model.BACKENDS", {**BACKENDS, "another": needs_one})
+    needs_one = ComparedBackend(OnnxRuntimeSession, layers=False, engine=True)
+    monkeypatch.setattr("modelopt_tdq.compare.model.COMPARED", {**COMPARED, "another": needs_one})
     with pytest.raises(tdq.TdqError, match="another runs an engine"):
         compare_model(model, DATA, backends=["another"], files={"openvino": path})
 

@@ -8,7 +8,7 @@ from support.models import FAMILIES, quantized
 import modelopt_tdq as tdq
 from modelopt_tdq.compare.layers import codes_by_quantizer, given_codes, returning_codes, with_given_codes
 from modelopt_tdq.export import export_onnx
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 DATA = FAMILIES["plain"].data()
 FEED = {name: tensor.numpy() for name, tensor in DATA[0].items()}

@@ -18,8 +18,8 @@ from support.models import FAMILIES, fast_config
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export import export_onnx
-from modelopt_tdq.model_folder import load_model
-from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
 
 pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")

@@ -19,8 +19,8 @@ import torch
 from support.pipelines import FAMILIES
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.engine_report import float_layers
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.build.report import float_layers
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from trt_examples.family import Family
 from trt_examples.loading import load
 from trt_examples.options import parse
@@ -59,7 +59,7 @@ def done(
     (folder / "prompts.txt").write_text("1\n2\n")
     (folder / "fast.yaml").write_text("algorithm: {statistic: max, weights: max, protect_steps: false}\n")
     arguments = ["--tiny", "--output", str(folder), "--prompts", str(folder / "prompts.txt")]
-    arguments += ["--preset", str(folder / "fast.yaml"), "--calibration-steps", "4", "--steps", "6", "--layers"]
+    arguments += ["--recipe", str(folder / "fast.yaml"), "--calibration-steps", "4", "--steps", "6", "--layers"]
     arguments += ["--compute-capability", "8.9"]
     steps = ["all"] if RTX else ["quantize", "export", "compare", "run"]
     found = main(family, arguments=[*steps, *arguments])
@@ -151,7 +151,7 @@ def test_a_step_needs_the_ones_before_it(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (["quantize", "--tiny", "--prompts", "missing.txt"], "prompts"),
         (["quantize", "--tiny", "--prompts", "empty.txt"], "prompts"),
-        (["quantize", "--tiny", "--preset", "int7"], "recipe"),
+        (["quantize", "--tiny", "--recipe", "int7"], "recipe"),
         (["quantize", "--model", "./nowhere"], "model"),
         (["compare", "--tiny", "--dtype", "bfloat16"], "dtype"),
     ],

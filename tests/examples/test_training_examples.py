@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from modelopt_tdq.table import ScaleTable
+from modelopt_tdq.core.table import ScaleTable
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")

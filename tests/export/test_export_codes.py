@@ -13,9 +13,9 @@ from support.export import LOWERINGS, Lowered, lowered, trace
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.fake_quant import quantize
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession, add_outputs
-from modelopt_tdq.schedule import row_index
+from modelopt_tdq.core.fake_quant import quantize
+from modelopt_tdq.core.schedule import row_index
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession, add_outputs
 
 BITS: tuple[Any, ...] = (8, 6, 4, 3, (4, 3))
 ROWS = [0.0, 1.0, 40.0, 333.0, 500.0, 999.0]

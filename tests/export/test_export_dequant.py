@@ -23,7 +23,7 @@ import modelopt_tdq as tdq
 from modelopt_tdq.export.lookup import reference_scale
 from modelopt_tdq.export.onnx_export import MarkerGraph
 from modelopt_tdq.export.spec import ActivationSpec
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 TIMES = [0.0, 400.0, 999.0]
 LAYERS = ("padded", "linear", "product")
@@ -225,7 +225,7 @@ def denoiser() -> nn.Module:
 
 def test_openvino_agrees_with_onnx_runtime(denoiser: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    from modelopt_tdq.runtime.openvino import OpenVinoSession
+    from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
     inputs = {"sample": noise(2, 3, 8, 8, seed=3), "timestep": torch.tensor(600.0)}
     path = tdq.export_onnx(denoiser, tmp_path / "ratio.onnx", inputs).path

@@ -14,7 +14,7 @@ from support.models import FAMILIES, fast_config
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.timestep import find_timestep
+from modelopt_tdq.model.timestep import find_timestep
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.export import export_onnx
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession, add_outputs
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession, add_outputs
 from modelopt_tdq.temporal_features.runtime import feature_table, free_modules, install_features
 from modelopt_tdq.temporal_features.table import Feature, FeatureTable
 
@@ -360,7 +360,7 @@ def test_quantization_noise_of_the_bundled_unet_is_that_of_torch(bundled: Any, b
 
 def test_openvino_agrees(bundled: Any, bundled_with_features: Any, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    from modelopt_tdq.runtime.openvino import OpenVinoSession
+    from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
     _, graphs = bundled_with_features
     proto = add_outputs(graphs["ratio"].proto, [f"{name}/feature" for name in graphs["ratio"].context.features])

@@ -12,7 +12,7 @@ from support.export import LOWERINGS, codes_by_definition, lowered, set_table, t
 from support.zoo import ROWS, Zoo, quantized_zoo, sample
 
 from modelopt_tdq.export.onnx_export import MarkerGraph
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from support.zoo import ATTENTIONS, ROWS, Zoo, quantized_zoo, sample
 from torch import Tensor
 
 from modelopt_tdq.export.onnx_export import MarkerGraph
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 #: Name: times to run, dynamic batch.
 CASES: dict[str, tuple[list[Tensor], bool]] = {

@@ -13,7 +13,7 @@ from support.models import TinyDenoiser, fast_config, noise, quantized
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from support.models import quantized as tiny
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 INPUTS = {"num_bits": 8, "axis": None}
 

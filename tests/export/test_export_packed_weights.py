@@ -14,8 +14,8 @@ from support.precisions import integer_kernels
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.runtime.openvino import OpenVinoSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 #: Of TinyDenoiser's quantized layers: convolutions of 8 x 8 x 3 x 3, and a linear layer of 8 x 8.
 CONVOLUTIONS, LINEAR = 2 * 8 * 8 * 9, 8 * 8

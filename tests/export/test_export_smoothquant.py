@@ -11,8 +11,8 @@ from support.export import LOWERINGS, codes_by_definition, layer_results, lowere
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.timestep import find_timestep
+from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 
 class Mlp(nn.Module):

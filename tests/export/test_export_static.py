@@ -17,7 +17,7 @@ from torch import nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export.onnx_export import MarkerGraph
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 #: What only scales that depend on time need: the lookup, division in front, correction behind.
 TEMPORAL = ("time/", "/quotient", "/ratio", "/scaled")

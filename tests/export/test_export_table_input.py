@@ -20,12 +20,12 @@ from support.temporal import unet_table
 from support.zoo import ROWS, quantized_zoo, sample
 
 import modelopt_tdq as tdq
+from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.export import engine_table, plugin_free
 from modelopt_tdq.export.onnx_export import lower
 from modelopt_tdq.export.spec import read_quantization
 from modelopt_tdq.export.table_input import EDGES_INPUT, TABLE_INPUT
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.schedule import row_index
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from modelopt_tdq.temporal_features.runtime import install_features
 
 OTHER_ROWS = [3.0, 77.0, 200.0, 500.0, 600.0, 800.0, 1000.0]
@@ -116,7 +116,7 @@ def _tiny(**changes: Any) -> onnx.ModelProto:
     description = {"schema": 1, "names": ["q"], "columns": [column], "num_bits": {"q": 8}, "zero_has_a_code": []}
     proto = onnx.ModelProto()
     entry = proto.metadata_props.add()
-    entry.key, entry.value = "modelopt_tdq.table", json.dumps({**description, **changes})
+    entry.key, entry.value = "modelopt_tdq.core.table", json.dumps({**description, **changes})
     return proto
 
 

@@ -11,8 +11,8 @@ from support.double import run_double
 from support.export import LOWERINGS, codes_by_definition, layer_results
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.timestep import find_timestep
+from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 TIMES = (0.0, 199.0, 333.0, 500.5, 800.0, 1200.0)
 

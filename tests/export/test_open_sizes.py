@@ -15,8 +15,8 @@ from torch import nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export.onnx_export import MarkerGraph, marker_graph
-from modelopt_tdq.runtime.engine_report import require_low_precision
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.build.report import require_low_precision
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 pytest.importorskip("diffusers")
 
@@ -55,7 +55,7 @@ def test_codes_at_other_sizes(model: nn.Module, graph: MarkerGraph, lowering: st
 
 @torch.no_grad()
 def full(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
-    from modelopt_tdq.calibration.output_error import full_precision
+    from modelopt_tdq.model.full_precision import full_precision
 
     with full_precision(model):
         return model(**inputs(*size, batch=3)).sample  # type: ignore[no-any-return]

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modelopt_tdq.intervals.dynamic import DYNAMIC, DynamicIntervals
-from modelopt_tdq.intervals.encoding import ENCODINGS, TimeEncoding
+from modelopt_tdq.intervals.encoding import ENCODINGS, TimeEncoding, schedule_position
 from modelopt_tdq.intervals.mlp import INITIALIZATIONS, MlpIntervals
-from modelopt_tdq.intervals.position import schedule_position
 from modelopt_tdq.intervals.source import inverse_softplus
 from modelopt_tdq.intervals.table import TableIntervals
 

@@ -11,7 +11,7 @@ from support.models import fast_config
 from support.pipelines import FAMILIES
 
 import modelopt_tdq as tdq
-from modelopt_tdq.metrics import sqnr_db
+from modelopt_tdq.core.metrics import sqnr_db
 
 
 @pytest.fixture(scope="module")

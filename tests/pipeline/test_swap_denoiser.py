@@ -15,7 +15,7 @@ from support.pipelines import FAMILIES
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export import engine_table
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 DIT = FAMILIES["dit"]
 

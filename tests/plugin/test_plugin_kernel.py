@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import modelopt_tdq.plugin.kernel
+from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.export.lookup import reference_scale
 from modelopt_tdq.export.spec import ActivationSpec
-from modelopt_tdq.schedule import row_index
 
 pytest.importorskip("triton")
 

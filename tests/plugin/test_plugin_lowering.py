@@ -16,7 +16,7 @@ from support.zoo import ROWS, quantized_zoo, sample
 import modelopt_tdq as tdq
 from modelopt_tdq.export import plugin_free
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession, add_outputs
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession, add_outputs
 
 #: Rows, half-way between rows, just beside that, outside.
 TIMES = [*ROWS, 125.0, float(np.nextafter(np.float32(125), np.float32(126))), 2000.0, -1.0]

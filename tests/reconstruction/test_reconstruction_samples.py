@@ -15,9 +15,9 @@ from support.models import FAMILIES, TIMES, TinyDenoiser, calls, fast_config, no
 from torch import nn
 
 from modelopt_tdq import TdqError
+from modelopt_tdq.model.timestep import deliver_timestep
 from modelopt_tdq.reconstruction.observe import observe, probe
 from modelopt_tdq.reconstruction.samples import Samples, SpreadReplay
-from modelopt_tdq.timestep import deliver_timestep
 
 
 def _recorded(data: Any, total: int) -> Samples:

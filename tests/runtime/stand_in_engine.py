@@ -19,9 +19,9 @@ import numpy as np
 import onnx
 
 from modelopt_tdq.export.table_input import ROWS
-from modelopt_tdq.runtime.engine_report import EngineReport, sha256
-from modelopt_tdq.runtime.onnx_model import PluginNode, read_onnx
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.build.onnx_model import PluginNode, read_onnx
+from modelopt_tdq.runtime.build.report import EngineReport, sha256
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 
 class DataType(enum.Enum):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.engine_report import (
+from modelopt_tdq.runtime.build.report import (
     FloatLayersError,
     float_layers,
     manifest_path,

@@ -18,7 +18,7 @@ from support.models import calls, quantized
 from support.zoo import ROWS, quantized_zoo, sample
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.engine_report import EngineReport, float_layers, require_low_precision
+from modelopt_tdq.runtime.build.report import EngineReport, float_layers, require_low_precision
 
 pytest.importorskip("diffusers")
 pytest.importorskip("tensorrt_rtx")

@@ -3,7 +3,7 @@
 import pytest
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.engine_report import EngineLayer, parse_layers
+from modelopt_tdq.runtime.build.report import EngineLayer, parse_layers
 
 # TensorRT-RTX 1.7.1.116, shortened
 RTX = """Layers:

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime._build_worker import BuildError, describe_layers
-from modelopt_tdq.runtime.trtexec import trtexec_command
+from modelopt_tdq.runtime.build.trtexec import trtexec_command
+from modelopt_tdq.runtime.build.worker import BuildError, describe_layers
 
 pytest.importorskip("onnx")
 pytest.importorskip("tensorrt_rtx")

@@ -10,9 +10,9 @@ from support.models import fast_config
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export import export_onnx
-from modelopt_tdq.model_folder import load_model
-from modelopt_tdq.runtime.engine_report import require_low_precision
-from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.runtime.build.report import require_low_precision
 
 pytest.importorskip("diffusers")
 pytest.importorskip("onnx")

@@ -7,8 +7,16 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from modelopt_tdq.runtime import doctor as module
-from modelopt_tdq.runtime.doctor import Diagnosis, Extra, Package, doctor, render
-from modelopt_tdq.runtime.doctor_backends import Backend, examine_backends, import_problem
+from modelopt_tdq.runtime.doctor import (
+    BackendStatus,
+    Diagnosis,
+    Extra,
+    Package,
+    doctor,
+    examine_backends,
+    import_problem,
+    render,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,9 @@ def test_the_tables_name_versions_cures_and_notes() -> None:
                 Extra("onnx", (Package("onnx", ">=1.18", None),)),
                 Extra("all", (Package("onnx", ">=1.18", None),)),
             ),
-            backends=(Backend("OpenVINO", False, False, "No module named 'openvino'", "pip install 'x[openvino]'"),),
+            backends=(
+                BackendStatus("OpenVINO", False, False, "No module named 'openvino'", "pip install 'x[openvino]'"),
+            ),
             warnings=("diffusers without onnx",),
         )
     )

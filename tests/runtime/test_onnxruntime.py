@@ -13,7 +13,7 @@ from support.models import noise, quantized
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession, with_codes
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession, with_codes
 
 
 @pytest.fixture(scope="module")

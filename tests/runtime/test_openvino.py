@@ -13,10 +13,10 @@ from support.precisions import integer_kernels
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 pytest.importorskip("openvino")
-from modelopt_tdq.runtime.openvino import OpenVinoSession
+from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 
 @pytest.fixture(scope="module")

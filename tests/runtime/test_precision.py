@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.engine_layers import EngineLayer
-from modelopt_tdq.runtime.precision import float_layers, layer_precisions, render_precision, require_low_precision
+from modelopt_tdq.runtime.build.layers import EngineLayer
+from modelopt_tdq.runtime.build.precision import float_layers, layer_precisions, render_precision, require_low_precision
 
 #: As TensorRT-RTX 1.7.1 reports them: products of three layers in one kernel, a kernel that scales for another, a
 #: product in generated code, one whose kernel has no name of the graph.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.tensor_types import host_array, host_tensor, numpy_dtype, torch_dtype
+from modelopt_tdq.runtime.sessions.tensor_types import host_array, host_tensor, numpy_dtype, torch_dtype
 
 
 @pytest.mark.parametrize("name", ["FLOAT", "HALF", "BF16", "INT32", "INT64", "INT8", "UINT8", "BOOL"])

@@ -19,11 +19,11 @@ from support.models import noise, quantized
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export import engine_table
-from modelopt_tdq.runtime import device_queue
-from modelopt_tdq.runtime.device_queue import DeviceQueue
-from modelopt_tdq.runtime.engine_report import manifest_path
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.runtime.tensorrt import TensorRTSession
+from modelopt_tdq.runtime.build.report import manifest_path
+from modelopt_tdq.runtime.sessions import device_queue
+from modelopt_tdq.runtime.sessions.device_queue import DeviceQueue
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
+from modelopt_tdq.runtime.sessions.tensorrt import TensorRTSession
 
 VERSION = "11.4.0.106"
 BACKENDS = ("tensorrt", "tensorrt_rtx")

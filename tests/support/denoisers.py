@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.fake_quant import NumBits
+from modelopt_tdq.core.fake_quant import NumBits
 from modelopt_tdq.pipeline.component import denoiser_name
 from support.models import FAMILIES, fast_config
 from support.pipelines import FAMILIES as PIPELINES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelopt_tdq.runtime.openvino import OpenVinoSession
+from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 
 def integer_kernels(session: OpenVinoSession) -> list[str]:

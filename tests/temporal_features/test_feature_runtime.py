@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
+from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep
 from modelopt_tdq.temporal_features.runtime import (
     FEATURES,
     feature_table,
@@ -32,7 +33,6 @@ from modelopt_tdq.temporal_features.runtime import (
     temporal_features,
 )
 from modelopt_tdq.temporal_features.table import FeatureTable
-from modelopt_tdq.timestep import CurrentTimestep, find_timestep
 from modelopt_tdq.training.attention import make_attention_trainable
 
 UNET = FAMILIES["unet"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modelopt_tdq import ScaleTable, TdqError
-from modelopt_tdq.fake_quant import dequantize, quantize
+from modelopt_tdq.core.fake_quant import dequantize, quantize
 from modelopt_tdq.temporal_features.table import SCHEMA_VERSION, Feature, FeatureTable
 
 TIMES = [1.0, 5.0, 9.0]

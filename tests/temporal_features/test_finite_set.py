@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor
 
-from modelopt_tdq.fake_quant import FP8_E4M3, code_range, fake_quantize, quantize
+from modelopt_tdq.core.fake_quant import FP8_E4M3, code_range, fake_quantize, quantize
 from modelopt_tdq.temporal_features.finite_set import row_scales
 
 #: Far from the ends of float32, where scales would have to be clamped.

@@ -16,8 +16,8 @@ from temporal_models import CASES, UNET
 from torch import Tensor, nn
 
 from modelopt_tdq import Feature, FeatureTable, TdqError, TemporalBlock, find_temporal_block
+from modelopt_tdq.model.timestep import find_timestep
 from modelopt_tdq.temporal_features.runtime import install_features
-from modelopt_tdq.timestep import find_timestep
 
 TIMES = (20.0, 437.0, 900.0)
 

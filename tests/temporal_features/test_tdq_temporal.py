@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq import FeatureTable, TdqError
-from modelopt_tdq.calibration.replay import first_tensor
+from modelopt_tdq.model.call import first_output
 from modelopt_tdq.temporal_features.runtime import FEATURES, has_features
 
 UNET = FAMILIES["unet"]
@@ -73,7 +73,7 @@ def auto() -> nn.Module:
 def outputs(model: nn.Module, times: list[float] | None = None) -> list[Tensor]:
     """At calibrated times and between them."""
     times = [900.0, 777.0, 600.0, 20.0, 0.0, 999.0] if times is None else times
-    return [first_tensor(model(noise(2, 3, 8, 8, seed=5), torch.tensor(time))) for time in times]
+    return [first_output(model(noise(2, 3, 8, 8, seed=5), torch.tensor(time))) for time in times]
 
 
 def equal(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -221,7 +221,7 @@ def test_full_precision_rows_are_what_the_layers_give_in_the_batch_of_the_calibr
     with torch.no_grad():
         for time in (20.0, 600.0, 901.0):
             call = case.at(time)
-            assert torch.equal(first_tensor(one(**call)), first_tensor(other(**call)))
+            assert torch.equal(first_output(one(**call)), first_output(other(**call)))
 
 
 def test_in_a_batch_of_one_too() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq import Feature, TemporalBlock, find_temporal_block
-from modelopt_tdq.fake_quant import FP8_E4M3, fake_quantize
+from modelopt_tdq.core.fake_quant import FP8_E4M3, fake_quantize
 from modelopt_tdq.temporal_features.errors import relative_squared_error
 from modelopt_tdq.temporal_features.finite_set import row_scales
 from modelopt_tdq.temporal_features.quantized_block import Formats, formats, naive_features, quantizable

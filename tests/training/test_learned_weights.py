@@ -10,7 +10,7 @@ from test_qat import adam, qat, train
 from torch import Tensor
 
 from modelopt_tdq import TdqError
-from modelopt_tdq.training.forget import forget_learning
+from modelopt_tdq.model.learning import forget_learning
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
 

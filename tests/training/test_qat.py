@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
-from modelopt_tdq.fake_quant import fake_quantize
+from modelopt_tdq.core.fake_quant import fake_quantize
 from modelopt_tdq.training.learned import learned_intervals, learned_quantizers
 
 _FAST: dict[str, Any] = {"statistic": "max", "weights": "max", "progress": False, "method": "tdq_qat"}

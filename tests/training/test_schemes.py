@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelopt_tdq.fake_quant import NumBits, code_range
+from modelopt_tdq.core.fake_quant import NumBits, code_range
 from modelopt_tdq.training.schemes import SCHEMES
 
 BITS: NumBits = 4

@@ -14,8 +14,8 @@ from test_qat import adam
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.runtime.onnxruntime import OnnxRuntimeSession
-from modelopt_tdq.timestep import find_timestep
+from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 _TIME = 410.0
 

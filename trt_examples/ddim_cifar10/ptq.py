@@ -14,8 +14,8 @@ import modelopt.torch.quantization as mtq
 import torch
 
 import modelopt_tdq as tdq
-from modelopt_tdq.model_folder import load_model
-from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
 
 HERE = Path(__file__).resolve().parent
 

@@ -19,10 +19,10 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 import modelopt_tdq as tdq
-from modelopt_tdq.bench.cifar10 import load_cifar10
-from modelopt_tdq.denoising import class_count, noise_loss, noisy_batch
-from modelopt_tdq.model_folder import load_model
-from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.bench.cifar10 import load_cifar10
+from modelopt_tdq.lab.denoising import class_count, noise_loss, noisy_batch
+from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
 
 HERE = Path(__file__).resolve().parent
 

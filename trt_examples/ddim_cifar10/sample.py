@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from modelopt_tdq.image_metrics.efficientnet import EfficientNetLite0
-from modelopt_tdq.image_metrics.report import image_report
-from modelopt_tdq.metrics import psnr_db
-from modelopt_tdq.model_folder import load_model
-from modelopt_tdq.report.plots import image_grid
-from modelopt_tdq.runtime.openvino import OpenVinoSession
-from modelopt_tdq.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.core.metrics import psnr_db
+from modelopt_tdq.lab.image_metrics.efficientnet import EfficientNetLite0
+from modelopt_tdq.lab.image_metrics.report import image_report
+from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.report.plots import image_grid
+from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 HERE = Path(__file__).resolve().parent
 

@@ -17,8 +17,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from modelopt_tdq.bench.cifar10 import load_cifar10
-from modelopt_tdq.denoising import class_count, noise_loss, noisy_batch
+from modelopt_tdq.lab.bench.cifar10 import load_cifar10
+from modelopt_tdq.lab.denoising import class_count, noise_loss, noisy_batch
 
 HERE = Path(__file__).resolve().parent
 

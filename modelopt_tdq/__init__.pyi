@@ -1,0 +1,73 @@
+# Configure: presets for mtq.quantize, and the configs of the algorithms.
+from .config import RECIPES as RECIPES
+from .config import TDQ_CONFIG as TDQ_CONFIG
+from .config import TDQ_FP8_CFG as TDQ_FP8_CFG
+from .config import TDQ_INT8_CFG as TDQ_INT8_CFG
+from .config import TDQ_W3A3_CFG as TDQ_W3A3_CFG
+from .config import TDQ_W4A4_CFG as TDQ_W4A4_CFG
+from .config import TDQ_W4A8_CFG as TDQ_W4A8_CFG
+from .config import TDQ_W8A4_CFG as TDQ_W8A4_CFG
+from .config import TdqCalibConfig as TdqCalibConfig
+from .config import make_config as make_config
+from .config import recipe as recipe
+from .training.config import TdqQatConfig as TdqQatConfig
+from .reconstruction.config import TdqReconstructConfig as TdqReconstructConfig
+from .temporal_features.config import TdqTemporalConfig as TdqTemporalConfig
+
+# Look at a model, and quantize it: mtq.quantize, or a whole pipeline.
+from .analysis.analyze import Analysis as Analysis
+from .analysis.analyze import analyze as analyze
+from .pipeline.quantize import quantize_pipeline as quantize_pipeline
+from .pipeline.diffusers_config import diffusers_config as diffusers_config
+
+# The scales of a quantized model.
+from .core.table import ScaleTable as ScaleTable
+from .model.quantizer import TemporalQuantizer as TemporalQuantizer
+from .model.model_table import scale_table as scale_table
+from .model.model_table import set_scale_table as set_scale_table
+from .model.model_table import temporal_quantizers as temporal_quantizers
+
+# Learn: quantization-aware training and reconstruction.
+from .training.groups import interval_penalty as interval_penalty
+from .training.groups import parameter_groups as parameter_groups
+from .training.checkpointing import checkpoint as checkpoint
+from .training.finite import require_finite as require_finite
+from .training.learned import materialize as materialize
+from .training.learned import stop_noise as stop_noise
+from .reconstruction.reconstruct import reconstruction_report as reconstruction_report
+
+# Temporal features.
+from .temporal_features.block import TemporalBlock as TemporalBlock
+from .temporal_features.block import find_temporal_block as find_temporal_block
+from .temporal_features.feature import Feature as Feature
+from .temporal_features.table import FeatureTable as FeatureTable
+from .temporal_features.given import set_feature_table as set_feature_table
+from .temporal_features.report import TemporalReport as TemporalReport
+from .temporal_features.report import temporal_report as temporal_report
+from .temporal_features.runtime import feature_table as feature_table
+from .temporal_features.runtime import free_modules as free_modules
+from .temporal_features.runtime import remove_features as remove_features
+
+# Export to ONNX.
+from .export.onnx_export import export_onnx as export_onnx
+from .export.report import ExportReport as ExportReport
+from .export.table_input import engine_table as engine_table
+from .pipeline.inputs import sample_inputs as sample_inputs
+from .pipeline.inputs import trajectory_inputs as trajectory_inputs
+
+# Build engines, run them, and put them into a pipeline.
+from .runtime.build.build import build_engine as build_engine
+from .runtime.build.report import EngineReport as EngineReport
+from .runtime.build.trtexec import trtexec_command as trtexec_command
+from .runtime.sessions.onnxruntime import OnnxRuntimeSession as OnnxRuntimeSession
+from .runtime.sessions.openvino import OpenVinoSession as OpenVinoSession
+from .runtime.sessions.tensorrt import TensorRTSession as TensorRTSession
+from .runtime.sessions.open_session import open_session as open_session
+from .pipeline.engine_denoiser import EngineDenoiser as EngineDenoiser
+from .pipeline.swap import swap_denoiser as swap_denoiser
+
+# Errors that a user can mend.
+from .errors import MissingExtraError as MissingExtraError
+from .errors import TdqError as TdqError
+
+__version__: str

@@ -1,0 +1,4 @@
+"""Plain tensors, no ModelOpt: the arithmetic, the table of scales, what is measured, what is written.
+
+Read ``fake_quant`` first, then ``scales``, ``schedule`` and ``table``.
+"""

@@ -1,7 +1,0 @@
-"""The demo: one real model, quantized with static scales and with scales over time, judged and deployed."""
-
-from modelopt_tdq.demo.bundled import bundled_model
-from modelopt_tdq.demo.run import run_demo
-from modelopt_tdq.demo.settings import DemoSettings
-
-__all__ = ["DemoSettings", "bundled_model", "run_demo"]

@@ -1,0 +1,7 @@
+"""The demo: one real model, quantized with static scales and with scales over time, judged and deployed."""
+
+from modelopt_tdq.lab.demo.bundled import bundled_model
+from modelopt_tdq.lab.demo.run import run_demo
+from modelopt_tdq.lab.demo.settings import DemoSettings
+
+__all__ = ["DemoSettings", "bundled_model", "run_demo"]

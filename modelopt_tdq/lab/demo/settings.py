@@ -1,0 +1,133 @@
+"""What the demo does: its settings, checked once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelopt_tdq.config import RECIPES, recipe
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.lab.demo.bundled import bundled_model
+from modelopt_tdq.lab.maintenance import check_maintenance
+
+__all__ = ["DEFAULT_RECIPES", "SEEDS", "DemoSettings", "recipe_label"]
+
+#: The recipes that the demo compares by default.
+DEFAULT_RECIPES = ("int8", "w8a4", "w4a8", "w4a4")
+
+#: Different noise for calibration and for judging.
+SEEDS = {"calibration": 0, "judging": 1}
+
+#: The one that is deployed: below 8 bits codes travel as INT8, so engine and speed are the same.
+DEPLOYED = "int8"
+
+
+def recipe_label(recipe_name: str) -> str:
+    """``"int8"`` → ``"W8A8"``: bits of weights and activations; FP8 keeps its name."""
+    return {"int8": "W8A8", "fp8": "FP8"}.get(recipe_name, recipe_name.upper())
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Settings of the demo.
+
+    Attributes:
+        output: Folder for everything it writes.
+        recipes: Recipes to compare.
+        steps: DDIM steps of the trajectories that are judged.
+        samples: Trajectories, and images, that are judged.
+        calibration_samples: Trajectories for calibration.
+        calibration_steps: DDIM steps of those.
+        engines: Whether to export, build TensorRT-RTX engines, and time OpenVINO.
+        batch: Of the OpenVINO measurement.
+        workers: Processes; by default one per processor core, up to one per recipe_name.
+        restart: Do everything again, whatever an earlier run left.
+        maintenance: What becomes of the temporal features where scales follow time, see
+            :data:`modelopt_tdq.lab.maintenance.MAINTENANCE`.
+
+    Raises:
+        TdqError: A number is too small, or a recipe_name unknown.
+    """
+
+    output: Path = field(default_factory=lambda: Path("tdq-demo"))
+    recipes: tuple[str, ...] = DEFAULT_RECIPES
+    steps: int = 50
+    samples: int = 8
+    calibration_samples: int = 16
+    calibration_steps: int = 20
+    engines: bool = True
+    batch: int = 8
+    workers: int | None = None
+    restart: bool = False
+    maintenance: str = "none"
+
+    def __post_init__(self) -> None:
+        unknown = [recipe_name for recipe_name in self.recipes if recipe_name not in RECIPES]
+        if unknown or not self.recipes or len(set(self.recipes)) < len(self.recipes):
+            raise TdqError(
+                "recipes", unknown or list(self.recipes), "not different bundled recipes", f"Use {', '.join(RECIPES)}"
+            )
+        check_maintenance(self.maintenance)
+        smallest = {"steps": 2, "samples": 1, "calibration_samples": 1, "calibration_steps": 2, "batch": 1}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise TdqError(name, getattr(self, name), "too small", f"Use at least {least}")
+        if self.workers is not None and self.workers < 1:
+            raise TdqError("workers", self.workers, "too small", "Use at least 1")
+        if self.output.exists() and not self.output.is_dir():
+            raise TdqError("output", str(self.output), "it is a file", "Name a folder")
+
+    @property
+    def processes(self) -> int:
+        """Worker processes."""
+        return self.workers or max(1, min(cores(), len(self.recipes)))
+
+    @property
+    def threads(self) -> int:
+        """Threads of each worker: those that PyTorch has here, shared out."""
+        return max(1, torch.get_num_threads() // self.processes)
+
+    def judged(self) -> dict[str, Any]:
+        """What the full-precision trajectories depend on."""
+        return {"model": _model_checksum(), "steps": self.steps, "samples": self.samples, "seed": SEEDS["judging"]}
+
+    def calibrated(self, recipe_name: str) -> dict[str, Any]:
+        """What a calibration depends on."""
+        depends = {
+            "model": _model_checksum(),
+            "recipe": recipe(recipe_name),
+            "samples": self.calibration_samples,
+            "steps": self.calibration_steps,
+            "seed": SEEDS["calibration"],
+        }
+        if self.maintenance != "none":
+            depends |= {"maintenance": self.maintenance, "sampling_steps": self.steps}
+        return depends
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"output": str(self.output), "recipes": list(self.recipes), "seeds": SEEDS}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DemoSettings:
+        """The inverse of :meth:`to_dict`."""
+        known = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
+        return cls(**{**known, "output": Path(data["output"]), "recipes": tuple(data["recipes"])})
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache(maxsize=1)
+def _model_checksum() -> str:
+    weights = bundled_model() / "diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -1,0 +1,204 @@
+"""Folders with a diffusers model, and what ``modelopt-tdq quantize`` adds to one.
+
+A quantized folder holds the model as ``save_pretrained`` writes it (weights and ModelOpt's state), the
+scales (``scale_table.safetensors`` and ``.json``), and ``quantization.json``: what was done, and the
+shapes of the model's inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
+
+__all__ = [
+    "QuantizedFolder",
+    "check_output",
+    "describe_inputs",
+    "load_model",
+    "load_quantized",
+    "make_inputs",
+    "save_quantized",
+]
+
+DESCRIPTION = "quantization.json"
+TABLE = "scale_table"
+SCHEMA_VERSION = 1
+
+#: Where ModelOpt's ``save_pretrained`` puts its state.
+_MODELOPT_STATE = "modelopt_state.pth"
+
+
+def load_model(source: str | os.PathLike[str], subfolder: str | None = None) -> nn.Module:
+    """A full-precision diffusers model in eval mode; its class is the one its config names.
+
+    Args:
+        source: A folder with ``config.json``, or a hub id.
+        subfolder: Of the model in it, such as ``"unet"`` or ``"transformer"``.
+
+    Raises:
+        TdqError: There is no such model, diffusers does not know its class, or it is quantized already.
+        MissingExtraError: The extra ``diffusers`` is not installed.
+    """
+    folder = Path(source) / (subfolder or "")
+    if (folder / _MODELOPT_STATE).is_file():
+        raise TdqError("model", str(folder), "it is quantized already", "Name the full-precision model")
+    return _load(source, subfolder)
+
+
+def _load(source: str | os.PathLike[str], subfolder: str | None) -> nn.Module:
+    diffusers = require("diffusers", "diffusers")
+    folder = Path(source) / (subfolder or "")
+    if Path(source).is_dir() and not (folder / "config.json").is_file():
+        raise TdqError("model", str(folder), "it holds no config.json", "Name the folder of the model, or --subfolder")
+    try:
+        name = diffusers.AutoModel.load_config(str(source), subfolder=subfolder).get("_class_name")
+        kind = getattr(diffusers, str(name), None)
+        if kind is None:
+            raise TdqError("_class_name", name, "diffusers has no such model", "Upgrade diffusers")
+        model: nn.Module = kind.from_pretrained(str(source), subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise TdqError(
+            "model", str(source), f"it cannot be loaded ({error})", "Name a folder of a diffusers model, or a hub id"
+        ) from error
+    return model.eval()
+
+
+def describe_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Names, shapes and types of the arguments of one call of the model, as plain data for JSON."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return {name: _described(value) for name, value in bound.arguments.items() if value is not None}
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {"mapping": {key: _described(inner) for key, inner in value.items()}}
+    return {"value": value if isinstance(value, (bool, int, float, str)) else str(value)}
+
+
+def make_inputs(described: Mapping[str, Any], batch: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """Inputs of the described shapes: noise for floating-point tensors, zeros for integers.
+
+    Args:
+        described: From :func:`describe_inputs`.
+        batch: Size of dimension 0 of all tensors that had the batch size of the first one.
+        seed: Of the noise.
+    """
+    first = next((d["shape"][0] for d in described.values() if d.get("shape")), None)
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(description: Mapping[str, Any]) -> Any:
+        if "mapping" in description:
+            return {key: made(inner) for key, inner in description["mapping"].items()}
+        if "shape" not in description:
+            return description["value"]
+        shape, dtype = list(description["shape"]), getattr(torch, description["dtype"])
+        if batch is not None and shape and shape[0] == first:
+            shape[0] = batch
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.zeros(shape, dtype=dtype)
+
+    return {name: made(description) for name, description in described.items()}
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """A quantized model, and what is known of it.
+
+    Attributes:
+        model: In eval mode.
+        description: Content of ``quantization.json``: the config, the calibration, the versions.
+        inputs: Its part on inputs, for :func:`make_inputs`.
+    """
+
+    model: nn.Module
+    description: dict[str, Any]
+    inputs: dict[str, Any]
+
+
+def check_output(folder: str | os.PathLike[str]) -> None:
+    """Whether a quantized model may be written there: a new or empty folder, or one with a quantized model.
+
+    Raises:
+        TdqError: It holds something else.
+    """
+    target = Path(folder)
+    if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise TdqError("output", str(target), "it exists and is no quantized model", "Name a new folder")
+
+
+def save_quantized(
+    model: nn.Module, folder: str | os.PathLike[str], inputs: Mapping[str, Any], done: Mapping[str, Any]
+) -> Path:
+    """Write a quantized folder; an older one at the same place is replaced when the new one is complete.
+
+    Args:
+        model: A diffusers model, quantized.
+        folder: Where to.
+        inputs: From :func:`describe_inputs`.
+        done: What was done, as plain data for JSON.
+
+    Raises:
+        TdqError: The model is no diffusers model, or the folder holds something else.
+    """
+    import modelopt.torch.opt as mto
+
+    target = Path(folder)
+    saved: Any = model
+    if not hasattr(model, "save_pretrained"):
+        raise TdqError(
+            "model", type(model).__name__, "it has no save_pretrained", "Save it with modelopt.torch.opt.save(model)"
+        )
+    check_output(target)
+    mto.enable_huggingface_checkpointing()
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    saved.save_pretrained(str(partial))
+    if temporal_quantizers(model):
+        scale_table(model).save(partial / TABLE)
+    content = {"schema_version": SCHEMA_VERSION, "kind": "modelopt_tdq.quantized_model", "inputs": dict(inputs), **done}
+    (partial / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    return target
+
+
+def load_quantized(folder: str | os.PathLike[str]) -> QuantizedFolder:
+    """Read a folder written by :func:`save_quantized`.
+
+    Raises:
+        TdqError: It is none, or was written by a newer version.
+    """
+    import modelopt.torch.opt as mto
+
+    file = Path(folder) / DESCRIPTION
+    if not file.is_file():
+        raise TdqError(
+            "folder", str(folder), f"it holds no {DESCRIPTION}", "Name a folder written by modelopt-tdq quantize"
+        )
+    try:
+        description = json.loads(file.read_text())
+        version, inputs = int(description["schema_version"]), description["inputs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TdqError("folder", str(file), f"not readable ({error!r})", "Quantize the model again") from error
+    if version > SCHEMA_VERSION:
+        raise TdqError(
+            "schema_version", version, f"newer than this version reads ({SCHEMA_VERSION})", "Upgrade modelopt-tdq"
+        )
+    mto.enable_huggingface_checkpointing()
+    return QuantizedFolder(_load(folder, None), description, inputs)

@@ -1,0 +1,132 @@
+"""The figures of the demo: which ones, in which order, and what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelopt_tdq.lab.report.feature_plots import FeatureErrorPanels, draw_feature_errors
+from modelopt_tdq.lab.report.plots import image_grid, scale_heat_map, scales_over_time, sqnr_per_step
+
+__all__ = ["draw_figures"]
+
+
+def draw_figures(
+    results: dict[str, Any], arrays: Mapping[str, Mapping[str, Tensor]], folder: Path
+) -> list[dict[str, str]]:
+    """Draw all figures into ``folder``.
+
+    Args:
+        results: Of the demo.
+        arrays: Per recipe_name ``images.<variant>`` [N, 3, H, W], ``timesteps`` [K], ``scale.tdq`` [K, Q],
+            ``scale.static`` and ``scale.max`` [Q]; ``feature_error.<strategy>`` [F, K] where temporal features are
+            maintained; and ``images`` of "reference".
+        folder: Of the demo.
+
+    Returns:
+        Per figure: its section, file (relative to ``folder``), title and caption.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["variant"] != "fp32":
+            groups.setdefault(row["recipe"], []).append(row)
+    figures = [_sqnr(groups, results["timesteps"], folder)]
+    for recipe_name, rows in groups.items():
+        figures.append(_images(recipe_name, rows, arrays, folder))
+    for index, (recipe_name, rows) in enumerate(groups.items()):
+        section = "scales" if index == 0 else "details"
+        figures += _scales(recipe_name, rows, results["quantizers"][recipe_name], arrays[recipe_name], folder, section)
+    if results.get("features"):
+        figures.append(_features(results, groups, arrays, folder))
+    return figures
+
+
+def _figure(section: str, path: Path, folder: Path, title: str, caption: str) -> dict[str, str]:
+    return {"section": section, "file": str(path.relative_to(folder)), "title": title, "caption": caption}
+
+
+def _sqnr(groups: dict[str, list[dict[str, Any]]], times: list[float], folder: Path) -> dict[str, str]:
+    panels = {
+        rows[0]["label"]: {row["variant"]: (row["name"], [float(v) for v in row["sqnr_db"]]) for row in rows}
+        for rows in groups.values()
+    }
+    path = sqnr_per_step(panels, times, folder / "plots" / "sqnr.png")
+    caption = "Noise prediction against full precision at each step of held-out trajectories. Higher is better."
+    return _figure("sqnr", path, folder, "SQNR per step", caption)
+
+
+def _images(
+    recipe_name: str, rows: list[dict[str, Any]], arrays: Mapping[str, Mapping[str, Tensor]], folder: Path
+) -> dict[str, str]:
+    pictures = {"FP32": arrays["reference"]["images"]}
+    pictures |= {row["name"]: arrays[recipe_name][f"images.{row['variant']}"] for row in rows}
+    shown = {label: images[:8] for label, images in pictures.items()}
+    path = image_grid(shown, folder / "images" / f"{recipe_name}.png")
+    caption = (
+        "Same seeds in every row; what matters is the difference from the first row, not the beauty of the images. All "
+        "rows are calibrated only: with 4-bit activations this model would need training."
+    )
+    return _figure("images", path, folder, rows[0]["label"], caption)
+
+
+def _scales(
+    recipe_name: str,
+    rows: list[dict[str, Any]],
+    names: list[str],
+    arrays: Mapping[str, Tensor],
+    folder: Path,
+    section: str,
+) -> list[dict[str, str]]:
+    label, times, scale = rows[0]["label"], arrays["timesteps"], arrays["scale.tdq"]
+    titles = {row["variant"]: row["name"] for row in rows}
+    heat = scale_heat_map(names, times, scale, folder / "plots" / f"{recipe_name}-heat-map.png")
+    order = (scale.amax(0) / scale.amin(0)).argsort(descending=True)
+
+    def drawn(chosen: Tensor, name: str) -> Path:
+        scales = {
+            "max": (titles["max"], arrays["scale.max"][chosen]),
+            "static": (titles["static"], arrays["scale.static"][chosen]),
+            "tdq": (titles["tdq"], scale[:, chosen]),
+        }
+        return scales_over_time([names[i] for i in chosen.tolist()], times, scales, folder / "plots" / name)
+
+    moving = drawn(order[:10], f"{recipe_name}-scales-most.png")
+    every = drawn(torch.arange(len(names)), f"{recipe_name}-scales.png")
+    return [
+        _figure(
+            section, heat, folder, f"{label}: all scales over time", "One line per quantizer; white is its own mean."
+        ),
+        _figure(section, moving, folder, f"{label}: the ten that move most", "Dashed: one scale for all times."),
+        _figure("details", every, folder, f"{label}: every quantizer", "In the order of the model."),
+    ]
+
+
+def _features(
+    results: dict[str, Any],
+    groups: dict[str, list[dict[str, Any]]],
+    arrays: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
+) -> dict[str, str]:
+    prefix = "feature_error."
+    lines = []
+    for recipe_name, facts in results["features"].items():
+        errors = {k.removeprefix(prefix): v for k, v in arrays[recipe_name].items() if k.startswith(prefix)}
+        ours = next(row for row in groups[recipe_name] if row["variant"] == "tdq")
+        label = "chosen" if "chosen" in errors else "naive"
+        sqnr = {label: (results["timesteps"], [float(v) for v in ours["sqnr_db"]])}
+        if facts["sqnr_exact_db"] is not None:
+            sqnr = {"none": (results["timesteps"], [float(v) for v in facts["sqnr_exact_db"]]), **sqnr}
+        times = arrays[recipe_name]["timesteps"].tolist()
+        # the strategies of a file are in alphabetical order
+        ordered: dict[str, Tensor] = {k: errors[k] for k in ("naive", "tib", "cache", "chosen") if k in errors}
+        lines.append(FeatureErrorPanels(ours["label"], times, facts["names"], ordered, sqnr))
+    path = draw_feature_errors(lines, folder / "plots" / "features.png")
+    caption = (
+        "Error of each temporal feature at each time against full precision, by what could become of it; and the noise "
+        "prediction of the model as quantized, where there is a table against the same with exact features."
+    )
+    return _figure("features", path, folder, "Temporal features", caption)

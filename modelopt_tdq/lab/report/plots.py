@@ -1,0 +1,136 @@
+"""The plots, one function each. Each writes a PNG and returns its path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modelopt_tdq.lab.report.canvas import COLORS, FONT, new_figure, save_figure, short_name
+
+__all__ = ["image_grid", "scale_heat_map", "scales_over_time", "sqnr_per_step"]
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    """NaN, which matplotlib leaves out, in place of infinities."""
+    return [v if math.isfinite(v) else math.nan for v in values]
+
+
+def image_grid(rows: Mapping[str, Tensor], path: Path) -> Path:
+    """Images of the same seeds, one way of computing per row.
+
+    Args:
+        rows: Label to [N, 3, H, W] in [-1, 1].
+        path: Of the PNG to write.
+    """
+    columns = len(next(iter(rows.values())))
+    figure = new_figure(0.95 * columns + 1.5, 0.95 * len(rows))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for axis, picture in zip(row, pixels, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT + 1)
+    return save_figure(figure, path)
+
+
+def sqnr_per_step(
+    panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]], times: list[float], path: Path
+) -> Path:
+    """SQNR of the noise prediction at each step, one panel per bit width.
+
+    Args:
+        panels: Title to {variant: (label, [S] dB)}.
+        times: [S], in the order of sampling.
+        path: Of the PNG to write.
+    """
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = new_figure(5.2 * columns, 2.9 * lines)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for (title, curves), axis in zip(panels.items(), axes, strict=False):
+        for variant, (label, decibels) in curves.items():
+            width = 2.2 if variant == "tdq" else 1.4
+            axis.plot(times, _finite(decibels), color=COLORS[variant], label=label, linewidth=width)
+        axis.set_title(title, fontsize=FONT + 2)
+        axis.set_ylabel("SQNR, dB", fontsize=FONT)
+        axis.set_xlabel("timestep (sampling runs to the right)", fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=FONT, frameon=False)
+        axis.invert_xaxis()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    return save_figure(figure, path)
+
+
+def scales_over_time(
+    names: Sequence[str], times: Tensor, scales: Mapping[str, tuple[str, Tensor]], path: Path, columns: int = 5
+) -> Path:
+    """The scale of each quantizer over time, one small panel each.
+
+    Args:
+        names: [Q], one per panel.
+        times: [K] ascending.
+        scales: Variant to (label, [K, Q] or, where static, [Q]).
+        path: Of the PNG to write.
+        columns: Panels side by side.
+    """
+    columns = min(columns, max(1, len(names)))
+    lines = math.ceil(len(names) / columns)
+    # margins by hand: matplotlib takes seconds to find them for fifty panels
+    width, height, head, foot = 2.45 * columns, 1.45 * lines + 0.6, 0.45, 0.25
+    figure = new_figure(width, height, layout=None)
+    figure.subplots_adjust(
+        left=0.5 / width, right=1 - 0.1 / width, bottom=foot / height, top=1 - head / height, wspace=0.28, hspace=0.28
+    )
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for index, (name, axis) in enumerate(zip(names, axes, strict=False)):
+        for variant, (label, values) in scales.items():
+            if values.dim() == 1:
+                axis.axhline(float(values[index]), color=COLORS[variant], linewidth=1.1, linestyle="--", label=label)
+            else:
+                axis.plot(times, values[:, index], color=COLORS[variant], linewidth=1.8, label=label)
+        axis.set_title(short_name(name), fontsize=FONT - 2, pad=2)
+        axis.tick_params(labelsize=FONT - 2, length=2, pad=1)
+        axis.set_ylim(bottom=0.0)
+        axis.set_xlim(float(times[-1]), float(times[0]))
+        axis.locator_params(nbins=4)
+        axis.grid(alpha=0.25)
+        if index + columns < len(names):
+            axis.tick_params(labelbottom=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=FONT, frameon=False)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    return save_figure(figure, path)
+
+
+def scale_heat_map(names: Sequence[str], times: Tensor, scale: Tensor, path: Path) -> Path:
+    """All scales over time at once: each against its own geometric mean, in powers of two.
+
+    Args:
+        names: [Q].
+        times: [K] ascending.
+        scale: [K, Q].
+        path: Of the PNG to write.
+    """
+    relative = scale.log2()
+    relative = (relative - relative.mean(0, keepdim=True)).flip(0).T
+    limit = max(0.25, float(relative.abs().max()))
+    figure = new_figure(9.0, 0.135 * len(names) + 1.1)
+    axis = figure.subplots()
+    drawn = axis.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    axis.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=FONT - 3)
+    shown = range(0, len(times), max(1, len(times) // 10))
+    axis.set_xticks(list(shown), [f"{t:g}" for t in times.flip(0)[:: max(1, len(times) // 10)]], fontsize=FONT - 1)
+    axis.set_xlabel("timestep (sampling runs to the right)", fontsize=FONT)
+    bar = figure.colorbar(drawn, ax=axis, shrink=0.8)
+    bar.set_label("scale, log2 against its mean over time", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT - 1)
+    return save_figure(figure, path)

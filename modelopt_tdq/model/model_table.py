@@ -1,0 +1,119 @@
+"""Reading a model's ScaleTable, and putting one into a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from modelopt_tdq.core.table import ScaleTable
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.learning import find_learning
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+
+__all__ = ["scale_table", "set_scale_table", "temporal_quantizers"]
+
+
+def temporal_quantizers(model: nn.Module) -> dict[str, TemporalQuantizer]:
+    """The enabled temporal quantizers of ``model``, by name, in module order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, TemporalQuantizer) and m.is_enabled}
+
+
+def _require_temporal_quantizers(model: nn.Module) -> dict[str, TemporalQuantizer]:
+    quantizers = temporal_quantizers(model)
+    if not quantizers:
+        raise TdqError(
+            "model",
+            type(model).__name__,
+            "it has no enabled temporal quantizer",
+            "Quantize it first: mtq.quantize(model, modelopt_tdq.TDQ_CONFIG, forward_loop)",
+        )
+    return quantizers
+
+
+def scale_table(model: nn.Module) -> ScaleTable:
+    """The scales of all enabled temporal quantizers of ``model``, copied to the CPU.
+
+    Raises:
+        TdqError: The model has none, or they are not calibrated, or their state is not loaded.
+    """
+    quantizers = _require_temporal_quantizers(model)
+    measured = [name for name, quantizer in quantizers.items() if quantizer.no_table]
+    if measured:
+        raise TdqError("model", measured[:3], str(quantizers[measured[0]].no_table), "Train intervals of another kind")
+    learning = find_learning(model)
+    if learning is not None:
+        learning.refresh(model)
+    missing = [name for name, quantizer in quantizers.items() if not quantizer.has_table]
+    if missing:
+        raise TdqError("model", missing, "these quantizers are not calibrated", "Calibrate the model first")
+    empty = [n for n, q in quantizers.items() if any(_is_empty(value) for value in q.scales)]
+    if empty:
+        raise TdqError(
+            "model",
+            empty,
+            "these quantizers were restored, but their scales were not loaded",
+            "Load the state dict that was saved with the ModelOpt state",
+        )
+    longest = max(quantizers.values(), key=lambda q: q._scale.numel())
+    timesteps = longest._timesteps.detach().cpu()
+    rows = timesteps.numel()
+    columns = []
+    for name, quantizer in quantizers.items():
+        if quantizer._scale.numel() > 1 and not torch.equal(quantizer._timesteps.detach().cpu(), timesteps):
+            raise TdqError("model", name, "its rows are not those of the other quantizers", "Calibrate the model again")
+        columns.append(quantizer.scales.map(lambda value: value.detach().cpu().expand(rows)))
+    differs = any(column.dequant_scale is not None for column in columns)
+    bits = {name: quantizer.num_bits for name, quantizer in quantizers.items()}
+    return ScaleTable(
+        timesteps,
+        torch.stack([column.scale for column in columns], 1),
+        tuple(quantizers),
+        _offsets([column.offset for column in columns], rows),
+        torch.stack([column.value_scale for column in columns], 1) if differs else None,
+        {"num_bits": bits, "timestep_argument": longest._timestep.argument},
+        _offsets([column.value_offset for column in columns], rows) if differs else None,
+    )
+
+
+def _is_empty(rows: Tensor | None) -> bool:
+    return rows is not None and (rows.is_meta or bool(rows.isnan().any()))
+
+
+def _offsets(columns: list[Tensor | None], rows: int) -> Tensor | None:
+    """[K, Q], or None where all are 0."""
+    stacked = torch.stack([torch.zeros(rows) if column is None else column for column in columns], 1)
+    return stacked if bool(stacked.any()) else None
+
+
+def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
+    """Give every enabled temporal quantizer of ``model`` its column of ``table``.
+
+    Raises:
+        TdqError: The names in the table are not those of the model's quantizers, or the table was made for
+            other number formats. Nothing is changed then.
+    """
+    quantizers = _require_temporal_quantizers(model)
+    unknown, missing = set(table.names) - set(quantizers), set(quantizers) - set(table.names)
+    if unknown or missing:
+        raise TdqError(
+            "names",
+            sorted(unknown or missing),
+            "the model has no such quantizers" if unknown else "the table lacks these quantizers of the model",
+            "Use a table made for this model and this quant_cfg",
+        )
+    formats = table.metadata.get("num_bits", {})
+    for name, quantizer in quantizers.items():
+        made_for = formats.get(name, quantizer.num_bits)
+        made_for = tuple(made_for) if isinstance(made_for, list) else made_for  # JSON has no tuples
+        if made_for != quantizer.num_bits:
+            raise TdqError(
+                "num_bits",
+                made_for,
+                f"the table was made for this format, but {name} has {quantizer.num_bits}",
+                "Use a table made for this quant_cfg",
+            )
+    for column, name in enumerate(table.names):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+        scales = table.column(column).map(lambda value, device=device: value.to(device))  # type: ignore[misc]
+        quantizers[name].set_rows(table.timesteps.to(device), *scales)

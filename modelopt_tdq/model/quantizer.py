@@ -1,0 +1,203 @@
+"""TemporalQuantizer: a ModelOpt ``TensorQuantizer`` whose scale depends on the diffusion time."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor
+
+from modelopt_tdq.core.fake_quant import code_range, fake_quantize
+from modelopt_tdq.core.scales import Scales
+from modelopt_tdq.core.schedule import row_index
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
+
+__all__ = ["TemporalQuantizer"]
+
+_TABLE_BUFFERS = ("_timesteps_bits", "_scale_bits", "_offset_bits", "_dequant_scale_bits", "_dequant_offset_bits")
+
+#: A float32 NaN as an integer: what a restored quantizer computes with until its scales are loaded.
+_NAN_BITS = 0x7FC00000
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.view(torch.float32)
+
+
+class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
+    """Per-tensor activation quantizer with one scale (and optional offset) per row of time.
+
+    Made in place from a ``TensorQuantizer``, as ModelOpt does for its own ``StaticBlockScaleQuantizer``,
+    so the quantizer keeps its name, its place in the module tree and ModelOpt's save and restore.
+
+    Buffers: ``_timesteps_bits`` [K], ``_scale_bits`` [K], ``_offset_bits`` [K] where the quantizer is asymmetric,
+    ``_dequant_scale_bits`` [K] and ``_dequant_offset_bits`` [K] where codes are turned back by others: the bits of
+    float32 numbers, kept as int32. ``.half()``, ``.to(dtype)``, diffusers' ``from_pretrained(torch_dtype=...)``
+    and the like convert floating point buffers and leave integers alone, so the scales stay exact.
+    ``_timesteps``, ``_scale`` and ``scales`` read them as float32.
+    """
+
+    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {"_timestep"}
+
+    _timestep: CurrentTimestep
+
+    #: Why a kind of quantizer has no table; None: it has, once it is calibrated.
+    no_table: ClassVar[str | None] = None
+
+    @classmethod
+    def from_tensor_quantizer(cls, quantizer: TensorQuantizer, timestep: CurrentTimestep) -> TemporalQuantizer:
+        """Turn ``quantizer`` into a temporal one in place; its table is still to be set."""
+        quantizer.__class__ = cls
+        promoted: TemporalQuantizer = quantizer
+        promoted._is_temporal_quantizer = True
+        promoted._timestep = timestep
+        return promoted
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the quantizer is calibrated."""
+        return all(name in self._buffers for name in ("_timesteps_bits", "_scale_bits"))
+
+    @property
+    def _timesteps(self) -> Tensor:
+        """[K] float32, ascending, in the model's own time units."""
+        return _floats(self._timesteps_bits)
+
+    @property
+    def _scale(self) -> Tensor:
+        """[K] float32."""
+        return _floats(self._scale_bits)
+
+    def _optional(self, name: str) -> Tensor | None:
+        bits: Tensor | None = self._buffers.get(name)
+        return None if bits is None else _floats(bits)
+
+    @property
+    def offset(self) -> Tensor | None:
+        """[K] float32, what is subtracted before dividing, per row; None where symmetric."""
+        return self._optional("_offset_bits")
+
+    @property
+    def dequant_scale(self) -> Tensor | None:
+        """[K] float32, the scale that turns codes back, per row; None where scale and offset do."""
+        return self._optional("_dequant_scale_bits")
+
+    @property
+    def dequant_offset(self) -> Tensor | None:
+        """[K] float32, the value of code 0, per row; None where it is 0, or there is no ``dequant_scale``."""
+        return self._optional("_dequant_offset_bits")
+
+    @property
+    def scales(self) -> Scales:
+        """The quantizer's column of the table, [K] each."""
+        return Scales(self._scale, self.offset, self.dequant_scale, self.dequant_offset)
+
+    def set_rows(
+        self,
+        timesteps: Tensor,
+        scale: Tensor,
+        offset: Tensor | None = None,
+        dequant_scale: Tensor | None = None,
+        dequant_offset: Tensor | None = None,
+    ) -> None:
+        """Set the quantizer's column of a table.
+
+        Args:
+            timesteps: [K] float32, strictly ascending.
+            scale: [K] float32, positive.
+            offset: [K] float32 or None.
+            dequant_scale: [K] float32, positive, or None where scale and offset turn codes back too.
+            dequant_offset: [K] float32 or None (0), of use only with ``dequant_scale``.
+
+        The rows stay on the device of those that they replace, if any.
+        """
+        device = self._scale.device if self.has_table else None
+        for name in (*_TABLE_BUFFERS, "_amax"):
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        column = (timesteps, scale, offset, dequant_scale, None if dequant_scale is None else dequant_offset)
+        for name, value in zip(_TABLE_BUFFERS, column, strict=True):
+            if value is not None:
+                rows = value.detach().to(dtype=torch.float32, device=device or value.device).clone()
+                self.register_buffer(name, rows.contiguous().view(torch.int32))
+
+    def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
+        super()._reset_pytorch_state_from_metadata(metadata)
+        for name in _TABLE_BUFFERS:
+            if name in self._buffers:
+                self._buffers[name].fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
+
+    def _rows(self, inputs: Tensor) -> Scales:
+        """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample."""
+        if not self.has_table:
+            raise TdqError(
+                "quantizer",
+                type(self).__name__,
+                "it has no scales yet",
+                'Calibrate the model: mtq.quantize with a forward_loop and algorithm {"method": "tdq"}',
+            )
+        # ModelOpt places quantizers on the first device of a model that is spread over several
+        device = inputs.device
+        scales = self.scales.map(lambda value: value.to(device))
+        if scales.scale.numel() == 1:
+            return scales
+        rows = row_index(self._timestep.require().to(device), self._timesteps.to(device))
+        return scales.map(lambda value: per_sample(value[rows], inputs))
+
+    def _fake_quantize(self, inputs: Tensor) -> Tensor:
+        scale, offset, dequant_scale, dequant_offset = self._rows(inputs)
+        return fake_quantize(inputs, scale, offset, self._num_bits, dequant_scale, dequant_offset)
+
+    @property
+    def amax(self) -> Tensor | None:
+        """[] float32: the largest magnitude that any row has a code for; for ModelOpt's reports only."""
+        if not self.has_table:
+            return None
+        return (self._scale * code_range(self._num_bits)[1]).max()
+
+    @amax.setter
+    def amax(self, value: Tensor | float) -> None:
+        value = torch.as_tensor(value)
+        if value.numel() != 1:
+            raise TdqError(
+                "amax",
+                tuple(value.shape),
+                "a time-dependent quantizer has one scale per time, not one per channel",
+                'Run the per-channel method first: algorithm = ["smoothquant", {"method": "tdq"}]',
+            )
+        scale = value.detach().to(torch.float32).reshape(1) / code_range(self._num_bits)[1]
+        scale = torch.where(scale == 0, 1.0, scale)  # nothing but zeros was seen
+        self.set_rows(torch.zeros_like(scale), scale)
+
+    def _get_amax(self, inputs: Tensor) -> Tensor:
+        amax = self.amax
+        return super()._get_amax(inputs) if amax is None else amax
+
+    def reset_amax(self) -> None:
+        """Forget the table, as ModelOpt's quantizers forget their amax."""
+        for name in _TABLE_BUFFERS:
+            self._buffers.pop(name, None)
+        super().reset_amax()
+
+    def _check_onnx_readiness(self, inputs: Tensor) -> None:
+        raise TdqError(
+            "exporter",
+            "torch.onnx.export",
+            "it cannot express a scale that depends on time",
+            "Use modelopt_tdq.export_onnx(model, path, sample_inputs)",
+        )
+
+    def extra_repr(self) -> str:
+        """ModelOpt's summary, with the rows in place of the amax."""
+        if self._disabled or not self.has_table:
+            return str(super().extra_repr())
+        static = all(value is None or bool((value == value[0]).all()) for value in self.scales)
+        kind = "static" if static else f"{self._scale.numel()} rows"
+        low, high = float(self._scale.min()), float(self._scale.max())
+        extra: dict[str, Any] = {"scale": f"[{low:.3e}, {high:.3e}]", "offset": self.offset is not None}
+        if self.dequant_scale is not None:
+            low, high = float(self.dequant_scale.min()), float(self.dequant_scale.max())
+            extra |= {"dequant_scale": f"[{low:.3e}, {high:.3e}]", "dequant_offset": self.dequant_offset is not None}
+        return f"{self._num_bits} bit temporal {kind} " + " ".join(f"{k}={v}" for k, v in extra.items())

@@ -1,0 +1,73 @@
+"""Which quantizers of a model follow time."""
+
+from __future__ import annotations
+
+import fnmatch
+
+from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
+from torch import nn
+
+from modelopt_tdq.core.fake_quant import SUPPORTED_BITS
+from modelopt_tdq.errors import TdqError
+
+__all__ = ["activation_quantizers", "temporal_names", "weight_quantizers"]
+
+
+def weight_quantizers(model: nn.Module) -> list[nn.Module]:
+    """ModelOpt's weight quantizers, plain or sequential."""
+    return [
+        quantizer
+        for module in model.modules()
+        if isinstance(module, QuantModule)
+        for _, quantizer in module.iter_weights_for_calibration()
+    ]
+
+
+def activation_quantizers(model: nn.Module) -> tuple[dict[str, TensorQuantizer], list[TensorQuantizer]]:
+    """Enabled per-tensor activation quantizers, and those of other kinds that ModelOpt calibrates itself."""
+    weights = {id(quantizer) for quantizer in weight_quantizers(model)}
+    per_tensor, others = {}, []
+    for name, module in model.named_modules():
+        if not isinstance(module, TensorQuantizer) or not module.is_enabled or id(module) in weights:
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, SequentialQuantizer) and id(parent) in weights:
+            continue
+        plain = module.axis is None and module.block_sizes is None and not module._dynamic
+        if not plain or isinstance(parent, SequentialQuantizer) or module._use_constant_amax:
+            others.append(module)
+            continue
+        if module.num_bits not in SUPPORTED_BITS:
+            raise TdqError(
+                "num_bits", module.num_bits, f"not supported for activations ({name})", f"Use one of {SUPPORTED_BITS}"
+            )
+        if module.unsigned:
+            raise TdqError(
+                "unsigned", True, f"time-dependent scales have signed codes ({name})", 'Use `"asymmetric"` instead'
+            )
+        per_tensor[name] = module
+    if not per_tensor:
+        raise TdqError(
+            "quant_cfg",
+            type(model).__name__,
+            "it enables no per-tensor activation quantizer of this model",
+            "Enable some, e.g. {'quantizer_name': '*input_quantizer', 'cfg': {'num_bits': 8, 'axis': None}}",
+        )
+    return per_tensor, others
+
+
+def temporal_names(patterns: list[str], names: list[str]) -> set[str]:
+    """Those of ``names`` that some glob of ``patterns`` matches.
+
+    Raises:
+        TdqError: A pattern matches none of them.
+    """
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise TdqError(
+                "temporal", pattern, "matches no enabled activation quantizer", f"There are, for example, {names[:5]}"
+            )
+        matched.update(found)
+    return matched

@@ -1,0 +1,202 @@
+"""Registration with ModelOpt: the mode of each algorithm, saved and restored like ModelOpt's own.
+
+A saved model needs ``import modelopt_tdq`` before it is restored: ModelOpt does not discover plugins. All
+that ModelOpt says otherwise is "KeyError: Mode <name> not found in any registry", with the name from the
+saved state. So the state carries a name that holds the cure, under which every mode is registered as well.
+
+The algorithms themselves are imported when they run: registering takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from modelopt.torch.opt.mode import ConvertEntrypoint, RestoreEntrypoint, UpdateEntrypoint
+from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
+from modelopt.torch.quantization.conversion import restore_quantizer_state, update_quantize_metadata
+from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, CalibrateModeRegistry
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import nn
+
+from modelopt_tdq.config import CalibrationFields, TdqCalibConfig
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.timestep import INTERVALS, deliver_timestep
+from modelopt_tdq.reconstruction.config import TdqReconstructConfig
+from modelopt_tdq.temporal_features.config import TdqTemporalConfig
+from modelopt_tdq.training.config import TdqQatConfig
+
+__all__ = ["TdqMode", "register", "saved_name"]
+
+#: Key, in the metadata of a mode, of what the source of the intervals is built again from.
+_INTERVALS = "tdq_learning"
+
+_ForwardLoop = Callable[[nn.Module], Any]
+
+
+def saved_name(method: str) -> str:
+    """The name of an algorithm's mode in saved states."""
+    return f"{method}_calibrate (run `import modelopt_tdq` before restoring)"
+
+
+def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
+    """What ModelOpt saves, and how to build the source of the intervals again."""
+    update_quantize_metadata(model, config, metadata)
+    learned = model._modules.get(INTERVALS)
+    if learned is not None:
+        metadata[_INTERVALS] = learned.description
+    else:
+        metadata.pop(_INTERVALS, None)
+
+
+def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
+    """Make the saved quantizers what they were, before ModelOpt fills them."""
+    states = metadata.get("quantizer_state", {})
+    timestep = deliver_timestep(model, config.timestep_argument)
+    for name, module in model.named_modules():
+        state = states.get(name, {})
+        if not isinstance(module, TensorQuantizer):
+            continue
+        if state.get("_is_temporal_quantizer"):
+            TemporalQuantizer.from_tensor_quantizer(module, timestep)
+        if state.get("_learns"):
+            from modelopt_tdq.training.attach import as_learned
+
+            as_learned(module, state["_learns"]).training = model.training
+        if state.get("_learns_weight_scale"):
+            from modelopt_tdq.training.weights import LearnedWeightQuantizer
+
+            module.__class__ = LearnedWeightQuantizer
+    restored: nn.Module = restore_quantizer_state(model, config, metadata)
+    if _INTERVALS in metadata:
+        from modelopt_tdq.training.attach import install_intervals
+
+        install_intervals(restored, metadata[_INTERVALS])
+    return restored
+
+
+def _update_features(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
+    """Likewise, with the description of the temporal features."""
+    from modelopt_tdq.temporal_features.runtime import has_features, temporal_features
+    from modelopt_tdq.temporal_features.saved_state import DESCRIPTION
+
+    _update(model, config, metadata)
+    if has_features(model):
+        metadata[DESCRIPTION] = temporal_features(model).description
+    else:
+        metadata.pop(DESCRIPTION, None)
+
+
+def _restore_features(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
+    """Likewise, with the layers that look up what was saved."""
+    from modelopt_tdq.temporal_features.runtime import has_features, restore_features, uninstall_features
+    from modelopt_tdq.temporal_features.saved_state import DESCRIPTION
+
+    restored = _restore(model, config, metadata)
+    if DESCRIPTION in metadata:
+        restore_features(restored, metadata[DESCRIPTION])
+    elif has_features(restored):  # of an algorithm before this one
+        uninstall_features(restored)
+    return restored
+
+
+class TdqMode(BaseCalibrateModeDescriptor):  # type: ignore[misc]
+    """Mode of one algorithm; a subclass sets ``_calib_func`` and ``_config``."""
+
+    _supports_layerwise = False
+    _config: ClassVar[type[CalibrationFields]]
+
+    @property
+    def config_class(self) -> type[QuantizeAlgorithmConfig]:
+        """Config of the algorithm."""
+        return self._config
+
+    @property
+    def restore(self) -> RestoreEntrypoint:
+        """See :func:`_restore`."""
+        return _restore
+
+    @property
+    def update_for_save(self) -> UpdateEntrypoint:
+        """See :func:`_update`."""
+        return _update
+
+    @property
+    def update_for_new_mode(self) -> UpdateEntrypoint:
+        """The same before another algorithm follows."""
+        return self.update_for_save
+
+    def __str__(self) -> str:
+        """The name that ModelOpt saves."""
+        return saved_name(self._config().method)
+
+
+class _Tdq(TdqMode):
+    _config = TdqCalibConfig
+
+    def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
+        from modelopt_tdq.calibration.calibrate import tdq_calibrate
+
+        tdq_calibrate(model, forward_loop, **fields)
+
+
+class _TdqQat(TdqMode):
+    _config = TdqQatConfig
+
+    def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
+        from modelopt_tdq.training.attach import tdq_qat
+
+        tdq_qat(model, forward_loop, **fields)
+
+
+class _TdqReconstruct(TdqMode):
+    _config = TdqReconstructConfig
+
+    def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
+        from modelopt_tdq.reconstruction.reconstruct import tdq_reconstruct
+
+        tdq_reconstruct(model, forward_loop, **fields)
+
+
+class _TdqTemporal(TdqMode):
+    _config = TdqTemporalConfig
+
+    def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
+        from modelopt_tdq.temporal_features.algorithm import tdq_temporal
+
+        tdq_temporal(model, forward_loop, **fields)
+
+    @property
+    def convert(self) -> ConvertEntrypoint:
+        """As for all algorithms. The description of the features is part of it: in a list, nobody asks again."""
+        convert = super().convert
+
+        def converted(model: nn.Module, config: CalibrationFields, **arguments: Any) -> Any:
+            model, metadata = convert(model, config, **arguments)
+            _update_features(model, config, metadata)
+            return model, metadata
+
+        return converted
+
+    @property
+    def restore(self) -> RestoreEntrypoint:
+        """See :func:`_restore_features`."""
+        return _restore_features
+
+    @property
+    def update_for_save(self) -> UpdateEntrypoint:
+        """See :func:`_update_features`."""
+        return _update_features
+
+
+def _found_by_saved_name(mode: type[TdqMode]) -> type[TdqMode]:
+    """The same mode, which ModelOpt finds by the name in saved states."""
+    return type(f"{mode.__name__}Saved", (mode,), {"name": property(str), "__module__": __name__})
+
+
+def register() -> None:
+    """Register all modes with ModelOpt; harmless when done before."""
+    for mode in (_Tdq, _TdqQat, _TdqReconstruct, _TdqTemporal):
+        for descriptor in (mode, _found_by_saved_name(mode)):
+            if not CalibrateModeRegistry.contained_in_any(descriptor().name):
+                CalibrateModeRegistry.register_mode(descriptor)

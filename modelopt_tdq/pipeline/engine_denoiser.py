@@ -1,0 +1,154 @@
+"""EngineDenoiser: a session in the place of a pipeline's torch denoiser."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.call import named_arguments
+
+__all__ = ["EngineDenoiser"]
+
+
+class EngineDenoiser(nn.Module):
+    """Looks like the denoiser of a pipeline, and computes with a session.
+
+    Everything but the computation - ``config``, ``dtype``, submodules that pipelines look at - is the original's.
+
+    Args:
+        session: From names of graph inputs to arrays or tensors, to outputs by name; it has ``inputs``, the dtype of
+            each graph input, and ``outputs``, their names in order. Those of :mod:`modelopt_tdq.runtime` do.
+        original: The torch denoiser.
+        timestep: The argument that holds the time.
+        table: Inputs of the graph that are no arguments of the denoiser, by name: those of
+            :func:`~modelopt_tdq.export.engine_table`.
+    """
+
+    def __init__(
+        self, session: Any, original: nn.Module, timestep: str = "timestep", table: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.session = session
+        self.table = dict(table or {})
+        self._timestep = timestep
+        device = next((p.device for p in original.parameters()), torch.device("cpu"))
+        # follows the pipeline to another device or dtype, as weights would
+        self.register_buffer("_place", torch.empty(0, dtype=getattr(original, "dtype", None), device=device), False)
+        object.__setattr__(self, "_original", original)  # not a submodule: its weights are not this module's
+
+    @property
+    def original(self) -> nn.Module:
+        """The torch denoiser that this one stands for."""
+        found: nn.Module = self._original
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline keeps its denoiser."""
+        place: Tensor = self._place
+        return place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors that the pipeline passes; the session converts them to those of the graph."""
+        place: Tensor = self._place
+        return place.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_original"), name)
+
+    @functools.cached_property
+    def _output_class(self) -> Callable[..., Any]:
+        return _output_class(type(self.original))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's; arguments that are None or no tensors must be those of the export."""
+        original = self._original
+        arguments = named_arguments(original, args, kwargs)
+        return_dict = arguments.pop("return_dict", True)
+        like = next(value for name, value in _tensors(arguments) if name != self._timestep)
+        feeds = self._feeds(dict(_tensors(arguments)), arguments)
+        results = self.session(feeds)
+        outputs = [torch.as_tensor(results[name]).to(like.device, like.dtype) for name in self.session.outputs]
+        if not return_dict:
+            return tuple(outputs)
+        return self._output_class(*outputs)
+
+    def _feeds(self, tensors: dict[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        wanted = [name for name in self.session.inputs if name not in self.table]
+        if self._timestep in wanted and self._timestep not in tensors:
+            tensors[self._timestep] = torch.as_tensor(arguments[self._timestep])
+        missing = sorted(set(wanted) - set(tensors))
+        further = sorted(set(tensors) - set(wanted) - {self._timestep})
+        if missing or further:
+            raise TdqError(
+                "engine",
+                missing or further,
+                "the engine takes these inputs, which the pipeline did not pass"
+                if missing
+                else "the pipeline passes these, which the engine does not take",
+                "Export with modelopt_tdq.sample_inputs(pipeline, ...) of a call like this one",
+            )
+        shapes = getattr(self.session, "shapes", {})
+        return {**self.table, **{name: self._fitted(name, tensors[name], shapes.get(name)) for name in wanted}}
+
+    def _fitted(self, name: str, value: Tensor, shape: tuple[Any, ...] | None) -> Tensor:
+        """The time in the shape that the graph has; anything else has to fit."""
+        if shape is None:
+            return value
+        if name == self._timestep:
+            if not shape:
+                # an expanded tensor holds one number: no need to wait for the GPU to see it
+                if value.numel() > 1 and any(value.stride()) and not bool((value == value.flatten()[0]).all()):
+                    raise TdqError(
+                        name, value.tolist(), "the engine takes one time for the batch", "Export with a time per sample"
+                    )
+                return value.flatten()[0]
+            size = shape[0] if isinstance(shape[0], int) else max(1, value.numel())
+            return value.reshape(-1).expand(size) if value.numel() == 1 else value
+        fixed = [(have, want) for have, want in zip(value.shape, shape, strict=False) if isinstance(want, int)]
+        if len(shape) != value.dim() or any(have != want for have, want in fixed):
+            raise TdqError(
+                name,
+                tuple(value.shape),
+                f"the engine was built for {shape}",
+                "Export at this size, or with dynamic_batch=True where only the batch differs",
+            )
+        return value
+
+
+def _tensors(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """By the names that an export gives them: ``outer.inner`` inside a mapping."""
+    found: list[tuple[str, Tensor]] = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            found.append((name, value))
+        elif isinstance(value, Mapping):
+            found += [(f"{name}.{inner}", v) for inner, v in value.items() if isinstance(v, Tensor)]
+        elif isinstance(value, np.ndarray):
+            found.append((name, torch.as_tensor(value)))
+    return found
+
+
+def _output_class(denoiser: type[nn.Module]) -> Callable[..., Any]:
+    """The class of a denoiser's outputs, from the annotation of its forward."""
+    from diffusers.utils.outputs import BaseOutput
+
+    hints = typing.get_type_hints(denoiser.forward).get("return")
+    for kind in typing.get_args(hints) or (hints,):
+        if inspect.isclass(kind) and issubclass(kind, BaseOutput):
+            return kind
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput

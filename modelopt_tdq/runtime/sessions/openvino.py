@@ -1,0 +1,68 @@
+"""OpenVINO on the CPU: deployment without an accelerator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.runtime.sessions.feeds import as_feeds
+
+__all__ = ["OpenVinoSession"]
+
+
+class OpenVinoSession:
+    """Compiles a graph for the CPU and runs it: arrays by input name in, arrays by output name out.
+
+    What is not quantized computes in float32: OpenVINO would otherwise choose bfloat16 or float16 by
+    itself where the processor has it.
+
+    Args:
+        path: Of an ONNX file.
+        num_threads: 1 for a single thread; None for OpenVINO's own choice.
+
+    Raises:
+        TdqError: The file is missing, or OpenVINO cannot compile the graph.
+        MissingExtraError: The extra ``openvino`` is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, num_threads: int | None = None) -> None:
+        openvino = require("openvino", "openvino")
+        if not Path(path).is_file():
+            raise TdqError("path", str(path), "no such file", "Export it first with modelopt_tdq.export_onnx")
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if num_threads is not None:
+            config["INFERENCE_NUM_THREADS"] = num_threads
+        try:
+            model = openvino.Core().read_model(os.fspath(path))
+            self._compiled = openvino.compile_model(model, "CPU", config)
+        except Exception as error:
+            raise TdqError(
+                "path", str(path), f"OpenVINO cannot compile it ({error})", "Export it with modelopt_tdq.export_onnx"
+            ) from error
+        self._request = self._compiled.create_infer_request()
+        self.inputs = {port.get_any_name(): port.get_element_type().to_dtype() for port in self._compiled.inputs}
+        self.shapes = {
+            port.get_any_name(): tuple(d.get_length() if d.is_static else str(d) for d in port.get_partial_shape())
+            for port in self._compiled.inputs
+        }
+        self.outputs = [port.get_any_name() for port in self._compiled.outputs]
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name."""
+        results = self._request.infer(as_feeds(inputs, self.inputs))
+        return {name: np.array(results[port]) for name, port in zip(self.outputs, self._compiled.outputs, strict=True)}
+
+    def executed_precisions(self) -> dict[str, str]:
+        """Run-time precision of each node after OpenVINO's own fusions, by its name: "i8", "f32", ..."""
+        precisions: dict[str, str] = {}
+        for node in self._compiled.get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            precisions[node.get_friendly_name()] = (
+                f"{info['layerType'].astype(str)} {info['runtimePrecision'].astype(str)}"
+            )
+        return precisions

@@ -1,0 +1,60 @@
+"""The ``tdq_temporal`` algorithm: calibrate, then maintain what depends on the time alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelopt_tdq.calibration.calibrate import tdq_calibrate
+from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.recording import recorded_calls
+from modelopt_tdq.model.snapshot import restored_on_error
+from modelopt_tdq.temporal_features.config import TdqTemporalConfig
+from modelopt_tdq.temporal_features.maintain import maintain
+from modelopt_tdq.temporal_features.runtime import has_features, uninstall_features
+
+__all__ = ["tdq_temporal"]
+
+
+def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = None, **fields: Any) -> None:
+    """Calibrate a ModelOpt-quantized model, and maintain its temporal features.
+
+    Args:
+        model: Quantized by ``mtq.quantize``; its forward takes the time.
+        forward_loop: As for :func:`modelopt_tdq.calibration.calibrate.tdq_calibrate`.
+        **fields: Fields of :class:`TdqTemporalConfig`.
+
+    Raises:
+        TdqError: As calibration; or the model has no temporal block, or a glob matches nothing of it. The model is left
+            as it was.
+    """
+    config = TdqTemporalConfig(**{name: v for name, v in fields.items() if name in TdqTemporalConfig.model_fields})
+    with restored_on_error(model):
+        if has_features(model):
+            uninstall_features(model)
+        call: dict[str, Any] = {}
+
+        def recorded(module: nn.Module) -> None:
+            with recorded_calls(module, most=1) as calls:
+                forward_loop(module)  # type: ignore[misc]
+            call.update(calls[0] if calls else {})
+
+        loop = None if forward_loop is None else recorded
+        if config.recalibrate:
+            fields = {name: getattr(config, name) for name in CalibrationFields.model_fields if name != "method"}
+            tdq_calibrate(model, loop, **fields)
+        elif loop is None:
+            raise TdqError("forward_loop", None, "a call of the model is needed", "Pass a forward_loop to mtq.quantize")
+        else:
+            with torch.no_grad():
+                loop(model)
+        if not call:
+            raise TdqError(
+                "forward_loop", forward_loop, "it never called the model", "Call the model on calibration data in it"
+            )
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be learned on
+            maintain(model, call, config)

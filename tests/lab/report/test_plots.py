@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from modelopt_tdq.lab.report.plots import image_grid, scale_heat_map, scales_over_time, sqnr_per_step
+
+pytest.importorskip("matplotlib")
+PNG = b"\x89PNG"
+
+
+def test_every_plot_writes_a_png_in_a_new_folder(tmp_path: Path) -> None:
+    times, names = torch.tensor([0.0, 500.0, 950.0]), [f"layer.{i}.input_quantizer" for i in range(3)]
+    scale = torch.rand(3, 3) + 0.1
+    drawn = [
+        image_grid({"a": torch.rand(2, 3, 8, 8) * 2 - 1, "b": torch.zeros(2, 3, 8, 8)}, tmp_path / "new" / "grid.png"),
+        sqnr_per_step({"W8A8": {"tdq": ("TDQ", [1.0, 2.0, 3.0])}}, times.tolist(), tmp_path / "new" / "sqnr.png"),
+        scales_over_time(
+            names, times, {"max": ("m", scale[0]), "tdq": ("t", scale)}, tmp_path / "new" / "s.png", columns=2
+        ),
+        scale_heat_map(names, times, scale, tmp_path / "new" / "heat.png"),
+    ]
+    assert [path.read_bytes()[:4] for path in drawn] == [PNG] * 4
+
+
+def test_infinite_decibels_and_constant_scales_can_be_drawn(tmp_path: Path) -> None:
+    path = sqnr_per_step({"W8A8": {"tdq": ("TDQ", [float("inf"), 2.0])}}, [900.0, 0.0], tmp_path / "sqnr.png")
+    assert path.read_bytes()[:4] == PNG
+    assert scale_heat_map(["a"], torch.tensor([0.0, 1.0]), torch.ones(2, 1), tmp_path / "h.png").is_file()
+
+
+def test_no_window_system_and_no_pyplot(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch; from pathlib import Path; from modelopt_tdq.lab.report.plots import scale_heat_map;"
+        f"scale_heat_map(['a'], torch.tensor([0.0, 1.0]), torch.ones(2, 1), Path({str(tmp_path)!r}) / 'h.png');"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,197 @@
+"""The demo, end to end, as small as it gets: few steps, one recipe, two samples, no engines."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from modelopt_tdq.core.table import ScaleTable
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.lab.demo import DemoSettings, bundled_model, run_demo
+from modelopt_tdq.lab.demo.cache import StageCache, StageResult
+from modelopt_tdq.lab.demo.pool import run_stages
+from modelopt_tdq.lab.demo.run import available_backends, unfinished
+from modelopt_tdq.lab.demo.stages import stages
+from modelopt_tdq.lab.demo.variants import variant_config
+from modelopt_tdq.lab.model_folder import load_quantized
+from modelopt_tdq.lab.report.results import load_results
+
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+
+
+def _run(settings: DemoSettings) -> tuple[dict[str, Any], str]:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    results = run_demo(settings, console, "modelopt-tdq demo")
+    return results, console.export_text()
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> DemoSettings:
+    return DemoSettings(
+        output=tmp_path_factory.mktemp("demo") / "out",
+        recipes=("int8",),
+        steps=3,
+        samples=2,
+        calibration_samples=2,
+        calibration_steps=3,
+        engines=False,
+        workers=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def first(settings: DemoSettings) -> tuple[dict[str, Any], str]:
+    return _run(settings)
+
+
+def test_results(settings: DemoSettings, first: tuple[dict[str, Any], str]) -> None:
+    results, text = first
+    assert load_results(settings.output / "results.json") == json.loads(json.dumps(results))
+    variants = {row["variant"]: row for row in results["rows"]}
+    assert list(variants) == ["fp32", "max", "static", "tdq"]
+    assert all(
+        len(variants[v]["sqnr_db"]) == 3 and float(variants[v]["psnr_db"]) > 20 for v in ("max", "static", "tdq")
+    )
+    assert min(float(v) for v in variants["tdq"]["sqnr_db"]) == float(variants["tdq"]["sqnr_worst_db"])
+    assert float(variants["max"]["sqnr_mean_db"]) < float(variants["tdq"]["sqnr_mean_db"])
+    assert variants["tdq"]["table"]["bytes"] > variants["static"]["table"]["bytes"] == 4 * 50
+    assert (variants["max"]["table"]["bytes"], variants["static"]["table"]["temporal"]) == (200, 0)
+    assert {"torch", "nvidia-modelopt"} <= set(results["versions"])
+    assert results["machine"]["cores"] >= 1
+    assert "TDQ mse" in text
+
+
+def test_files(settings: DemoSettings, first: tuple[dict[str, Any], str]) -> None:
+    results, _ = first
+    assert {figure["section"] for figure in results["figures"]} == {"sqnr", "images", "scales", "details"}
+    for figure in results["figures"]:
+        assert (settings.output / figure["file"]).read_bytes()[:4] == b"\x89PNG"
+    page = (settings.output / "report.html").read_text()
+    assert "http:" not in page
+    assert "https:" not in page
+    assert all(s.startswith("data:") for s in re.findall(r'(?:src|href)="([^"]{0,20})', page))
+
+
+def test_quantized_model_is_left_for_the_other_commands(
+    settings: DemoSettings, first: tuple[dict[str, Any], str]
+) -> None:
+    folder = settings.output / "models" / "int8-tdq"
+    table = ScaleTable.load(folder / "scale_table")
+    assert table.scale.shape == (3, 50)
+    found = load_quantized(folder)
+    with torch.no_grad():
+        prediction = found.model(torch.zeros(1, 3, 32, 32), torch.tensor(300)).sample
+    assert prediction.isfinite().all()
+    assert found.inputs["sample"]["shape"] == [2, 3, 32, 32]
+
+
+def test_second_run_computes_nothing(settings: DemoSettings, first: tuple[dict[str, Any], str]) -> None:
+    before = {f: f.stat().st_mtime_ns for f in (settings.output / "cache").iterdir()}
+    assert unfinished(settings, available_backends()) == []
+    again, text = _run(settings)
+    assert "2 of 2 stages are done already" in text
+    assert again["rows"] == first[0]["rows"]
+    assert {f: f.stat().st_mtime_ns for f in (settings.output / "cache").iterdir()} == before
+
+
+def test_only_what_depends_on_a_setting_is_done_again(
+    settings: DemoSettings, first: tuple[dict[str, Any], str]
+) -> None:
+    def left(**changes: Any) -> list[str]:
+        changed = dataclasses.replace(settings, **changes)
+        return [stage.name for stage in unfinished(changed, available_backends())]
+
+    assert left(steps=4) == ["reference", "recipe-int8"]
+    assert left(calibration_samples=3) == ["recipe-int8"]
+    assert left(recipes=("int8", "w4a4")) == ["recipe-w4a4"]
+
+
+def test_interrupted_stage_is_done_again(settings: DemoSettings, first: tuple[dict[str, Any], str]) -> None:
+    cache = settings.output / "cache"
+    stage = stages(settings, available_backends())[1]
+    arrays = (cache / f"{stage.name}.safetensors").read_bytes()
+    try:
+        (cache / f"{stage.name}.safetensors").write_bytes(arrays[:1000])
+        assert unfinished(settings, available_backends()) == [stage]
+    finally:
+        (cache / f"{stage.name}.safetensors").write_bytes(arrays)
+    assert unfinished(settings, available_backends()) == []
+
+
+def test_error_in_a_worker_reaches_the_user(settings: DemoSettings, tmp_path: Path) -> None:
+    empty = dataclasses.replace(settings, output=tmp_path)
+    preset = stages(empty, frozenset())[1]
+    with pytest.raises(TdqError, match="result of stage 'reference' is gone"):
+        run_stages([preset], {"reference"}, empty, frozenset(), lambda stage, fraction: None)
+
+
+def test_cache_keeps_and_forgets(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path)
+    for name in ("made", "also"):
+        (tmp_path / name).write_text("x")
+    result = StageResult({"a": 1}, {"t": torch.arange(3.0)}, ["made", "also"])
+    cache.store("stage", {"steps": 1}, result)
+    found = cache.load("stage", {"steps": 1})
+    assert found is not None
+    assert found.values == {"a": 1}
+    assert torch.equal(found.tensors["t"], torch.arange(3.0))
+    assert cache.load("stage", {"steps": 2}) is None
+    (tmp_path / "made").unlink()
+    assert cache.load("stage", {"steps": 1}) is None
+    cache.clear()
+    assert not cache.folder.exists()
+
+
+@pytest.mark.parametrize("maintenance", ["naive", "cache"])
+def test_temporal_features(settings: DemoSettings, first: tuple[dict[str, Any], str], maintenance: str) -> None:
+    output = settings.output.parent / maintenance
+    changed = dataclasses.replace(settings, output=output, maintenance=maintenance)
+    results, text = _run(changed)
+    assert f"TDQ mse + {maintenance}" in text
+    rows = {row["variant"]: row for row in results["rows"]}
+    plain = {row["variant"]: row for row in first[0]["rows"]}
+    for variant in ("max", "static"):
+        assert rows[variant]["sqnr_db"] == plain[variant]["sqnr_db"]
+    facts = results["features"]["int8"]
+    assert len(facts["names"]) == 11
+    page = (output / "report.html").read_text()
+    assert "Temporal features" in page
+    assert (output / "plots" / "features.png").stat().st_size > 10_000
+    assert load_results(output / "results.json")["features"] == results["features"]
+    if maintenance == "cache":
+        assert [cells[2] for cells in facts["rows"]] == ["cache"] * 11
+        assert facts["sqnr_exact_db"] == plain["tdq"]["sqnr_db"]  # nothing else differs
+        assert rows["tdq"]["sqnr_db"] != plain["tdq"]["sqnr_db"]
+        assert "down_blocks.0.resnets.0.time_emb_proj" in page
+
+
+def test_without_maintenance_nothing_changes(settings: DemoSettings) -> None:
+    assert "maintenance" not in settings.calibrated("int8")  # so that older results still count
+    assert variant_config("int8", "tdq") == variant_config("int8", "tdq", "none", [1.0])
+    left = [s.name for s in unfinished(dataclasses.replace(settings, maintenance="auto"), available_backends())]
+    assert left == ["recipe-int8"]
+
+
+def test_settings_are_checked() -> None:
+    for wrong in (
+        {"maintenance": "some"},
+        {"recipes": ("int9",)},
+        {"recipes": ()},
+        {"steps": 1},
+        {"samples": 0},
+        {"workers": 0},
+    ):
+        with pytest.raises(TdqError):
+            DemoSettings(**wrong)  # type: ignore[arg-type]
+    settings = DemoSettings(recipes=("w4a4",), workers=3)
+    assert DemoSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_bundled_model_is_found() -> None:
+    assert (bundled_model() / "scheduler" / "scheduler_config.json").is_file()
