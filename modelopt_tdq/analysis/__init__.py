@@ -1,4 +1,7 @@
-"""Analysis of a model before anyone invests in quantizing it."""
+"""Analysis of a model before anyone invests in quantizing it.
+
+Read ``analyze`` first, then ``headroom`` and ``sensitivity``.
+"""
 
 from modelopt_tdq.analysis.analyze import Analysis, analyze
 from modelopt_tdq.analysis.headroom import LayerHeadroom

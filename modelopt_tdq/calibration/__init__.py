@@ -1,1 +1,5 @@
-"""Calibration: from one pass over the data to a table of scales."""
+"""Calibration: one pass over the data, then a column of the table for every quantizer.
+
+Read ``calibrate`` first: it calls ``collect`` (what is measured), ``columns`` (which scales follow from it) and
+``protect`` (which rows of them are kept). ``statistics`` is what one quantizer saw.
+"""

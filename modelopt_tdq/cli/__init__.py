@@ -1,4 +1,7 @@
-"""The command line: ``modelopt-tdq``."""
+"""The command line: ``modelopt-tdq``.
+
+Read ``app`` first; every command has a file of its name.
+"""
 
 from modelopt_tdq.cli.app import app
 

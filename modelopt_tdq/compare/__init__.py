@@ -1,4 +1,7 @@
-"""Is the deployed model the one that was quantized? Per time step, and layer by layer."""
+"""Is the deployed model the one that was quantized? Per time step, and layer by layer.
+
+Read ``model`` first, then ``steps``, ``layers`` and ``metrics``.
+"""
 
 from modelopt_tdq.compare.backends import COMPARED, TORCH, WITHOUT_ENGINE, ComparedBackend
 from modelopt_tdq.compare.layers import given_codes, returning_codes, with_given_codes

@@ -1,28 +1,77 @@
-"""How a table lies on disk: ``<stem>.safetensors`` with the arrays, ``<stem>.json`` with everything else."""
+"""The one writer of files: nothing that is there is lost before the new is complete, and damage is noticed.
+
+Arrays lie in one safetensors file, whose metadata holds their description as JSON, and a checksum over both.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["read_table", "table_paths", "write_table"]
+__all__ = ["arrays_path", "read_arrays", "read_table", "replacing", "write_arrays", "write_table", "write_text"]
 
 _Table = TypeVar("_Table")
 
+#: Keys in the metadata of a safetensors file.
+_DESCRIPTION, _CHECKSUM = "modelopt_tdq", "sha256"
 
-def table_paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The files of arrays and of the description; ``path`` is either of the two, or what they have in common.
+
+@contextmanager
+def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """Paths to write to, which take the places of ``targets`` when the body ends; if it raises, nothing has changed.
+
+    Args:
+        targets: Files or folders, all in one folder, which is made if need be. They are replaced in this order: name
+            last what tells that the others are complete. What the body does not write is not replaced.
+    """
+    parent = targets[0].parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # a folder beside them is on the same disk, so that a rename is one step
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".tdq-", ignore_cleanup_errors=True) as beside:
+        partial = tuple(Path(beside) / target.name for target in targets)
+        yield partial
+        for source, target in zip(partial, targets, strict=True):
+            if source.exists():
+                _move(source, target, Path(beside) / "replaced")
+
+
+def _move(source: Path, target: Path, aside: Path) -> None:
+    if not target.is_dir():
+        os.replace(source, target)
+        return
+    # a folder cannot be replaced in one step: the old one comes back if the new one does not arrive
+    os.replace(target, aside)
+    try:
+        os.replace(source, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file, UTF-8, in one step; its folder is made if need be."""
+    with replacing(Path(path)) as (partial,):
+        partial.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def arrays_path(path: str | os.PathLike[str]) -> Path:
+    """The safetensors file that ``path`` names, with or without its suffix.
 
     Raises:
         TdqError: ``path`` names no file.
@@ -32,7 +81,96 @@ def table_paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         raise TdqError("path", str(path), "names no file", "Pass a path such as 'scales.safetensors'")
     if stem.suffix in (".safetensors", ".json"):
         stem = stem.with_suffix("")
-    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
+    return stem.with_name(stem.name + ".safetensors")
+
+
+def _digest(text: str, arrays: Mapping[str, Tensor]) -> str:
+    """Of the description, and of name, type, shape and bytes of every array."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"\n{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_arrays(
+    path: str | os.PathLike[str], kind: str, version: int, arrays: Mapping[str, Tensor], fields: Mapping[str, Any]
+) -> Path:
+    """Write arrays and their description into one file, in one step.
+
+    Args:
+        path: See :func:`arrays_path`.
+        kind: What it is, one word.
+        version: Of its schema.
+        arrays: By name, on any device.
+        fields: Of the description, besides kind and schema version: plain data for JSON.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TdqError: ``fields`` cannot be written as JSON, or ``path`` names no file.
+    """
+    target = arrays_path(path)
+    try:
+        text = json.dumps({"kind": f"modelopt_tdq.{kind}", "schema_version": version, **fields}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        field = "metadata" if "metadata" in fields else kind
+        raise TdqError(
+            field, fields.get(field), f"cannot be written as JSON ({error})", "Use plain numbers, strings and lists"
+        ) from error
+    own = {name: value.detach().to("cpu").contiguous() for name, value in arrays.items()}
+    with replacing(target) as (partial,):
+        save_file(own, partial, {_DESCRIPTION: text, _CHECKSUM: _digest(text, own)})
+    return target
+
+
+def read_arrays(
+    path: str | os.PathLike[str], kind: str, noun: str, newest: int, *, field: str = "path", cure: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_arrays` wrote; also the two files of earlier versions, arrays and a JSON beside them.
+
+    Args:
+        path: See :func:`arrays_path`.
+        kind: As it was written.
+        noun: What to call it in an error.
+        newest: Schema version that is read.
+        field: What the user named it by, for errors.
+        cure: What to do with a damaged one; by default, to save it again.
+
+    Returns:
+        The arrays, on the CPU, and the description.
+
+    Raises:
+        TdqError: The file is missing or something else, the schema is newer, the checksum or the content is wrong.
+    """
+    target = arrays_path(path)
+    cure = cure or f"Copy or save the {noun} again"
+    if not target.is_file():
+        raise TdqError(field, str(target), "no such file", f"Name a {noun} that was saved")
+    try:
+        with safe_open(os.fspath(target), framework="pt") as file:  # one open file: checked is what is used
+            metadata = dict(file.metadata() or {})
+            arrays: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text, digest = metadata.get(_DESCRIPTION), metadata.get(_CHECKSUM)
+        if text is None and (sidecar := target.with_suffix(".json")).is_file():
+            text = sidecar.read_text(encoding="utf-8")
+            digest, expected = str(json.loads(text)["sha256"]), hashlib.sha256(target.read_bytes()).hexdigest()
+        else:
+            expected = _digest(text or "", arrays)
+        description = dict(json.loads(text or ""))
+        version = int(description["schema_version"])
+        found = str(description.get("kind", kind)).rpartition(".")[2]
+        if found != kind:
+            raise ValueError(f"it describes a {found}")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise TdqError(field, str(target), f"not readable as a {noun} ({error!r})", cure) from error
+    if digest != expected:
+        raise TdqError(field, str(target), "damaged: it does not match its checksum", cure)
+    if version > newest:
+        raise TdqError("schema_version", version, f"newer than this version reads ({newest})", "Upgrade modelopt-tdq")
+    return arrays, description
 
 
 def write_table(
@@ -43,48 +181,8 @@ def write_table(
     fields: Mapping[str, Any],
     metadata: Mapping[str, Any],
 ) -> Path:
-    """Write both files; those that are there already are replaced only when both new ones are complete.
-
-    Args:
-        path: See :func:`table_paths`.
-        kind: Class of the table.
-        version: Of its schema.
-        arrays: By name.
-        fields: Of the description, besides schema version, kind, checksum and metadata.
-        metadata: The user's part of the description.
-
-    Returns:
-        The path of the safetensors file.
-
-    Raises:
-        TdqError: ``metadata`` cannot be written as JSON, or ``path`` names no file.
-    """
-    targets = table_paths(path)
-    data = save_tensors(dict(arrays))
-    description = {
-        "schema_version": version,
-        "kind": f"modelopt_tdq.{kind}",
-        **fields,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "metadata": dict(metadata),
-    }
-    try:
-        text = json.dumps(description, indent=1)
-    except (TypeError, ValueError) as error:
-        raise TdqError(
-            "metadata", metadata, f"cannot be written as JSON ({error})", "Use plain numbers, strings and lists"
-        ) from error
-    targets[0].parent.mkdir(parents=True, exist_ok=True)
-    partial = [target.with_name(target.name + ".partial") for target in targets]
-    try:
-        for file, content in zip(partial, (data, text.encode()), strict=True):
-            file.write_bytes(content)
-        for source, target in zip(partial, targets, strict=True):
-            os.replace(source, target)
-    finally:
-        for source in partial:
-            source.unlink(missing_ok=True)
-    return targets[0]
+    """:func:`write_arrays` of a table; ``metadata`` is the user's part of the description."""
+    return write_arrays(path, kind, version, arrays, {**fields, "metadata": dict(metadata)})
 
 
 def read_table(
@@ -98,7 +196,7 @@ def read_table(
     """Read what :func:`write_table` wrote.
 
     Args:
-        path: Either of the two files.
+        path: See :func:`arrays_path`.
         kind: Class of the table.
         noun: What to call it in an error.
         newest: Schema version that is read.
@@ -107,41 +205,15 @@ def read_table(
             something is missing or malformed.
 
     Raises:
-        TdqError: A file is missing or no such table, the schema is newer, the checksum or the content is wrong.
+        TdqError: As :func:`read_arrays`, or the content is no such table.
     """
-    arrays, sidecar = table_paths(path)
-    for file in (arrays, sidecar):
-        if not file.is_file():
-            raise TdqError(
-                "path", str(file), "no such file", "A saved table is a .safetensors and a .json file side by side"
-            )
+    arrays, description = read_arrays(path, kind, noun, newest)
     try:
-        description = dict(json.loads(sidecar.read_text()))
-        version, digest = int(description["schema_version"]), str(description["sha256"])
-        metadata = dict(description.get("metadata", {}))
-        found = str(description.get("kind", kind)).rpartition(".")[2]
-        if found != kind:
-            raise ValueError(f"it describes a {found}")
         missing = [name for name in fields if name not in description]
         if missing:
             raise KeyError(missing[0])
-    except (ValueError, KeyError, TypeError) as error:
+        return make(description, dict(description.get("metadata") or {}), arrays)
+    except (KeyError, TypeError, ValueError) as error:
         raise TdqError(
-            "path", str(sidecar), f"no description of a {noun} ({error!r})", "Save the table again"
-        ) from error
-    if version > newest:
-        raise TdqError("schema_version", version, f"newer than this version reads ({newest})", "Upgrade modelopt-tdq")
-    data = arrays.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise TdqError(
-            "sha256",
-            digest,
-            f"{arrays.name} does not match the checksum in {sidecar.name}",
-            "Copy or save both files again",
-        )
-    try:
-        return make(description, metadata, load_tensors(data))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise TdqError(
-            "path", str(arrays), f"not the content of a {noun} ({error!r})", "Save the table again"
+            "path", str(arrays_path(path)), f"not the content of a {noun} ({error!r})", "Save the table again"
         ) from error

@@ -135,12 +135,12 @@ class ScaleTable:
         return replace(self, **{**picked, "timesteps": times, "metadata": dict(self.metadata)})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``<stem>.safetensors`` (the arrays) and ``<stem>.json`` (names, schema version, checksum).
+        """Write one safetensors file: the arrays, and in its metadata names, schema version, checksum.
 
-        Files that are there already are replaced only when both new ones are complete.
+        A file that is there already is replaced when the new one is complete.
 
         Returns:
-            The path of the safetensors file.
+            Its path.
 
         Raises:
             TdqError: ``metadata`` cannot be written as JSON, or ``path`` names no file.
@@ -156,10 +156,10 @@ class ScaleTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScaleTable:
-        """Read a table written by :meth:`save`; ``path`` is either of its two files.
+        """Read a table written by :meth:`save`, also one of the two files of earlier versions.
 
         Raises:
-            TdqError: A file is missing or no table, the schema is newer, the checksum or the content is wrong.
+            TdqError: The file is missing or no table, the schema is newer, the checksum or the content is wrong.
         """
 
         def make(description: dict[str, Any], metadata: dict[str, Any], arrays: dict[str, Tensor]) -> ScaleTable:

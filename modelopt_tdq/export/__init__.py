@@ -1,4 +1,7 @@
-"""Export: torch to a marker graph, and its lowerings to standard ONNX operators."""
+"""Export: torch to a marker graph, and its lowerings to standard ONNX operators.
+
+Read ``onnx_export`` first, then ``markers``, ``spec``, ``lookup`` and the lowerings ``reference`` and ``ratio``.
+"""
 
 from modelopt_tdq.export.onnx_export import ExportReport, export_onnx
 from modelopt_tdq.export.plugin import plugin_free

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.features import lower_features
@@ -190,18 +189,13 @@ def _finish(model: ir.Model, lowering: str) -> None:
 def _write(model: ir.Model, target: Path) -> None:
     """Write into a folder beside the target, check, and move into place."""
     ir, onnx = require("onnx_ir", "onnx"), require("onnx", "onnx")
-    target.parent.mkdir(parents=True, exist_ok=True)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    data = f"{target.name}.data" if size > EXTERNAL_DATA_ABOVE else None
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        partial = Path(folder) / target.name
-        ir.save(model, partial, external_data=data)
+    data = target.with_name(f"{target.name}.data")
+    with replacing(data, target) as (_, partial):
+        ir.save(model, partial, external_data=data.name if size > EXTERNAL_DATA_ABOVE else None)
         try:
             onnx.checker.check_model(str(partial), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise TdqError(
                 "path", str(target), f"the graph did not pass ONNX's checker ({error})", "Report this"
             ) from error
-        if data is not None:
-            shutil.move(Path(folder) / data, target.parent / data)
-        os.replace(partial, target)

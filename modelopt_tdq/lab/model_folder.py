@@ -1,7 +1,7 @@
 """Folders with a diffusers model, and what ``modelopt-tdq quantize`` adds to one.
 
 A quantized folder holds the model as ``save_pretrained`` writes it (weights and ModelOpt's state), the
-scales (``scale_table.safetensors`` and ``.json``), and ``quantization.json``: what was done, and the
+scales (``scale_table.safetensors``), and ``quantization.json``: what was done, and the
 shapes of the model's inputs.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelopt_tdq.core.files import replacing, write_text
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
 
@@ -165,16 +165,12 @@ def save_quantized(
         )
     check_output(target)
     mto.enable_huggingface_checkpointing()
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    saved.save_pretrained(str(partial))
-    if temporal_quantizers(model):
-        scale_table(model).save(partial / TABLE)
     content = {"schema_version": SCHEMA_VERSION, "kind": "modelopt_tdq.quantized_model", "inputs": dict(inputs), **done}
-    (partial / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    with replacing(target) as (partial,):
+        saved.save_pretrained(str(partial))
+        if temporal_quantizers(model):
+            scale_table(model).save(partial / TABLE)
+        write_text(partial / DESCRIPTION, json.dumps(content, indent=1) + "\n")
     return target
 
 

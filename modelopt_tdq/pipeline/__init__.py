@@ -1,4 +1,7 @@
-"""Whole diffusers pipelines: quantize their denoiser in place, and run them on an engine."""
+"""Whole diffusers pipelines: quantize their denoiser in place, and run them on an engine.
+
+Read ``quantize`` first, then ``swap`` and ``engine_denoiser``.
+"""
 
 from modelopt_tdq.pipeline.diffusers_config import diffusers_config
 from modelopt_tdq.pipeline.engine_denoiser import EngineDenoiser

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelopt_tdq.core.files import write_text
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.plugin.kernel import BLOCK_COLUMNS, BLOCK_ROWS, scale_lookup
 
@@ -191,11 +192,8 @@ def write_all(folder: str | Path) -> list[Path]:
     """
     target = Path(folder)
     kernels = [compile_ptx(capability) for capability in CAPABILITIES]
-    target.mkdir(parents=True, exist_ok=True)
     contents = {f"{k.entry}_sm{_number(k.capability)}.ptx": k.text for k in kernels} | {HEADER: cpp_header(kernels)}
-    for name, content in contents.items():
-        (target / name).write_text(content)
-    return [target / name for name in contents]
+    return [write_text(target / name, content) for name, content in contents.items()]
 
 
 def _main() -> None:

@@ -1,1 +1,4 @@
-"""PTQ reconstruction: learned rounding of the weights and learned intervals, block by block."""
+"""Learning rounding and scales block by block, from samples, without the training data.
+
+Read ``reconstruct`` first, then ``learn``; ``cache`` and ``observe`` are about its data, ``resume`` about interruptions.
+"""

@@ -1,1 +1,4 @@
-"""Running an exported model: ONNX Runtime, OpenVINO, TensorRT-RTX, TensorRT."""
+"""Running exported models: sessions, engine builds, and what this machine can do.
+
+Read ``sessions`` first, then ``build``; ``doctor`` examines the machine.
+"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.onnx_export import EXTERNAL_DATA_ABOVE
 from modelopt_tdq.export.plugin import plugin_free
@@ -36,11 +37,8 @@ def write_twin(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
     require_place("output", target)
     twin = plugin_free(source)
     external = twin.ByteSize() > EXTERNAL_DATA_ABOVE
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        onnx.save(twin, str(partial), save_as_external_data=external, location=f"{target.name}.data")
+    data = target.with_name(f"{target.name}.data")
+    with replacing(data, target) as (_, partial):
+        onnx.save(twin, str(partial), save_as_external_data=external, location=data.name)
         onnx.checker.check_model(str(partial), full_check=True)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target

@@ -1,1 +1,4 @@
-"""Temporal features: what a diffusion model computes from the time alone, known before it runs."""
+"""What depends on the time alone: found by data dependence, kept in a table, looked up.
+
+Read ``block`` first (found by ``search``, ``trace`` and ``tape``), then ``maintain``, ``table`` and ``runtime``.
+"""

@@ -121,12 +121,12 @@ class FeatureTable:
         return self.timesteps.nbytes + sum(feature.packed_nbytes for feature in self.features.values())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``<stem>.safetensors`` (the arrays) and ``<stem>.json`` (names, policy, schema version, checksum).
+        """Write one safetensors file: the arrays, and in its metadata names, policy, schema version, checksum.
 
-        Files that are there already are replaced only when both new ones are complete.
+        A file that is there already is replaced when the new one is complete.
 
         Returns:
-            The path of the safetensors file.
+            Its path.
 
         Raises:
             TdqError: ``metadata`` cannot be written as JSON, or ``path`` names no file.
@@ -142,10 +142,10 @@ class FeatureTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureTable:
-        """Read a table written by :meth:`save`; ``path`` is either of its two files.
+        """Read a table written by :meth:`save`, also one of the two files of earlier versions.
 
         Raises:
-            TdqError: A file is missing or no table, the schema is newer, the checksum or the content is wrong.
+            TdqError: The file is missing or no table, the schema is newer, the checksum or the content is wrong.
         """
 
         def make(description: dict[str, Any], metadata: dict[str, Any], arrays: dict[str, Tensor]) -> FeatureTable:

@@ -1,1 +1,4 @@
-"""Learning scales: QAT schemes, learned weight scales, PTQ reconstruction."""
+"""Learning scales by quantization-aware training.
+
+Read ``attach`` first, then ``quantizer``, ``schemes`` and ``learned``.
+"""

@@ -1,1 +1,4 @@
-"""Benchmarks that ship with the package: the tables of the papers, measured here."""
+"""Benchmarks that ship with the package: the tables of the papers, measured here.
+
+Read ``supplement`` first, then ``tables`` and ``qat_run``.
+"""

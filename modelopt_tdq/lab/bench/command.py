@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from modelopt_tdq.core.files import write_text
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.bench.present import markdown, plot
 from modelopt_tdq.lab.bench.summary import summarize
@@ -57,6 +58,6 @@ def run_supplement(bench: Bench, tables: Sequence[str], command: str, run: bool 
         stem = bench.output / f"{name}_{budget.name}_table{table.number}"
         text = markdown(table, rows, notes)
         bench.output.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".md").write_text(text + "\n")
+        write_text(stem.with_suffix(".md"), text + "\n")
         plot(table, rows, f"{name}, {budget.name}", stem.with_suffix(".png"))
         yield text

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from modelopt_tdq.core.files import write_text
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.lab.bench.budget import Budget
 from modelopt_tdq.lab.bench.cifar10 import load_cifar10
@@ -90,10 +91,7 @@ class Store:
     def add(self, key: str, result: dict[str, Any]) -> None:
         """Keep a result; the file is replaced when the new one is complete."""
         self.runs[key] = result
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"schema_version": _SCHEMA_VERSION, "runs": self.runs}, indent=1) + "\n")
-        partial.replace(self.path)
+        write_text(self.path, json.dumps({"schema_version": _SCHEMA_VERSION, "runs": self.runs}, indent=1) + "\n")
 
 
 def full_precision_key(bench: Bench) -> str:

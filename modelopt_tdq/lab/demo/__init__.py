@@ -1,4 +1,7 @@
-"""The demo: one real model, quantized with static scales and with scales over time, judged and deployed."""
+"""The demo: one real model, quantized with static scales and with scales over time, judged and deployed.
+
+Read ``run`` first, then ``stages``.
+"""
 
 from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.demo.run import run_demo

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +11,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from modelopt_tdq.core.files import read_arrays, write_arrays
+from modelopt_tdq.errors import TdqError
 
 __all__ = ["StageCache", "StageResult", "installed"]
 
 #: To be raised whenever a stage computes something else for the same settings.
-FORMAT = 2
+FORMAT = 3
+
+_KIND = "DemoStage"
 
 _PACKAGES = ("modelopt-tdq", "torch", "nvidia-modelopt", "diffusers", "onnx", "openvino", "tensorrt-rtx")
 
@@ -65,36 +67,19 @@ class StageCache:
     def load(self, stage: str, depends: Mapping[str, Any]) -> StageResult | None:
         """The stored result; None if there is none, it depends on something else, or it is damaged."""
         try:
-            stored = json.loads(self._file(stage, "json").read_text())
+            tensors, stored = read_arrays(self.folder / stage, _KIND, "result of a stage", FORMAT)
             if stored["key"] != _key(stage, depends):
                 return None
             if not all((self.output / file).exists() for file in stored["files"]):
                 return None
-            arrays = self._file(stage, "safetensors")
-            tensors = load_file(arrays) if stored["tensors"] else {}
             return StageResult(stored["values"], tensors, stored["files"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except (TdqError, KeyError, TypeError):
             return None
 
     def store(self, stage: str, depends: Mapping[str, Any], result: StageResult) -> None:
-        """Keep a result; its JSON file comes last, so a half-written one does not count."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        description = self._file(stage, "json")
-        description.unlink(missing_ok=True)
-        if result.tensors:
-            save_file({k: v.contiguous() for k, v in result.tensors.items()}, self._file(stage, "safetensors"))
-        stored = {
-            "key": _key(stage, depends),
-            "values": result.values,
-            "tensors": sorted(result.tensors),
-            "files": list(result.files),
-        }
-        partial = description.with_name(description.name + ".partial")
-        partial.write_text(json.dumps(stored, indent=1))
-        os.replace(partial, description)
-
-    def _file(self, stage: str, kind: str) -> Path:
-        return self.folder / f"{stage}.{kind}"
+        """Keep a result."""
+        stored = {"key": _key(stage, depends), "values": result.values, "files": list(result.files)}
+        write_arrays(self.folder / stage, _KIND, FORMAT, result.tensors, stored)
 
 
 def _key(stage: str, depends: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from modelopt_tdq.core.files import write_text
 from modelopt_tdq.errors import require
 from modelopt_tdq.lab.demo.cache import StageCache
 from modelopt_tdq.lab.demo.gather import gather
@@ -72,7 +73,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None, command: st
         results, arrays = gather(settings, backends, command)
         results["figures"] = draw_figures(results, arrays, settings.output)
         results["seconds"] = round(time.monotonic() - started, 1)
-        (settings.output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        write_text(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
         report = write_html(results, settings.output, settings.output / "report.html")
     console.print(results_table(results))
     for note in results["notes"]:

@@ -1,11 +1,13 @@
 """Metrics of generated images: Fréchet distance (FID), Inception Score, PSNR and a perceptual distance.
 
-    extractor = EfficientNetLite0()                                # or TorchFidelityInception(), InceptionFile(path)
+extractor = EfficientNetLite0()                                # or TorchFidelityInception(), InceptionFile(path)
     real = feature_statistics(real_images, extractor)              # uint8 [N, 3, H, W]; save() keeps it
     image_report(full_precision_images, quantized_images, extractor, real)
 
 ``FID`` is the Fréchet distance with the Inception network of 2015 only (``name`` "FID Inception-v3"); with another
 network it is called by that network's name.
+
+Read ``report`` first, then ``extractor`` and ``statistics``.
 """
 
 from modelopt_tdq.lab.image_metrics.efficientnet import EfficientNetLite0

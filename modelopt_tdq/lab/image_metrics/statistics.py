@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from tqdm import tqdm
 
+from modelopt_tdq.core.files import read_arrays, write_arrays
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.image_metrics.extractor import FeatureExtractor
 from modelopt_tdq.lab.image_metrics.images import batches, to_uint8
@@ -19,6 +18,7 @@ from modelopt_tdq.lab.image_metrics.images import batches, to_uint8
 __all__ = ["FeatureStatistics", "feature_statistics"]
 
 _SCHEMA_VERSION = 1
+_KIND = "FeatureStatistics"
 
 
 class FeatureStatistics:
@@ -107,12 +107,9 @@ class FeatureStatistics:
         """
         if self.count == 0:
             raise TdqError("samples", 0, "there is nothing to save", "Update with features first")
-        path = Path(path)
-        metadata = {"schema_version": str(_SCHEMA_VERSION), "extractor": self.extractor, "count": str(self.count)}
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(save_tensors({"mean": self.mean, "scatter": self.scatter}, metadata))
-        part.replace(path)
-        return path
+        arrays = {"mean": self.mean, "scatter": self.scatter}
+        fields = {"extractor": self.extractor, "count": self.count}
+        return write_arrays(path, _KIND, _SCHEMA_VERSION, arrays, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureStatistics:
@@ -121,21 +118,14 @@ class FeatureStatistics:
         Raises:
             TdqError: The file is missing, is something else, or was written by a newer version.
         """
+        arrays, description = read_arrays(path, _KIND, "set of feature statistics", _SCHEMA_VERSION)
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                version, count = int(metadata["schema_version"]), int(metadata["count"])
-                mean, scatter = file.get_tensor("mean"), file.get_tensor("scatter")
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            loaded = cls(str(description["extractor"]))
+            loaded._combine(int(description["count"]), arrays["mean"], arrays["scatter"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise TdqError(
-                "path", str(path), f"it holds no feature statistics ({error})", "Pass a file that save() wrote"
+                "path", str(path), f"it holds no feature statistics ({error!r})", "Pass a file that save() wrote"
             ) from error
-        if version > _SCHEMA_VERSION:
-            raise TdqError(
-                "schema_version", version, f"newer than this version reads ({_SCHEMA_VERSION})", "Upgrade modelopt-tdq"
-            )
-        loaded = cls(metadata.get("extractor", ""))
-        loaded._combine(count, mean, scatter)
         return loaded
 
 

@@ -1,1 +1,4 @@
-"""Tables, figures and the HTML page."""
+"""Tables, figures and the HTML page.
+
+Read ``html`` first, then ``figures`` and ``plots``.
+"""

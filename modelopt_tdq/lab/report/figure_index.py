@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelopt_tdq.core.files import write_text
+
 __all__ = ["IndexedFigure", "write_index"]
 
 
@@ -38,6 +40,4 @@ def write_index(path: Path, facts: Mapping[str, str], figures: Sequence[IndexedF
     lines += ["", "## What is missing", "", *(f"- {sentence}" for sentence in missing or ["Nothing."])]
     for figure in figures:
         lines += ["", f"## {figure.title}", "", f"![{figure.title}]({figure.file})", "", figure.caption]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_text(path, "\n".join(lines) + "\n")

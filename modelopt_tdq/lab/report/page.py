@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from modelopt_tdq.core.files import write_text
 from modelopt_tdq.errors import require
 
 __all__ = ["write_page"]
@@ -30,10 +31,4 @@ def write_page(template: str, output: str | os.PathLike[str], **values: Any) -> 
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    target = Path(output)
-    page = environment.get_template(template).render(**values)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
-    return target
+    return write_text(output, environment.get_template(template).render(**values))

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 import torch
 import modelopt_tdq
+from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.build.options import (AOT_PLUGIN, BUILDERS, DEFAULT_COMPUTE_CAPABILITIES, HARDWARE_COMPATIBILITY, OLDEST_TENSORRT, BuildOptions)
 from modelopt_tdq.runtime.build.report import EngineReport, parse_layers, sha256
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 from typing import Any
+from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.runtime.build.options import BUILDERS
 
@@ -152,9 +154,8 @@ def require_place(field: str, file: Path) -> None:
 
 def _replace(new: Path, target: Path) -> None:
     """Put ``new`` where ``target`` is, in one step; they may be on different disks."""
-    beside = target.with_name(target.name + ".partial")
-    shutil.copyfile(new, beside)
-    os.replace(beside, target)
+    with replacing(target) as (beside,):
+        shutil.copyfile(new, beside)
 
 
 def _own_capability() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modelopt_tdq.core.files import write_text
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.build.layers import LOW_PRECISION_TYPES, EngineLayer, parse_layers
 from modelopt_tdq.runtime.build.onnx_model import PluginNode
@@ -92,13 +93,9 @@ class EngineReport:
 
     def save(self) -> Path:
         """Write the manifest next to the engine."""
-        target = manifest_path(self.engine)
         content = asdict(self) | {"engine": self.engine.name, "kernels": self.kernels}
         content = {"schema_version": MANIFEST_VERSION, "kind": "modelopt_tdq.Engine"} | content
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1))
-        os.replace(partial, target)
-        return target
+        return write_text(manifest_path(self.engine), json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, engine: str | os.PathLike[str]) -> EngineReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.sessions.device_queue import DeviceQueue
 from modelopt_tdq.runtime.sessions.engine_loading import LoadedEngine
@@ -171,7 +171,5 @@ class RunTimeCache:
 
     def save(self) -> None:
         """Write the file, in one step."""
-        content = self._cache.serialize()
-        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, self._file)
+        with replacing(self._file) as (partial,):
+            partial.write_bytes(self._cache.serialize())

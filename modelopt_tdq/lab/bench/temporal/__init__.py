@@ -1,1 +1,4 @@
-"""``modelopt-tdq bench temporal-features``: what maintaining the temporal features is worth."""
+"""``modelopt-tdq bench temporal-features``: what maintaining the temporal features is worth.
+
+Read ``run`` first, then ``measure``.
+"""

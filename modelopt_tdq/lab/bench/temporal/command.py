@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from modelopt_tdq.core.files import write_text
 from modelopt_tdq.lab.bench.supplement import Store
 from modelopt_tdq.lab.bench.temporal.present import Found, markdown, plot
 from modelopt_tdq.lab.bench.temporal.rows import TemporalRun, runs
@@ -34,7 +35,7 @@ def run_temporal(bench: TemporalBench, command: str, run: bool = True) -> str:
     }
     text = markdown(found, _notes(bench, found, command))
     bench.output.mkdir(parents=True, exist_ok=True)
-    bench.path.with_suffix(".md").write_text(text + "\n")
+    write_text(bench.path.with_suffix(".md"), text + "\n")
     plot(found, f"Temporal features: {bench.name}, {bench.budget.name}", bench.path.with_suffix(".png"))
     return text
 
