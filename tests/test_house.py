@@ -109,7 +109,7 @@ assert not heavy, heavy
 def test_the_package_and_its_command_line_import_nothing_heavy() -> None:
     for statement in ("import modelopt_tdq", "import modelopt_tdq.cli"):
         done = subprocess.run(
-            [sys.executable, "-c", _LIGHT.format(statement=statement)], capture_output=True, text=True
+            [sys.executable, "-c", _LIGHT.format(statement=statement)], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
 
