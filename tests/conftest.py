@@ -29,19 +29,27 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def diffusers_checkpoints() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def plain_diffusers() -> Iterator[None]:
     """ModelOpt patches diffusers to save and load its state; taken back, so that other tests see diffusers as it is."""
-    import modelopt.torch.opt as mto
     from diffusers import ModelMixin
 
     names = ("from_pretrained", "save_pretrained")
     before = {name: ModelMixin.__dict__[name] for name in names}
-    mto.enable_huggingface_checkpointing()
     yield
-    for name, method in before.items():
-        setattr(ModelMixin, name, method)
+    if "_modelopt_cache" not in ModelMixin.__dict__:
+        return
     from modelopt.torch.opt.plugins import huggingface
 
+    for name, method in before.items():
+        setattr(ModelMixin, name, method)
     del ModelMixin._modelopt_cache
     huggingface._PATCHED_CLASSES.discard(ModelMixin)
+
+
+@pytest.fixture(scope="module")
+def diffusers_checkpoints(plain_diffusers: None) -> None:
+    """Models are saved and loaded with ModelOpt's state."""
+    import modelopt.torch.opt as mto
+
+    mto.enable_huggingface_checkpointing()

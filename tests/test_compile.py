@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import FAMILIES, TIMES, TinyDenoiser, fast_config, noise, quantized
+from support.models import FAMILIES, TIMES, TinyDenoiser, at, fast_config, noise, quantized
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -92,8 +92,8 @@ def test_inductor_computes_the_same(folded: nn.Module) -> None:
     quantizer = tdq.temporal_quantizers(folded)["conv1.input_quantizer"]
     compiled, x = torch.compile(quantizer, fullgraph=True), noise(3, 8, 8, 8)
     for time in TIMES[:2]:
-        folded(noise(1, 3, 8, 8), torch.tensor(time))
-        assert torch.equal(compiled(x), quantizer(x))
+        with at(folded, time):
+            assert torch.equal(compiled(x), quantizer(x))
 
 
 def test_without_folded_weights_only_modelopt_breaks_the_graph() -> None:

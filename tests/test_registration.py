@@ -72,7 +72,7 @@ def test_importing_and_registering_again_is_harmless() -> None:
     assert CalibrateModeRegistry["tdq_calibrate"] is mode
 
 
-@pytest.mark.parametrize("recipe", [name for name in dir(modelopt_tdq) if name.startswith("TDQ_")])
+@pytest.mark.parametrize("preset", [name for name in dir(modelopt_tdq) if name.startswith("TDQ_")])
 def test_every_preset_is_a_config_of_modelopt(preset: str) -> None:
     from modelopt.torch.quantization.config import QuantizeConfig
 

@@ -149,7 +149,7 @@ def test_scales_that_were_not_loaded_are_noticed(folder: Path) -> None:
         tdq.scale_table(model)
     quantizer = tdq.temporal_quantizers(model)["conv1.input_quantizer"]
     assert quantizer._timestep.value is None
-    quantizer._timestep.value = torch.tensor([20.0])
+    quantizer._timestep.begin(torch.tensor([20.0]))
     assert bool(quantizer(noise(1, 8, 8, 8)).isnan().all())
 
 

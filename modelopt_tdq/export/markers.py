@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from modelopt_tdq.export.spec import weight_quantizers
 from modelopt_tdq.model.call import layer_input
-from modelopt_tdq.model.timestep import _DeliveryHook
+from modelopt_tdq.model.timestep import without_delivery
 from modelopt_tdq.temporal_features.looked_up import LookedUp, output_dtype, own_output
 
 __all__ = ["ACTIVATION_MARKER", "DOMAIN", "FEATURE_MARKER", "WEIGHT_MARKER", "Marker", "with_markers"]
@@ -155,10 +155,7 @@ def with_markers(model: nn.Module) -> nn.Module:
     """A deep copy of ``model`` for export: quantizers are markers, attention is plain, nothing delivers the time."""
     # ModelOpt's recurrent layers hold a Python module, which deepcopy does not take
     prepared = copy.deepcopy(model, {id(_VF): _VF}).eval()
-    for key, hook in list(prepared._forward_pre_hooks.items()):
-        if isinstance(hook, _DeliveryHook):
-            prepared._forward_pre_hooks.pop(key)
-            prepared._forward_pre_hooks_with_kwargs.pop(key, None)
+    without_delivery(prepared)
     weights = weight_quantizers(prepared)
     for name, module in list(prepared.named_modules()):
         if id(module) in weights:

@@ -1,47 +1,146 @@
-"""How the current time reaches the quantizers: from the model's own call, by a forward pre-hook on its root."""
+"""How the current time reaches the quantizers: from the model's own call, by two hooks on its root.
+
+The time belongs to one call. It is gone when the call ends, and calls in flight in other threads, or a call inside a
+call, have times of their own. A part that is called by itself, or ``forward`` called past the hooks, has no time and is
+refused: the time of an earlier call would be wrong without a word.
+"""
 
 from __future__ import annotations
 
 import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model import threads
 
-__all__ = ["INTERVALS", "CurrentTimestep", "deliver_timestep", "find_timestep", "per_sample"]
+__all__ = ["INTERVALS", "CurrentTimestep", "deliver_timestep", "find_timestep", "per_sample", "without_delivery"]
 
 #: Name, in the root of a model that learns, of the module that makes its intervals.
 INTERVALS = "tdq_intervals"
+
+
+class _Finished:
+    """Time and intervals of a call that is over; lives as long as the graph of its backward pass."""
+
+    def __init__(self, value: Tensor, intervals: Tensor | None) -> None:
+        self.value, self.intervals = value, intervals
 
 
 class CurrentTimestep:
     """The time of the model call in progress, shared by all quantizers of one model.
 
     ``value`` is float32 of shape [1] or [B], in the model's own units (0..999 for DDPM, t/1000 for
-    Flux, sigma for k-diffusion). ``intervals`` is [1, Q] or [B, Q] while the model learns, what its source makes of
-    these times. Both are replaced at every call of the model and never copied or saved. A block that gradient
-    checkpointing runs again during the backward pass sees the time of the last call of the model, unless the
-    checkpointing function is that of :func:`modelopt_tdq.training.checkpointing.checkpoint`.
+    Flux, sigma for k-diffusion); None outside of a call. ``intervals`` is [1, Q] or [B, Q] while the model learns, what
+    its source makes of these times. Neither is copied or saved.
+
+    A block that gradient checkpointing runs again during the backward pass has the time of the one call whose backward
+    pass is still to come. Where there are several, its checkpointing function has to be that of
+    :func:`modelopt_tdq.training.checkpointing.checkpoint`.
     """
 
     def __init__(self, argument: str, position: int | None) -> None:
         self.argument = argument
         self.position = position
-        self.value: Tensor | None = None
-        self.intervals: Tensor | None = None
+        #: Intervals of the last call in training mode, for penalties on them.
+        self.last_intervals: Tensor | None = None
+        # of the innermost call in flight in each thread: value, intervals, and outer, the same of the call around it
+        self._in_flight = threading.local()
+        self._finished: list[weakref.ref[_Finished]] = []
+        self._ran_again = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"argument": self.argument, "position": self.position, "value": None, "intervals": None}
+        return {"argument": self.argument, "position": self.position}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["argument"], state["position"])  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentTimestep:
         copy = CurrentTimestep(self.argument, self.position)
         memo[id(self)] = copy
         return copy
 
+    @property
+    def value(self) -> Tensor | None:
+        """The time of the call in progress; None if there is none."""
+        value: Tensor | None = getattr(self._in_flight, "value", None)
+        if value is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return self._of_backward().value
+        return value
+
+    @property
+    def intervals(self) -> Tensor | None:
+        """What the source of the intervals makes of it, in a model that learns."""
+        value = getattr(self._in_flight, "value", None)
+        if value is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return self._of_backward().intervals
+        intervals: Tensor | None = getattr(self._in_flight, "intervals", None)
+        return intervals
+
+    def learned(self, intervals: Tensor | None) -> None:
+        """Set the intervals of the call in progress."""
+        self._in_flight.intervals = self.last_intervals = intervals
+
+    def _of_backward(self) -> _Finished:
+        """The call whose backward pass runs a part of the model again."""
+        self._ran_again = True
+        calls = [call for reference in self._finished if (call := reference()) is not None]
+        if not calls or any(not torch.equal(call.value, calls[0].value) for call in calls):
+            raise TdqError(
+                "gradient_checkpointing",
+                f"{len(calls)} calls before the backward pass",
+                "a block runs again in the backward pass, and the call that it belongs to is not known",
+                "Use model.enable_gradient_checkpointing(gradient_checkpointing_func=modelopt_tdq.checkpoint(model))",
+            )
+        return calls[-1]
+
+    @contextmanager
+    def at(self, times: Tensor, intervals: Tensor | None = None) -> Iterator[None]:
+        """Let parts of the model run by themselves, at these times [1] or [B]."""
+        self.begin(times)
+        self._in_flight.intervals = intervals
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self, times: Tensor | None) -> None:
+        """A call with these times [1] or [B] begins; None: they are not known yet."""
+        call = self._in_flight
+        call.outer = tuple(getattr(call, name, None) for name in ("value", "intervals", "outer"))
+        call.value, call.intervals = times, None
+
+    def end(self) -> None:
+        """The innermost call ends."""
+        call = self._in_flight
+        if getattr(call, "outer", None) is not None:
+            call.value, call.intervals, call.outer = call.outer
+
+    def remember(self, output: Any) -> None:
+        """Keep time and intervals of the call in progress for the backward pass of its ``output``, if it has one."""
+        value = getattr(self._in_flight, "value", None)
+        if value is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        nodes: Iterator[Any] = (leaf.grad_fn for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        node = next((node for node in nodes if node is not None), None)
+        if node is None or torch._C._current_graph_task_id() != -1:
+            return
+        if self._ran_again:  # the backward pass of what came before has begun
+            self._finished, self._ran_again = [], False
+        finished = _Finished(value, self._in_flight.intervals)
+        node.metadata["modelopt_tdq"] = finished
+        self._finished = [reference for reference in self._finished if reference() is not None]
+        self._finished.append(weakref.ref(finished))
+
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the time out of the arguments of a model call.
+        """Take the time of the call in progress out of its arguments.
 
         Raises:
             TdqError: The call has no such argument, or it is None.
@@ -59,22 +158,23 @@ class CurrentTimestep:
             )
         if not isinstance(time, Tensor):
             time = torch.as_tensor(time, dtype=torch.float32)
-        self.value = time.detach().to(torch.float32).reshape(-1)
+        self._in_flight.value = time.detach().to(torch.float32).reshape(-1)
 
     def require(self) -> Tensor:
         """The time of the call in progress.
 
         Raises:
-            TdqError: The model was never called.
+            TdqError: No call of the model is in progress.
         """
-        if self.value is None:
+        value = self.value
+        if value is None:
             raise TdqError(
                 "timestep",
                 None,
-                "a quantizer ran before any call of the model told it the time",
-                "Call the quantized model itself rather than one of its parts",
+                "a quantizer ran outside of any call of the model that was quantized, so its time is unknown",
+                "Call that model itself, as model(...), rather than one of its parts or its forward",
             )
-        return self.value
+        return value
 
 
 def per_sample(value: Tensor, inputs: Tensor) -> Tensor:
@@ -111,10 +211,26 @@ class _DeliveryHook:
         self.timestep = timestep
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.timestep.begin(None)
+        if not torch.compiler.is_compiling():
+            threads.enter(module)
         self.timestep.read(args, kwargs)
         learned = module._modules.get(INTERVALS)
         if learned is not None:
             learned.begin(module, self.timestep)  # type: ignore[operator]
+
+
+class _EndHook:
+    """The hook behind the call, which also runs when the call fails."""
+
+    def __init__(self, timestep: CurrentTimestep) -> None:
+        self.timestep = timestep
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.timestep.remember(output)
+        self.timestep.end()
+        if not torch.compiler.is_compiling():
+            threads.leave(module)
 
 
 def find_timestep(model: nn.Module) -> CurrentTimestep | None:
@@ -151,5 +267,17 @@ def deliver_timestep(model: nn.Module, argument: str) -> CurrentTimestep:
     if timestep is None:
         timestep = CurrentTimestep(argument, position)
         model.register_forward_pre_hook(_DeliveryHook(timestep), with_kwargs=True, prepend=True)
+        model.register_forward_hook(_EndHook(timestep), always_call=True)
     timestep.argument, timestep.position = argument, position
     return timestep
+
+
+def without_delivery(model: nn.Module) -> None:
+    """Take both hooks off the root of ``model``."""
+    for hooks, options, kind in (
+        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, _DeliveryHook),
+        (model._forward_hooks, model._forward_hooks_always_called, _EndHook),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+            options.pop(key, None)

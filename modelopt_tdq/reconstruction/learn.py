@@ -61,8 +61,8 @@ def sample_errors(parts: BlockParts, cache: BlockCache) -> Tensor:
     """[N] float64 mean squared error of the block's output for each sample, with its scales as in the tables."""
 
     def run(chunk: Chunk) -> Tensor:
-        parts.timestep.value = chunk.times
-        return _squared_error(cache.io.run(parts.module, chunk.inputs), chunk.targets)
+        with parts.timestep.at(chunk.times):
+            return _squared_error(cache.io.run(parts.module, chunk.inputs), chunk.targets)
 
     return cache.errors(run)
 
@@ -103,7 +103,6 @@ def _learning(parts: BlockParts, qdrop: float) -> Iterator[None]:
             quantizer.training = False
         if source is not None:
             source.eval()
-        parts.timestep.intervals = None
 
 
 def _interval_lr(config: TdqReconstructConfig) -> float:
@@ -141,9 +140,9 @@ def _block_errors(parts: BlockParts, cache: BlockCache, batch: Chunk, qdrop: flo
     if qdrop > 0:
         pairs = zip(batch.inputs, batch.full, strict=True)
         inputs = [torch.where(torch.rand(x.shape, device=x.device) < qdrop, y, x) for x, y in pairs]
-    parts.timestep.value = batch.times
-    parts.timestep.intervals = None if parts.columns is None else parts.columns.intervals(batch.times)
-    return _squared_error(cache.io.run(parts.module, inputs), batch.targets)
+    intervals = None if parts.columns is None else parts.columns.intervals(batch.times)
+    with parts.timestep.at(batch.times, intervals):
+        return _squared_error(cache.io.run(parts.module, inputs), batch.targets)
 
 
 def _loss(

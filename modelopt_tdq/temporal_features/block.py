@@ -7,7 +7,7 @@ g_i(h(t)), the temporal features, steer the rest of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,20 +146,10 @@ def _agreed(name: str, values: list[Tensor]) -> Tensor:
     return values[0]
 
 
-@contextmanager
-def _own_time(model: nn.Module, times: Tensor | None = None) -> Iterator[None]:
-    """Let the quantizers of the block know the times; what they knew before comes back."""
+def _own_time(model: nn.Module, times: Tensor) -> AbstractContextManager[None]:
+    """Let the quantizers of the block know the times."""
     timestep = find_timestep(model)
-    if timestep is None:
-        yield
-        return
-    before = timestep.value, timestep.intervals
-    if times is not None:
-        timestep.value = times
-    try:
-        yield
-    finally:
-        timestep.value, timestep.intervals = before
+    return nullcontext() if timestep is None else timestep.at(times)
 
 
 @contextmanager
@@ -196,7 +186,7 @@ def find_temporal_block(
     """
     if arguments.get(timestep) is None:
         raise TdqError("timestep", timestep, "not among the arguments of the call", f"Given: {', '.join(arguments)}")
-    with _own_time(model), _at_rest(model):
+    with _at_rest(model):
         found = search(model, arguments, timestep, times)
     depends = {name: tuple(sorted(on - {timestep})) for name, on in found.depends.items() if timestep in on}
     if not found.features:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.utils.checkpoint
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep
+from modelopt_tdq.model.timestep import find_timestep
 
 __all__ = ["checkpoint"]
 
@@ -30,19 +30,9 @@ def checkpoint(model: nn.Module) -> Callable[..., Any]:
         raise TdqError("model", type(model).__name__, "it does not receive its time", "Quantize it first")
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _call_again(timestep, timestep.value, timestep.intervals)
+        return nullcontext(), timestep.at(timestep.require(), timestep.intervals)
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
     return run
-
-
-@contextmanager
-def _call_again(timestep: CurrentTimestep, value: Any, intervals: Any) -> Iterator[None]:
-    now = timestep.value, timestep.intervals
-    timestep.value, timestep.intervals = value, intervals
-    try:
-        yield
-    finally:
-        timestep.value, timestep.intervals = now

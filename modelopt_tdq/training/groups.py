@@ -84,7 +84,7 @@ def interval_penalty(model: nn.Module) -> Tensor:
     timestep = find_timestep(model)
     if learned.source is None:
         return torch.zeros((), device=learned.rows.device)
-    if timestep is None or timestep.intervals is None:
+    if timestep is None or timestep.last_intervals is None:
         raise TdqError("model", type(model).__name__, "it was not called in training mode", "Call it before this")
-    penalty = SCHEMES[learned.description["scheme"]].penalty(timestep.intervals)
+    penalty = SCHEMES[learned.description["scheme"]].penalty(timestep.last_intervals)
     return torch.zeros((), device=learned.rows.device) if penalty is None else penalty

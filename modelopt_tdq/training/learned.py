@@ -55,7 +55,7 @@ class LearnedIntervals(nn.Module):
 
     def begin(self, root: nn.Module, timestep: CurrentTimestep) -> None:
         """A call of the root begins: make its intervals, or see that the table is up to date."""
-        timestep.intervals = None
+        timestep.learned(None)
         if self.source is None:
             return
         if self.training:
@@ -66,7 +66,7 @@ class LearnedIntervals(nn.Module):
                     "the intervals were loaded in this type, and learn in float32 only",
                     "Load the model in float32, and train with autocast",
                 )
-            timestep.intervals = self.source(timestep.require().to(self.rows.device))
+            timestep.learned(self.source(timestep.require().to(self.rows.device)))
             self._learned_since = True
         elif not torch.compiler.is_compiling():
             self.refresh(root)
@@ -127,7 +127,7 @@ class LearnedIntervals(nn.Module):
         root._modules.pop(INTERVALS, None)
         timestep = find_timestep(root)
         if timestep is not None:
-            timestep.intervals = None
+            timestep.last_intervals = None
         for module in root.modules():
             if isinstance(module, (LearnedQuantizer, LearnedWeightQuantizer)):
                 module.unlearn()

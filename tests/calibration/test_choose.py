@@ -17,7 +17,7 @@ def _statistics(rows: list[torch.Tensor]) -> ActivationStatistics:
     timestep = CurrentTimestep("timestep", 0)
     collected = StepStatistics("layer", timestep, 100)
     for time, x in enumerate(rows):
-        timestep.value = torch.tensor([float(time)])
+        timestep.begin(torch.tensor([float(time)]))
         collected.collect(x)
     return collected.statistics([float(t) for t in range(len(rows))])
 

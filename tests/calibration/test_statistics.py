@@ -27,7 +27,7 @@ def _collector(max_steps: int = 100) -> tuple[StepStatistics, CurrentTimestep]:
 def _collected(chunks: list[tuple[float, list[float]]]) -> ActivationStatistics:
     collector, timestep = _collector()
     for time, chunk in chunks:
-        timestep.value = torch.tensor([time])
+        timestep.begin(torch.tensor([time]))
         collector.collect(torch.tensor(chunk))
     return collector.statistics(sorted(collector.times))
 
@@ -69,7 +69,7 @@ def test_times_do_not_mix() -> None:
 def test_counts_beyond_what_float32_can_count() -> None:
     """More equal values in one batch than torch.histc counts: 2^24."""
     collector, timestep = _collector()
-    timestep.value = torch.tensor([1.0])
+    timestep.begin(torch.tensor([1.0]))
     number = (1 << 24) + 4096
     collector.collect(torch.full((1, 1), 0.25).expand(1, number))
     assert float(collector.statistics([1.0]).counts.sum()) == number
@@ -79,7 +79,7 @@ def test_memory_is_that_of_the_times() -> None:
     def kept(samples: int) -> int:
         collector, timestep = _collector()
         for i in range(samples):
-            timestep.value = torch.tensor([float(i % 3)])
+            timestep.begin(torch.tensor([float(i % 3)]))
             collector.collect(torch.randn(4, 10))
         rows = [vars(row).values() for row in collector._rows.values()]
         return sum(value.numel() if isinstance(value, Tensor) else 1 for row in rows for value in row)
@@ -92,7 +92,7 @@ def test_the_maximum_is_that_of_modelopts_calibrator(chunks: list[list[float]]) 
     collector, timestep = _collector()
     theirs = MaxCalibrator()
     for time, chunk in enumerate(chunks):
-        timestep.value = torch.tensor([float(time)])
+        timestep.begin(torch.tensor([float(time)]))
         collector.collect(torch.tensor(chunk))
         theirs.collect(torch.tensor(chunk))
     found = collector.compute_amax()
@@ -107,7 +107,7 @@ def test_half_precision_is_collected_as_float32(dtype: torch.dtype) -> None:
     results = []
     for value in (x, x.float()):
         collector, timestep = _collector()
-        timestep.value = torch.tensor([1.0])
+        timestep.begin(torch.tensor([1.0]))
         collector.collect(value)
         results.append(collector.statistics([1.0]))
     assert _same(*results)
@@ -116,11 +116,11 @@ def test_half_precision_is_collected_as_float32(dtype: torch.dtype) -> None:
 def test_a_time_per_sample_is_each_sample_by_itself() -> None:
     x, times = torch.randn(6, 7), [5.0, 2.0, 5.0]  # two rows of x for every time
     together, timestep = _collector()
-    timestep.value = torch.tensor(times)
+    timestep.begin(torch.tensor(times))
     together.collect(x)
     apart, timestep = _collector()
     for i, time in enumerate(times):
-        timestep.value = torch.tensor([time])
+        timestep.begin(torch.tensor([time]))
         apart.collect(x[2 * i : 2 * i + 2])
     assert together.times == apart.times == {2.0, 5.0}
     assert _same(together.statistics([2.0, 5.0]), apart.statistics([2.0, 5.0]))
@@ -132,7 +132,7 @@ def test_times_that_do_not_fit_are_refused_as_the_quantizer_will_refuse_them(
     times: list[float], shape: tuple[int, ...]
 ) -> None:
     collector, timestep = _collector()
-    timestep.value = torch.tensor(times)
+    timestep.begin(torch.tensor(times))
     with pytest.raises(TdqError, match=r"layer\.input_quantizer") as error:
         collector.collect(torch.ones(shape))
     assert error.value.field == "timestep"
@@ -141,7 +141,7 @@ def test_times_that_do_not_fit_are_refused_as_the_quantizer_will_refuse_them(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite(value: float) -> None:
     collector, timestep = _collector()
-    timestep.value = torch.tensor([40.0])
+    timestep.begin(torch.tensor([40.0]))
     with pytest.raises(TdqError, match=r"layer\.input_quantizer held NaN or infinity at time 40|at time 40"):
         collector.collect(torch.tensor([1.0, value]))
 
@@ -149,9 +149,9 @@ def test_values_that_are_not_finite(value: float) -> None:
 def test_more_times_than_allowed() -> None:
     collector, timestep = _collector(max_steps=2)
     for time in (1.0, 2.0, 1.0):
-        timestep.value = torch.tensor([time])
+        timestep.begin(torch.tensor([time]))
         collector.collect(torch.ones(1))
-    timestep.value = torch.tensor([3.0])
+    timestep.begin(torch.tensor([3.0]))
     with pytest.raises(TdqError, match="max_steps"):
         collector.collect(torch.ones(1))
 
@@ -171,7 +171,7 @@ def test_zeros_and_the_smallest_numbers() -> None:
 
 def test_reset_forgets_everything() -> None:
     collector, timestep = _collector()
-    timestep.value = torch.tensor([1.0])
+    timestep.begin(torch.tensor([1.0]))
     collector.collect(torch.ones(1))
     collector.reset()
     assert collector.times == set()

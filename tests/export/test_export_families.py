@@ -57,7 +57,7 @@ def test_every_layer_equals_torch_on_the_same_input(exported: Exported, lowering
     assert {f"{layer}.input_quantizer" for layer in results} == names
     timestep = find_timestep(exported.model)
     assert timestep is not None
-    timestep.value = exported.inputs["timestep"].reshape(-1)
+    timestep.begin(exported.inputs["timestep"].reshape(-1))
     for layer, (x, y) in results.items():
         with torch.no_grad():
             expected = exported.model.get_submodule(layer)(x)

@@ -71,7 +71,7 @@ def test_smoothed_layers_equal_torch_on_the_same_input(smoothed: Any) -> None:
     graph = lowered(trace(smoothed, inputs), "ratio")
     timestep = find_timestep(smoothed)
     assert timestep is not None
-    timestep.value = torch.tensor([500.0])
+    timestep.begin(torch.tensor([500.0]))
     for layer, (x, y) in layer_results(graph, inputs).items():
         module = smoothed.get_submodule(layer)
         with torch.no_grad(), module.input_quantizer.disable_pre_quant_scale():

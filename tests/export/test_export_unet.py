@@ -39,7 +39,7 @@ def test_every_layer_equals_torch_on_the_same_input(bundled: Any, lowering: str)
     time = 333.0
     results = layer_results(bundled.graphs[lowering], bundled.inputs(time))
     assert len(results) == 50
-    find_timestep(bundled.model).value = torch.tensor([time])
+    find_timestep(bundled.model).begin(torch.tensor([time]))
     for layer, (x, y) in results.items():
         with torch.no_grad():
             expected = bundled.model.get_submodule(layer)(x)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import TIMES, noise, quantized
+from support.models import TIMES, at, noise, quantized
 from torch import nn
 
 import modelopt_tdq as tdq
@@ -47,9 +47,8 @@ def test_a_half_precision_model_quantizes_in_float32(model: nn.Module) -> None:
     quantizer = tdq.temporal_quantizers(half)["conv1.input_quantizer"]
     exact = tdq.temporal_quantizers(model)["conv1.input_quantizer"]
     x = noise(2, 8, 8, 8).half()
-    for m in (half, model):
-        m(noise(2, 3, 8, 8).to(next(m.parameters())), torch.tensor(600))
-    assert torch.equal(quantizer(x), exact(x.float()).half())
+    with at(half, 600), at(model, 600):
+        assert torch.equal(quantizer(x), exact(x.float()).half())
 
 
 def test_a_time_per_sample_is_each_sample_by_itself(model: nn.Module) -> None:
@@ -63,29 +62,28 @@ def test_a_time_per_sample_is_each_sample_by_itself(model: nn.Module) -> None:
 def test_codes_of_a_time_per_sample_are_exactly_those_of_each_sample(model: nn.Module) -> None:
     times, x = torch.tensor(TIMES), noise(4, 8, 8, 8)
     for quantizer in tdq.temporal_quantizers(model).values():
-        model(noise(4, 3, 8, 8), times)
-        together = quantizer(x)
+        with at(model, times):
+            together = quantizer(x)
         for i, time in enumerate(TIMES):
-            model(noise(1, 3, 8, 8), time)
-            assert torch.equal(quantizer(x[i : i + 1]), together[i : i + 1])
+            with at(model, time):
+                assert torch.equal(quantizer(x[i : i + 1]), together[i : i + 1])
 
 
 def test_samples_may_be_spread_over_a_multiple_of_the_batch(model: nn.Module) -> None:
     """Frames of a video, heads of an attention: [B * n, ...] with the sample as the slow index."""
     quantizer = tdq.temporal_quantizers(model)["conv1.input_quantizer"]
     x = noise(8, 5)
-    model(noise(4, 3, 8, 8), torch.tensor(TIMES))
-    together = quantizer(x)
+    with at(model, TIMES):
+        together = quantizer(x)
     for i, time in enumerate(TIMES):
-        model(noise(1, 3, 8, 8), time)
-        assert torch.equal(quantizer(x[2 * i : 2 * i + 2]), together[2 * i : 2 * i + 2])
+        with at(model, time):
+            assert torch.equal(quantizer(x[2 * i : 2 * i + 2]), together[2 * i : 2 * i + 2])
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (1, 8), ()])
 def test_times_that_do_not_fit_the_activation(model: nn.Module, shape: tuple[int, ...]) -> None:
     quantizer = tdq.temporal_quantizers(model)["conv1.input_quantizer"]
-    model(noise(2, 3, 8, 8), torch.tensor([300, 20]))
-    with pytest.raises(TdqError, match="2 times cannot be matched") as error:
+    with at(model, [300, 20]), pytest.raises(TdqError, match="2 times cannot be matched") as error:
         quantizer(torch.ones(shape))
     assert error.value.field == "timestep"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
+from modelopt_tdq.model.timestep import find_timestep
 from trt_examples.dit import dit
 from trt_examples.flux import flux
 from trt_examples.sd3 import sd3
@@ -75,6 +77,13 @@ def loop(data: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], None]:
             model(sample, time)
 
     return forward_loop
+
+
+def at(model: nn.Module, time: Any) -> AbstractContextManager[None]:
+    """Parts of ``model`` may run by themselves meanwhile, at this time or these times."""
+    timestep = find_timestep(model)
+    assert timestep is not None
+    return timestep.at(torch.as_tensor(time, dtype=torch.float32).reshape(-1))
 
 
 def fast_config(**fields: Any) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def converted() -> nn.Module:
     return mtq.quantize(TinyDenoiser().eval(), {**fast_config(), "algorithm": None})
 
 
+@torch.no_grad()
 def unchanged_by(model: nn.Module, failing: Callable[[], Any]) -> None:
     sample, time = calls()[0]
     model(sample, time)

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import modelopt.torch.quantization as mtq
+import pytest
 import torch
 from support.models import FAMILIES
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
+from modelopt_tdq import TdqError
 
 
 def _model() -> nn.Module:
@@ -48,5 +50,25 @@ def test_one_call_per_backward_pass_needs_nothing() -> None:
 def test_several_calls_need_the_checkpoint_function() -> None:
     expected = _gradients(_model(), [900.0, 20.0])
     assert _equal(_checkpointed([900.0, 20.0], tdq.checkpoint), expected)
-    # what it is for: the first call's blocks would run again at the time of the second
-    assert not _equal(_checkpointed([900.0, 20.0], None), expected)
+    # what it is for: whose time a block has that runs again is not known without it
+    with pytest.raises(TdqError, match="the call that it belongs to is not known") as raised:
+        _checkpointed([900.0, 20.0], None)
+    assert "modelopt_tdq.checkpoint(model)" in raised.value.cure
+
+
+def test_a_training_loop_needs_nothing() -> None:
+    """Call, backward, step, and again; the loss of the step before is still referred to."""
+    trained = {}
+    for checkpointing in (False, True):
+        model: Any = _model()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        for seed, time in enumerate((900.0, 20.0, 300.0)):
+            model(**FAMILIES["unet"].inputs(2, torch.tensor(5.0), seed))  # looked at, and never learned from
+            loss = model(**FAMILIES["unet"].inputs(2, torch.tensor(time), seed)).sample.square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        trained[checkpointing] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert _equal(trained[True], trained[False])

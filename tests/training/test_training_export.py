@@ -50,7 +50,7 @@ def test_trained_schemes_export_with_the_codes_of_torch(scheme: str) -> None:
         compared, mismatched = codes_by_definition(made, model, inputs, _TIME)
         assert compared > 10_000
         assert mismatched == 0
-        find_timestep(model).value = torch.tensor([_TIME])  # type: ignore[union-attr]
+        find_timestep(model).begin(torch.tensor([_TIME]))  # type: ignore[union-attr]
         for layer, (x, y) in layer_results(made, inputs).items():
             with torch.no_grad():
                 expected = model.get_submodule(layer)(x)

@@ -181,7 +181,7 @@ def collected(values: dict[float, Tensor]) -> LayerActivation:
     timestep = CurrentTimestep("timestep", 1)
     statistics = StepStatistics("layer", timestep, 10)
     for time, x in values.items():
-        timestep.value = torch.tensor([time])
+        timestep.begin(torch.tensor([time]))
         statistics.collect(x)
     found = statistics.statistics(sorted(values))
     deviation = torch.tensor([float(values[t].std()) for t in sorted(values)])
