@@ -88,7 +88,7 @@ def compare_model(
         lowered = None
         if any(backend != TORCH for backend in backends):
             lowered = deployed(lowered_path or _exported(model, calls[0], folder, "ratio"), model, folder)
-        run = _Run(model, flat[0].rest, reference, lowered, files or {}, folder)
+        run = _Run(model, flat[0].sample, reference, lowered, files or {}, folder)
         found = _compare_outputs(run, feeds, backends, times)
         compared = [b for b in backends if b == TORCH or COMPARED[b].layers] if layers else []
         differing, counts, names, missing = _compare_layers(run, feeds, compared, times, progress)
@@ -111,7 +111,7 @@ def _array(name: str, tensor: Tensor) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class _Run:
-    """What is run: the model with its fixed arguments, and the graphs; and a folder for more of them."""
+    """What is run: the model, one call of it, and the graphs; and a folder for more of them."""
 
     model: nn.Module
     fixed: Mapping[str, Any]

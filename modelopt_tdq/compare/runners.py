@@ -16,7 +16,7 @@ from modelopt_tdq.compare.backends import Session
 from modelopt_tdq.compare.layers import GIVEN
 from modelopt_tdq.core.fake_quant import dequantize, quantize
 from modelopt_tdq.errors import require
-from modelopt_tdq.model.call import first_output
+from modelopt_tdq.model.call import first_output, tensor_leaves, walk
 from modelopt_tdq.model.model_table import temporal_quantizers
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 
@@ -102,22 +102,18 @@ def call_model(
 
     Args:
         model: Called without gradients.
-        feeds: Arrays by argument name; ``outer.inner`` for entries of a mapping.
-        fixed: Other arguments.
+        feeds: Arrays by the names of graph inputs.
+        fixed: A call whose other arguments, and whose nesting, this one has.
         codes: Return the codes of all temporal quantizers too, under the names and in the form of
             :func:`~modelopt_tdq.compare.layers.returning_codes`.
         given: Codes that quantizers pass on in place of their own (which are still what is returned), from
             :func:`~modelopt_tdq.compare.layers.given_codes`.
     """
-    arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (fixed or {}).items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for name, value in feeds.items():
-        outer, _, inner = name.partition(".")
-        tensor = torch.as_tensor(np.asarray(value)).to(device)
-        if inner:
-            arguments.setdefault(outer, {})[inner] = tensor
-        else:
-            arguments[name] = tensor
+    tensors = {name: torch.as_tensor(np.asarray(value)).to(device) for name, value in feeds.items()}
+    nested = set(tensor_leaves(fixed or {}))
+    arguments = walk(dict(fixed or {}), tensors.get)
+    arguments.update({name: tensor for name, tensor in tensors.items() if name not in nested})
     found: dict[str, np.ndarray[Any, Any]] = {}
     with torch.no_grad(), _tapped(model, found, given or {}) if codes or given else torch.no_grad():
         output = first_output(model(**arguments))

@@ -1,18 +1,22 @@
-"""The arguments of a model, as inputs of a graph."""
+"""The arguments of a model, as inputs of a graph; and what of them is fixed in it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.call import plain_leaves, tensor_leaves, walk
 
-__all__ = ["Inputs", "flatten_inputs"]
+__all__ = ["FIXED", "Inputs", "fixed_arguments", "flatten_inputs"]
+
+#: Key of the fixed arguments in the metadata of an ONNX file.
+FIXED = "modelopt_tdq.arguments"
 
 
 @dataclass(frozen=True)
@@ -20,25 +24,38 @@ class Inputs:
     """The model's arguments, as graph inputs.
 
     Attributes:
-        names: Of the graph inputs: the arguments' names; ``outer.inner`` for tensors in a nested mapping.
-        tensors: Likewise.
-        rest: Arguments that are no tensors, by name; they become part of the graph.
+        names: Of the graph inputs: those of :func:`~modelopt_tdq.model.call.walk`, such as
+            ``added_cond_kwargs.text_embeds`` or ``down_block_additional_residuals.0``.
+        tensors: Those of the sample call.
+        sample: The whole sample call. What in it is no tensor becomes part of the graph.
     """
 
     names: list[str]
     tensors: list[Tensor]
-    rest: dict[str, Any]
+    sample: Mapping[str, Any]
 
     def arguments(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-        """Keyword arguments of one call of the model."""
-        arguments = {name: dict(v) if isinstance(v, Mapping) else v for name, v in self.rest.items()}
-        for name, tensor in zip(self.names, tensors, strict=True):
-            outer, _, inner = name.partition(".")
-            if inner:
-                arguments[outer][inner] = tensor
-            else:
-                arguments[name] = tensor
-        return arguments
+        """Keyword arguments of one call of the model, nested as the sample call is."""
+        own = dict(zip(self.names, tensors, strict=True))
+        return {argument: walk(v, own.get, argument) for argument, v in self.sample.items()}
+
+    @property
+    def fixed(self) -> str:
+        """JSON of what is no tensor, by name: what a graph made of this call has in it for good."""
+        return json.dumps(fixed_arguments(self.sample))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def fixed_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What in the arguments of a call is no tensor, by name; without ``return_dict``, which no graph knows.
+
+    Values that JSON does not have are described in words.
+    """
+    found = plain_leaves({name: value for name, value in arguments.items() if name != "return_dict"})
+    return {name: _plain(value) for name, value in found.items()}
 
 
 def flatten_inputs(sample_inputs: Mapping[str, Any], timestep: str | None) -> Inputs:
@@ -61,19 +78,10 @@ def flatten_inputs(sample_inputs: Mapping[str, Any], timestep: str | None) -> In
             f"it lacks the time, `{timestep}`, on which the scales depend",
             f"Add '{timestep}'",
         )
-    names, tensors, rest = [], [], {}
-    for name, value in sample_inputs.items():
-        if isinstance(value, (Tensor, np.ndarray)) or (name == timestep and isinstance(value, (int, float))):
-            names.append(name)
-            tensors.append(torch.as_tensor(value))
-        elif isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values()):
-            rest[name] = {k: v for k, v in value.items() if not isinstance(v, Tensor)}
-            for inner, tensor in value.items():
-                if isinstance(tensor, Tensor):
-                    names.append(f"{name}.{inner}")
-                    tensors.append(tensor)
-        else:
-            rest[name] = value
-    if not tensors:
-        raise TdqError("sample_inputs", sorted(sample_inputs), "it holds no tensor", "Pass the inputs of one call")
-    return Inputs(names, tensors, rest)
+    sample = dict(sample_inputs)
+    if timestep is not None and isinstance(sample[timestep], (int, float)):
+        sample[timestep] = torch.as_tensor(sample[timestep])
+    found = tensor_leaves(sample)
+    if not found:
+        raise TdqError("sample_inputs", sorted(sample), "it holds no tensor", "Pass the inputs of one call")
+    return Inputs(list(found), list(found.values()), sample)

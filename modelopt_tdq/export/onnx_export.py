@@ -15,7 +15,7 @@ from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.features import lower_features
 from modelopt_tdq.export.graph import GraphEditor
-from modelopt_tdq.export.inputs import flatten_inputs
+from modelopt_tdq.export.inputs import FIXED, flatten_inputs
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
 from modelopt_tdq.export.open_sizes import open_sizes
@@ -59,7 +59,9 @@ def export_onnx(
         model: The module that ``mtq.quantize`` was called with.
         path: Of the file to write.
         sample_inputs: Arguments of the model's ``forward`` by name. Tensors become graph inputs of the same
-            name (``outer.inner`` inside a mapping), everything else becomes part of the graph. The time may be
+            name, those inside mappings, lists and dataclasses with their path (``added_cond_kwargs.text_embeds``,
+            ``down_block_additional_residuals.0``). Everything else becomes part of the graph; a swapped denoiser
+            refuses other values. The time may be
             of any dtype and of shape [], [1], or [B] for a time per sample, and keeps that shape.
         lowering: "ratio" divides by the scale in front of a quantizer with a constant scale, and multiplies
             behind the operator, so that backends keep their low-precision kernels. "reference" is
@@ -113,6 +115,7 @@ class MarkerGraph:
         samples: Times per call in the sample run.
         dynamic_batch: Whether dimension 0 is open.
         batch: Samples per call in the sample run.
+        fixed: See :attr:`modelopt_tdq.export.inputs.Inputs.fixed`.
     """
 
     model: ir.Model
@@ -121,6 +124,7 @@ class MarkerGraph:
     samples: int
     dynamic_batch: bool
     batch: int = 1
+    fixed: str = "{}"
 
 
 def marker_graph(
@@ -145,7 +149,7 @@ def marker_graph(
     batch = next((len(tensor) for tensor in others), 1)
     sizes = open_sizes(inputs, spec.timestep, dynamic_batch, dynamic_axes)
     exported, shapes = trace(with_markers(model), inputs, sizes)
-    return MarkerGraph(exported, spec, shapes, samples, dynamic_batch, batch)
+    return MarkerGraph(exported, spec, shapes, samples, dynamic_batch, batch, inputs.fixed)
 
 
 def lower(
@@ -169,6 +173,7 @@ def lower(
     lower_features(context, gather_int8=lowering == "reference")
     _LOWERINGS[lowering](context)
     _finish(graph.model, lowering)
+    graph.model.metadata_props[FIXED] = graph.fixed
     return context
 
 

@@ -7,6 +7,7 @@ shapes of the model's inputs.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -86,7 +87,16 @@ def _described(value: Any) -> Any:
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, Mapping):
         return {"mapping": {key: _described(inner) for key, inner in value.items()}}
-    return {"value": value if isinstance(value, (bool, int, float, str)) else str(value)}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_described(inner) for inner in value]}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        raise TdqError(
+            "forward_loop",
+            type(value).__name__,
+            "the model is called with an object of this class, which a saved description cannot hold",
+            "Quantize and export it in Python: mtq.quantize, then modelopt_tdq.export_onnx with the inputs of one call",
+        )
+    return {"value": value if isinstance(value, (bool, int, float, str)) or value is None else str(value)}
 
 
 def make_inputs(described: Mapping[str, Any], batch: int | None = None, seed: int = 0) -> dict[str, Any]:
@@ -103,6 +113,8 @@ def make_inputs(described: Mapping[str, Any], batch: int | None = None, seed: in
     def made(description: Mapping[str, Any]) -> Any:
         if "mapping" in description:
             return {key: made(inner) for key, inner in description["mapping"].items()}
+        if "list" in description:
+            return [made(inner) for inner in description["list"]]
         if "shape" not in description:
             return description["value"]
         shape, dtype = list(description["shape"]), getattr(torch, description["dtype"])

@@ -1,17 +1,100 @@
-"""The arguments of a call of a model or layer, and what it returns."""
+"""The arguments of a call of a model or layer, and what it returns.
+
+What people pass to denoisers is nested in every way: a ControlNet's residuals are a tuple, other conditions come in
+lists inside mappings, or in dataclasses. :func:`walk` is the one definition of that nesting and of the names in it;
+recording, replay, export, the search for temporal features and a swapped denoiser all use it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["cloned", "first_output", "layer_input", "layout", "named_arguments", "stack", "take"]
+__all__ = [
+    "cloned",
+    "first_output",
+    "layer_input",
+    "layout",
+    "named_arguments",
+    "plain_leaves",
+    "stack",
+    "take",
+    "tensor_leaves",
+    "walk",
+]
+
+
+def walk(value: Any, function: Callable[[str, Any], Any], name: str = "") -> Any:
+    """``function`` of every leaf of nested data, in the same nesting.
+
+    Args:
+        value: Mappings, lists, tuples (named ones too) and dataclasses, in one another; anything else is a leaf.
+        function: Of the leaf's name and the leaf. A name joins keys, positions and fields with dots:
+            ``added_cond_kwargs.text_embeds``, ``down_block_additional_residuals.0``.
+        name: Of ``value`` itself.
+
+    Returns:
+        New containers of the same kinds; containers of kinds that cannot be made anew become a dict.
+    """
+
+    def inner(key: Any, item: Any) -> Any:
+        return walk(item, function, f"{name}.{key}" if name else str(key))
+
+    if isinstance(value, Mapping):
+        made = {key: inner(key, item) for key, item in value.items()}
+        return made if type(value) is dict else _of_the_same_kind(value, made)
+    if isinstance(value, (list, tuple)):
+        items = [inner(position, item) for position, item in enumerate(value)]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **{key: inner(key, item) for key, item in fields.items()})
+    return function(name, value)
+
+
+def _of_the_same_kind(value: Mapping[Any, Any], made: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Outputs of diffusers take their items by name, other mappings as one; where neither works, a dict does."""
+    make: Any = type(value)
+    by_name = dataclasses.is_dataclass(value)
+    try:
+        found: Mapping[Any, Any] = make(**made) if by_name else make(made)
+    except TypeError:
+        return made
+    return found
+
+
+def tensor_leaves(value: Any) -> dict[str, Tensor]:
+    """Every tensor in nested data, by its name; NumPy arrays as tensors that share their memory."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, leaf: Any) -> None:
+        if isinstance(leaf, (Tensor, np.ndarray)):
+            found[name] = torch.as_tensor(leaf)
+
+    walk(value, keep)
+    return found
+
+
+def plain_leaves(value: Any) -> dict[str, Any]:
+    """Everything in nested data that is neither a tensor nor None, by its name."""
+    found: dict[str, Any] = {}
+
+    def keep(name: str, leaf: Any) -> None:
+        if leaf is not None and not isinstance(leaf, (Tensor, np.ndarray)):
+            found[name] = leaf
+
+    walk(value, keep)
+    return found
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +115,7 @@ def first_output(output: Any) -> Tensor:
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a layer: the first tensor among the arguments of its call.
+    """The input of a layer: the first tensor among the arguments of its call, by position or by keyword.
 
     Raises:
         TdqError: There is none.
@@ -40,49 +123,41 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
-    raise TdqError("model", None, "a layer that is looked up was called without a tensor", "Leave it out")
+    raise TdqError("model", None, "a layer was called without a tensor", "Leave it out with a quant_cfg rule")
 
 
 def take(value: Any, index: int, batch: int) -> Any:
     """Sample ``index`` of a tensor with ``batch`` samples, as a batch of one; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value[index : index + 1] if value.dim() and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {k: take(v, index, batch) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(take(v, index, batch) for v in value)
-    return value
+
+    def own(name: str, leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch
+        return leaf[index : index + 1] if batched else leaf
+
+    return walk(value, own)
 
 
 def cloned(value: Any) -> Any:
     """A copy of nested data whose tensors nobody else can change."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {k: cloned(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(cloned(v) for v in value)
-    return value
+    return walk(value, lambda name, leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def layout(value: Any) -> Hashable:
     """What samples of one batch have in common: the names, the shapes and dtypes, all that is no tensor."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, dict):
-        return tuple((k, layout(v)) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(layout(v) for v in value)
-    return repr(value)
+    found: list[tuple[str, Any]] = []
+
+    def keep(name: str, leaf: Any) -> None:
+        found.append((name, (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)))
+
+    walk(value, keep)
+    return tuple(found)
 
 
 def stack(values: list[Any]) -> Any:
     """One batch of samples of one layout."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.cat(values) if first.dim() and first.shape[0] == 1 else first
-    if isinstance(first, dict):
-        return {k: stack([v[k] for v in values]) for k in first}
-    if isinstance(first, (list, tuple)):
-        return type(first)(stack(list(items)) for items in zip(*values, strict=True))
-    return first
+    leaves = [tensor_leaves(value) for value in values]
+
+    def together(name: str, leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1
+        return torch.cat([own[name] for own in leaves]) if batched else leaf
+
+    return walk(values[0], together)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.call import named_arguments
+from modelopt_tdq.export.inputs import FIXED, fixed_arguments
+from modelopt_tdq.model.call import named_arguments, tensor_leaves
 
 __all__ = ["EngineDenoiser"]
 
@@ -73,12 +74,18 @@ class EngineDenoiser(nn.Module):
         return _output_class(type(self.original))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's; arguments that are None or no tensors must be those of the export."""
-        original = self._original
-        arguments = named_arguments(original, args, kwargs)
+        """As the original's.
+
+        Raises:
+            TdqError: What is passed is not what was exported: another tensor, another size, or another value of
+                something that is no tensor and therefore is part of the graph.
+        """
+        arguments = named_arguments(self._original, args, kwargs)
         return_dict = arguments.pop("return_dict", True)
-        like = next(value for name, value in _tensors(arguments) if name != self._timestep)
-        feeds = self._feeds(dict(_tensors(arguments)), arguments)
+        tensors = tensor_leaves(arguments)
+        like = next(value for name, value in tensors.items() if name != self._timestep)
+        feeds = self._feeds(tensors, arguments)
+        self._require_fixed(arguments)
         results = self.session(feeds)
         outputs = [torch.as_tensor(results[name]).to(like.device, like.dtype) for name in self.session.outputs]
         if not return_dict:
@@ -103,6 +110,34 @@ class EngineDenoiser(nn.Module):
         shapes = getattr(self.session, "shapes", {})
         return {**self.table, **{name: self._fitted(name, tensors[name], shapes.get(name)) for name in wanted}}
 
+    def _require_fixed(self, arguments: dict[str, Any]) -> None:
+        """What is no tensor is as it was exported; left out, an argument has its default."""
+        text = getattr(self.session, "metadata", {}).get(FIXED)
+        if text is None:  # not of this package, or of an earlier version
+            return
+        exported: dict[str, Any] = json.loads(text)
+        given = fixed_arguments({name: value for name, value in arguments.items() if name != self._timestep})
+        exported.pop(self._timestep, None)
+        if given == exported:
+            return
+        defaults = fixed_arguments(
+            {n: d for n, d in self._defaults.items() if n not in (self._timestep, "return_dict")}
+        )
+        exported, given = {**defaults, **exported}, {**defaults, **given}
+        for name in sorted({*exported, *given}):
+            if exported.get(name) != given.get(name):
+                raise TdqError(
+                    name,
+                    given.get(name),
+                    f"the engine was exported with {exported.get(name)!r}, which is part of its graph",
+                    "Pass that value, or export again with sample inputs of a call like this one",
+                )
+
+    @functools.cached_property
+    def _defaults(self) -> dict[str, Any]:
+        parameters = inspect.signature(self.original.forward).parameters
+        return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
     def _fitted(self, name: str, value: Tensor, shape: tuple[Any, ...] | None) -> Tensor:
         """The time in the shape that the graph has; anything else has to fit."""
         if shape is None:
@@ -126,19 +161,6 @@ class EngineDenoiser(nn.Module):
                 "Export at this size, or with dynamic_batch=True where only the batch differs",
             )
         return value
-
-
-def _tensors(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """By the names that an export gives them: ``outer.inner`` inside a mapping."""
-    found: list[tuple[str, Tensor]] = []
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            found.append((name, value))
-        elif isinstance(value, Mapping):
-            found += [(f"{name}.{inner}", v) for inner, v in value.items() if isinstance(v, Tensor)]
-        elif isinstance(value, np.ndarray):
-            found.append((name, torch.as_tensor(value)))
-    return found
 
 
 def _output_class(denoiser: type[nn.Module]) -> Callable[..., Any]:

@@ -98,6 +98,7 @@ class OnnxRuntimeSession:
         self.inputs = {v.name: _numpy_dtype(v.type) for v in self._session.get_inputs()}
         self.shapes = {v.name: tuple(v.shape) for v in self._session.get_inputs()}
         self.outputs = [v.name for v in self._session.get_outputs()]
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name; with ``codes``, also "<quantizer>/codes" as float32."""

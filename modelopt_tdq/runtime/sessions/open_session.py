@@ -18,11 +18,16 @@ class Session(Protocol):
         inputs: Data type of each input, by name.
         shapes: Of each input; an open size is a string.
         outputs: Names, in order.
+        metadata: What the file says about itself, by key.
     """
 
     inputs: dict[str, Any]
     shapes: dict[str, tuple[Any, ...]]
     outputs: list[str]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """See the class."""
 
     def __call__(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Run once."""

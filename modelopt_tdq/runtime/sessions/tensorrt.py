@@ -52,6 +52,7 @@ class TensorRTSession:
         inputs: NumPy dtype of each input, the table's left out.
         shapes: Shape of each; an open size is its range as text, ``"1..16"``.
         outputs: Names, in order.
+        metadata: Of the ONNX file that the engine was built from, by key.
         report: The manifest; None for a trusted engine without one.
 
     Raises:
@@ -81,6 +82,7 @@ class TensorRTSession:
             engine, self._queue, backend=backend, trust=trust, plugins=plugins, lean_runtime=lean_runtime
         )
         self.report = self._loaded.report
+        self.metadata: Mapping[str, str] = {} if self.report is None else self.report.onnx_metadata
         self._describe()
         self._contexts = EngineContexts(
             self._loaded, self._queue, cuda_graph=cuda_graph, cache_file=_cache_file(Path(engine), runtime_cache)
