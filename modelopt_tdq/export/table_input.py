@@ -48,7 +48,7 @@ __all__ = [
 #: Names of the inputs, and of their open dimension.
 TABLE_INPUT, EDGES_INPUT, ROWS = "tdq_table", "tdq_edges", "tdq_rows"
 
-_METADATA = "modelopt_tdq.core.table"
+_METADATA = "modelopt_tdq.table"
 _SCHEMA = 1
 
 _Array = np.ndarray[Any, np.dtype[np.float32]]

@@ -51,6 +51,8 @@ class CurrentTimestep:
         self.position = position
         #: Intervals of the last call in training mode, for penalties on them.
         self.last_intervals: Tensor | None = None
+        #: Whether the calls in progress are tried out, and are nobody's data.
+        self.aside = False
         # of the innermost call in flight in each thread: value, intervals, and outer, the same of the call around it
         self._in_flight = threading.local()
         self._finished: list[weakref.ref[_Finished]] = []

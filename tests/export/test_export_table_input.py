@@ -116,7 +116,7 @@ def _tiny(**changes: Any) -> onnx.ModelProto:
     description = {"schema": 1, "names": ["q"], "columns": [column], "num_bits": {"q": 8}, "zero_has_a_code": []}
     proto = onnx.ModelProto()
     entry = proto.metadata_props.add()
-    entry.key, entry.value = "modelopt_tdq.core.table", json.dumps({**description, **changes})
+    entry.key, entry.value = "modelopt_tdq.table", json.dumps({**description, **changes})
     return proto
 
 
