@@ -12,7 +12,7 @@ from modelopt_tdq.errors import TdqError
 __all__ = ["KIND", "SCHEMA_VERSION", "load_results"]
 
 SCHEMA_VERSION = 1
-KIND = "modelopt_tdq.lab.demo"
+KIND = "modelopt_tdq.demo"
 
 _REQUIRED = ("rows", "timesteps", "settings", "machine", "versions", "created", "command", "notes", "figures")
 

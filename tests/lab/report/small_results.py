@@ -37,7 +37,7 @@ def results(folder: Path) -> dict[str, Any]:
     (folder / "plot.png").write_bytes(PNG)
     return {
         "schema_version": 1,
-        "kind": "modelopt_tdq.lab.demo",
+        "kind": "modelopt_tdq.demo",
         "created": "2026-01-01T00:00:00+00:00",
         "command": "modelopt-tdq demo",
         "machine": {"cpu": "A & B <cpu>", "cores": 2, "system": "Linux x86_64", "python": "3.11"},
