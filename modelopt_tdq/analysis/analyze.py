@@ -9,6 +9,8 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.utils import unwrap_model
+from modelopt.torch.utils.distributed import is_dtensor_sharded
 from torch import nn
 
 from modelopt_tdq.analysis.headroom import LayerHeadroom, headroom, median
@@ -19,6 +21,7 @@ from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.protect import Columns, install, prediction_error
 from modelopt_tdq.config import TdqCalibConfig, make_config
 from modelopt_tdq.core.metrics import decibels
+from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
 
 __all__ = ["Analysis", "analyze"]
@@ -116,8 +119,31 @@ def analyze(
             "algorithm", algorithm, "not the tdq algorithm", "Use a config of modelopt_tdq, such as TDQ_CONFIG"
         )
     settings = TdqCalibConfig(**{**algorithm, "progress": progress})
-    copied = copy.deepcopy(model).eval()
-    mtq.quantize(copied, {"quant_cfg": config["quant_cfg"], "algorithm": None})
+    with together("analyze"):
+        return _analyzed(_copy(model), forward_loop, config["quant_cfg"], settings, target, probes)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    if is_dtensor_sharded(model):
+        raise TdqError(
+            "model",
+            type(model).__name__,
+            "its parameters are spread over processes, and such a model cannot be copied",
+            "Analyze it before `fully_shard`",
+        )
+    return copy.deepcopy(unwrap_model(model, force_unwrap=True)).eval()
+
+
+def _analyzed(
+    copied: nn.Module,
+    forward_loop: Callable[[nn.Module], Any],
+    rules: list[dict[str, Any]],
+    settings: TdqCalibConfig,
+    target: float | None,
+    probes: int,
+) -> Analysis:
+    progress = settings.progress
+    mtq.quantize(copied, {"quant_cfg": rules, "algorithm": None})
     calibration = collect(copied, forward_loop, settings)
     times, quantizers = calibration.times, calibration.quantizers
     fit, judge = (
@@ -136,14 +162,13 @@ def analyze(
     for name, variant in variants.items():
         install(quantizers, rows, variant, device)
         noise = prediction_error(copied, calibration.replay, times, references, f"{name} scales", progress)
-        sqnr_db[name] = tuple(
-            decibels(float(references[row].double().square().sum()), float(error.sum())) for row, error in noise.items()
-        )
+        powers = [sums.sum(0).tolist() for sums in noise.values()]
+        sqnr_db[name] = tuple(decibels(signal, error) for error, signal in powers)
     found: dict[str, list[LayerSensitivity]] = {}
     proposals: dict[str, Proposal] = {}
     chosen = sorted({round(i * (len(times) - 1) / max(probes - 1, 1)) for i in range(probes)})
     if probes:
-        probe = Probe(copied, [call for row, call in calibration.replay.batches(times) if row in chosen])
+        probe = Probe(copied, [batch for batch in calibration.replay.batches(times) if batch.row in chosen], chosen)
         for name in ("static", "temporal"):
             install(quantizers, rows, variants[name], device)
             found[name] = sensitivity(probe, progress, f"sensitivity, {name}", found.get("static", []))

@@ -13,9 +13,11 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modelopt_tdq.core.distributed import all_reduce
 from modelopt_tdq.core.metrics import decibels
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.replay_ranks import Batch
 
 __all__ = ["LayerSensitivity", "Probe", "Proposal", "propose", "sensitivity"]
 
@@ -67,15 +69,27 @@ class Probe:
 
     Args:
         model: Quantized and calibrated.
-        calls: Keyword arguments of one call per time.
+        batches: Of this process; their rows are in ``rows``.
+        rows: [T] rows of the times; the same in all processes.
+
+    Attributes:
+        energy: [T] float64, of the full-precision outputs; summed over processes, as all that is measured here.
     """
 
-    def __init__(self, model: nn.Module, calls: Iterable[dict[str, Any]]) -> None:
-        self.model = model
-        self.calls = list(calls)
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], rows: Sequence[int]) -> None:
+        self.model, self.rows = model, list(rows)
+        self._batches = list(batches)
         with full_precision(model), torch.no_grad():
-            self.references: list[Tensor] = [first_output(model(**call)).float() for call in self.calls]
-        self.energy = torch.stack([r.double().square().sum() for r in self.references])
+            self._references: list[Tensor] = [first_output(model(**batch.call)).float() for batch in self._batches]
+        self.energy = self._summed(self._references)
+
+    def _summed(self, values: Iterable[Tensor]) -> Tensor:
+        """[T] float64 sum of squares at each time."""
+        total = torch.zeros(len(self.rows), dtype=torch.float64)
+        for batch, value in zip(self._batches, values, strict=True):
+            if batch.counts:
+                total[self.rows.index(batch.row)] = value.double().square().sum().cpu()
+        return all_reduce(total, "sum")
 
     @contextmanager
     def only(self, enabled: Callable[[str], bool]) -> Iterator[None]:
@@ -94,8 +108,8 @@ class Probe:
     def noise(self) -> Tensor:
         """[T] float64 squared error of the output at each time, with the quantizers as they are."""
         with torch.no_grad():
-            outputs = [first_output(self.model(**call)).float() for call in self.calls]
-        return torch.stack([(o - r).double().square().sum() for o, r in zip(outputs, self.references, strict=True)])
+            outputs = [first_output(self.model(**batch.call)).float() for batch in self._batches]
+        return self._summed([o - r for o, r in zip(outputs, self._references, strict=True)])
 
     def sqnr_db(self, noise: Tensor) -> tuple[float, ...]:
         """[T] in dB."""
@@ -134,7 +148,7 @@ def sensitivity(
                 found_db.append(weight_db[layer])
                 continue
             if not chosen:
-                found_db.append((math.inf,) * len(probe.calls))
+                found_db.append((math.inf,) * len(probe.rows))
                 continue
             with probe.only(chosen.__contains__):
                 found_db.append(probe.sqnr_db(probe.noise()))

@@ -14,6 +14,7 @@ from modelopt_tdq.calibration.collect import collect
 from modelopt_tdq.calibration.columns import columns
 from modelopt_tdq.calibration.protect import Columns, install, protected_rows
 from modelopt_tdq.config import TdqCalibConfig
+from modelopt_tdq.core.together import together
 from modelopt_tdq.model.learning import forget_learning
 from modelopt_tdq.model.select import temporal_names
 from modelopt_tdq.model.snapshot import restored_on_error
@@ -38,14 +39,15 @@ def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | N
 
     Raises:
         TdqError: ``forward_loop`` is missing, never runs, visits a single time, or meets NaN or infinity;
-            a field, pattern or number format cannot be used. The model is left as it was.
+            a field, pattern or number format cannot be used; or it failed in another process (see
+            :func:`modelopt_tdq.core.together.together`). The model is left as it was.
     """
-    known = {name: value for name, value in fields.items() if name in TdqCalibConfig.model_fields}
-    config = TdqCalibConfig(**known)
     if forward_loop is None and isinstance(model, QuantModule):
         warnings.warn(_LONE_LAYER, stacklevel=2)
         return
-    with restored_on_error(model):
+    known = {name: value for name, value in fields.items() if name in TdqCalibConfig.model_fields}
+    with restored_on_error(model), together("tdq"):
+        config = TdqCalibConfig(**known)
         forget_learning(model)
         calibration = collect(model, forward_loop, config)
         follow = temporal_names(config.temporal, list(calibration.quantizers))

@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
 from modelopt_tdq.calibration.choose import Evidence
+from modelopt_tdq.calibration.others import load_amax
 from modelopt_tdq.calibration.output_error import output_curves
-from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics
+from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics, too_many_times
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import TdqCalibConfig
-from modelopt_tdq.core.distributed import together, union
+from modelopt_tdq.core.distributed import agreed, gather, union
+from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.quantizer import TemporalQuantizer
@@ -64,6 +66,7 @@ def _run(
 
         def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             nonlocal calls
+            check()
             calls += 1
             bar.update()
 
@@ -81,13 +84,12 @@ def _run(
                 handle.remove()
             for quantizer in calibrated:
                 quantizer.disable_calib()
-    if not calls:
+    if not any(gather(calls)):
         raise TdqError(
             "forward_loop", forward_loop, "it never called the model", "Call the model on calibration data in it"
         )
-    for quantizer in others:
-        if quantizer._calibrator is not None and quantizer._calibrator.compute_amax() is not None:
-            quantizer.load_calib_amax()
+    load_amax(model, others)
+    replay.agree()
     return replay
 
 
@@ -115,6 +117,7 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
             "forward_loop", None, "time-dependent scales need calibration data", "Pass a forward_loop to mtq.quantize"
         )
     per_tensor, others = activation_quantizers(model)
+    _require_the_same(model, config)
     temporal_names(config.temporal, list(per_tensor))
     timestep = deliver_timestep(model, config.timestep_argument)
     calibrate_weights(model, config.weights)
@@ -122,10 +125,10 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
     statistics = {name: StepStatistics(name, timestep, config.max_steps) for name in per_tensor}
     for name, quantizer in per_tensor.items():
         quantizer._calibrator = statistics[name]
-    with together():
-        replay = _run(model, forward_loop, timestep, config, statistics, others)
-    replay.agree()
+    replay = _run(model, forward_loop, timestep, config, statistics, others)
     times = union(set().union(*(s.times for s in statistics.values())))
+    if len(times) > config.max_steps:
+        raise too_many_times(config.max_steps)
     if len(times) < 2 and config.bins != 1:
         raise TdqError(
             "forward_loop",
@@ -146,6 +149,13 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
             evidence[name] = replace(evidence[name], curves=curves)
     return Calibration(quantizers, times, evidence, replay)
+
+
+def _require_the_same(model: nn.Module, config: TdqCalibConfig) -> None:
+    """All processes calibrate the same quantizers in the same way."""
+    agreed("algorithm", config.model_dump(exclude={"progress", "expected_calls"}))
+    enabled = {n: m for n, m in model.named_modules() if isinstance(m, TensorQuantizer) and m.is_enabled}
+    agreed("quant_cfg", {name: (q.num_bits, q.axis, q.block_sizes) for name, q in enabled.items()})
 
 
 def _activation_evidence(

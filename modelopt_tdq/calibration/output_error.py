@@ -14,7 +14,7 @@ from tqdm import tqdm
 from modelopt_tdq.calibration.candidates import ErrorCurves, affine_offset, symmetric_scale
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.pooling import smoothing_pooling
-from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.core.distributed import all_reduce, processes
 from modelopt_tdq.core.fake_quant import code_range, fake_quantize
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
@@ -64,6 +64,7 @@ class _Probe:
         self.error = torch.zeros(rows, len(self.scale), dtype=torch.float64)
         self.energy = torch.zeros(rows, dtype=torch.float64)
         self.row = 0
+        self.counts = True
         self._busy = False
 
     @contextmanager
@@ -85,9 +86,12 @@ class _Probe:
         self._busy = True
         try:
             x, y = self.layer.input_quantizer(args[0]), first_output(output)
-            self.energy[self.row] += float(y.double().square().sum())
+            if self.counts:
+                self.energy[self.row] += float(y.double().square().sum())
             scale, offset = self.scale.to(x.device), self.offset.to(x.device)
             chunk = max(1, _PROBE_ELEMENTS // max(x.numel(), y.numel()))
+            if processes() > 1:
+                chunk = 1  # as many calls of the layer in all, whatever the batch: they may communicate
             shape = (-1,) + (1,) * x.dim()
             with self._quantized_weights_only():
                 for start in range(0, len(scale), chunk):
@@ -97,7 +101,8 @@ class _Probe:
                     )
                     result = first_output(self.layer(candidates.flatten(0, 1), *args[1:]))
                     error = (result.reshape(-1, *y.shape) - y).float().square().flatten(1).sum(1)
-                    self.error[self.row, part] += error.double().cpu()
+                    if self.counts:
+                        self.error[self.row, part] += error.double().cpu()
         finally:
             self._busy = False
 
@@ -135,10 +140,10 @@ def output_curves(
     try:
         with full_precision(model), torch.no_grad():
             bar = tqdm(replay.batches(times), "output error", len(times), disable=not progress, unit="step")
-            for row, call in bar:
+            for batch in bar:
                 for probe in probes.values():
-                    probe.row = row
-                model(**call)
+                    probe.row, probe.counts = batch.row, batch.counts
+                model(**batch.call)
     finally:
         for handle in handles:
             handle.remove()

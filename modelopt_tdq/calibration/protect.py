@@ -8,15 +8,17 @@ one by one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.core.distributed import all_reduce
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.replay_ranks import all_samples
 
 __all__ = ["Columns", "install", "prediction_error", "protected_rows"]
 
@@ -41,29 +43,31 @@ def prediction_error(
     """Squared error of the model's output against ``references``, which is filled where empty.
 
     Returns:
-        By row, [n] float64: one number per replayed sample.
+        By row, [n, 2] float64 on the CPU: for each replayed sample of any process, the squared error and what of the
+        reference is squared; the same in all processes.
     """
-    error = {}
+    found: dict[int, tuple[Sequence[float], Tensor]] = {}
     with torch.no_grad():
-        for row, call in tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step"):
-            if row not in references:
+        for batch in tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step"):
+            if batch.row not in references:
                 with full_precision(model):
-                    references[row] = first_output(model(**call)).float()
-            difference = first_output(model(**call)).float() - references[row]
-            error[row] = difference.flatten(1).double().square().sum(1).cpu()
-    return error
+                    references[batch.row] = first_output(model(**batch.call)).float()
+            reference = references[batch.row]
+            difference = first_output(model(**batch.call)).float() - reference
+            if batch.counts:
+                powers = [value.flatten(1).double().square().sum(1) for value in (difference, reference)]
+                found[batch.row] = batch.order, torch.stack(powers, 1)
+    return all_samples(found)
 
 
 def _convincing(static: dict[int, Tensor], temporal: dict[int, Tensor], rows: int) -> Tensor:
     """[K] bool: the mean error falls by more than its standard error over the samples."""
-    sums = torch.zeros(rows, 3, dtype=torch.float64)
+    convincing = torch.zeros(rows, dtype=torch.bool)
     for row, error in static.items():
-        gain = error - temporal[row]
-        sums[row] = torch.stack([torch.tensor(float(len(gain))), gain.sum(), gain.square().sum()])
-    number, total, squares = all_reduce(sums, "sum").unbind(1)
-    mean = total / number.clamp(min=1.0)
-    variance = (squares / number.clamp(min=1.0) - mean.square()).clamp(min=0.0)
-    return mean > (variance / (number - 1.0).clamp(min=1.0)).sqrt()
+        gain = error[:, 0] - temporal[row][:, 0]
+        variance = (gain.square().mean() - gain.mean().square()).clamp(min=0.0)
+        convincing[row] = gain.mean() > (variance / max(len(gain) - 1, 1)).sqrt()
+    return convincing
 
 
 def protected_rows(

@@ -18,7 +18,7 @@ from modelopt_tdq.core.distributed import all_reduce
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import CurrentTimestep
 
-__all__ = ["BINS", "ActivationStatistics", "StepStatistics"]
+__all__ = ["BINS", "ActivationStatistics", "StepStatistics", "too_many_times"]
 
 #: Bins of a histogram, half of them on each side of zero.
 BINS = 2048
@@ -105,6 +105,16 @@ class ActivationStatistics:
         return counts, float(self.width.max())
 
 
+def too_many_times(max_steps: int) -> TdqError:
+    """What is raised where one calibration visits more."""
+    return TdqError(
+        "max_steps",
+        max_steps,
+        "forward_loop visits more different times than this",
+        "Calibrate on the times of a sampling schedule, or raise `max_steps`",
+    )
+
+
 class StepStatistics(_Calibrator):  # type: ignore[misc]
     """ModelOpt calibrator that keeps one histogram per time; memory is times x BINS, whatever the number of samples."""
 
@@ -164,12 +174,7 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
         row = self._rows.get(time)
         if row is None:
             if len(self._rows) == self._max_steps:
-                raise TdqError(
-                    "max_steps",
-                    self._max_steps,
-                    "forward_loop visits more different times than this",
-                    "Calibrate on the times of a sampling schedule, or raise `max_steps`",
-                )
+                raise too_many_times(self._max_steps)
             row = self._rows[time] = _Row(exponent, torch.zeros(BINS, dtype=torch.float64, device=x.device), low, high)
         row.widen(exponent)
         # not in place: a loop may run in torch.inference_mode at one time and outside of it at another

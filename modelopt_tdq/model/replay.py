@@ -11,16 +11,19 @@ import copy
 import heapq
 import inspect
 import itertools
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.core.distributed import gather
+from modelopt_tdq.core.distributed import gather, rank
+from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.call import cloned, layout, stack, take
+from modelopt_tdq.model.replay_ranks import Batch, at_time, largest_group
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["Replay"]
@@ -50,6 +53,9 @@ class Replay:
         self._signature = inspect.signature(model.forward)
         self._heaps: dict[float, list[_Sample]] = defaultdict(list)
         self._order = itertools.count()
+        self._kept: dict[float, list[float]] = {}
+        self._spare: dict[float, dict[str, Any]] = {}
+        self._counts = True
         unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
         self._unnamed = [name for name, p in self._signature.parameters.items() if p.kind in unnamed]
 
@@ -86,22 +92,34 @@ class Replay:
         return arguments
 
     def agree(self) -> None:
-        """Keep, over all processes of torch.distributed, what one process that saw all samples would have kept."""
-        priorities: dict[float, list[float]] = defaultdict(list)
-        for other in gather({time: [priority for priority, _, _ in heap] for time, heap in self._heaps.items()}):
-            for time, values in other.items():
-                priorities[time] += values
-        for time, heap in self._heaps.items():
-            least = heapq.nlargest(self._limit, priorities[time])[-1]
-            self._heaps[time] = [item for item in heap if item[0] >= least]
+        """Keep, over all processes of torch.distributed, what one process that saw all samples would have kept.
+
+        Of processes that saw the very same samples, as those of tensor and context parallelism do, the first counts.
+        """
+        self._spare = {time: self._sorted(time)[0][2] for time in self.times}
+        everyone = gather({time: [priority for priority, _, _ in self._sorted(time)] for time in self.times})
+        self._counts = everyone.index(everyone[rank()]) == rank()
+        distinct = [other for number, other in enumerate(everyone) if everyone.index(other) == number]
+        for time in set().union(*distinct):
+            priorities = sorted((p for other in distinct for p in other.get(time, [])), reverse=True)
+            self._kept[time] = priorities[: self._limit]
+        for time in self.times:
+            self._heaps[time] = [item for item in self._heaps[time] if item[0] >= self._kept[time][-1]]
+
+    def _sorted(self, time: float) -> list[_Sample]:
+        return sorted(self._heaps.get(time, []), key=lambda item: item[:2], reverse=True)
 
     def halves(self) -> tuple[Replay, Replay]:
-        """Two disjoint halves of the samples of every time: to fit on one and to judge on the other."""
+        """Two disjoint halves of every time's samples, over all processes: to fit on one and to judge on the other."""
         pair = copy.copy(self), copy.copy(self)
-        for number, half in enumerate(pair):
-            half._heaps = defaultdict(
-                list, {t: sorted(heap, key=lambda item: item[:2])[number::2] for t, heap in self._heaps.items()}
-            )
+        for half in pair:
+            half._heaps = defaultdict(list)
+        for time in self.times:
+            samples = self._sorted(time)[::-1]
+            everyone = sorted(self._kept.get(time, [item[0] for item in samples]))
+            for number, item in enumerate(samples):
+                equal = sum(other[0] == item[0] for other in samples[:number])
+                pair[(bisect_left(everyone, item[0]) + equal) % 2]._heaps[time].append(item)
         return pair
 
     def _require_names(self) -> None:
@@ -120,29 +138,40 @@ class Replay:
             TdqError: As :meth:`batches`.
         """
         self._require_names()
-        return [sample for _, _, sample in sorted(self._heaps.get(time, []), key=lambda item: item[:2], reverse=True)]
+        return [sample for _, _, sample in self._sorted(time)]
 
     @property
     def times(self) -> list[float]:
         """Those that have samples, ascending."""
         return sorted(time for time, heap in self._heaps.items() if heap)
 
-    def batches(self, times: list[float]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(row, keyword arguments of one call) for each time that has samples, in order.
+    def batches(self, times: list[float]) -> Iterator[Batch]:
+        """One call of the model for each time at which any process has samples, in order.
 
         Samples that do not fit into one batch (other shapes, other flags) are left out: the largest group stays.
+        Every process that saw a call in :meth:`record` makes one call per such time; see
+        :mod:`modelopt_tdq.model.replay_ranks`. One that saw none makes none: the model ran without it already.
 
         Raises:
             TdqError: The model's forward takes arguments that cannot be passed by name.
         """
         self._require_names()
-        for row, time in enumerate(times):
-            groups: dict[Hashable, list[dict[str, Any]]] = defaultdict(list)
-            for sample in self.samples(time):
-                groups[layout(sample)].append(sample)
-            if groups:
-                samples = max(groups.values(), key=len)
-                yield row, {k: stack([sample[k] for sample in samples]) for k in samples[0]}
+        groups: list[dict[str, list[_Sample]]] = []
+        for time in times:
+            groups.append(defaultdict(list))
+            for item in self._sorted(time):
+                groups[-1][repr(layout(item[2]))].append(item)
+        orders = [{name: [item[0] for item in group] for name, group in row.items()} for row in groups]
+        largest = largest_group(orders if self._counts else [{} for _ in times])
+        for row, (time, name) in enumerate(zip(times, largest, strict=True)):
+            check()
+            samples = [] if name is None else groups[row].get(name, [])
+            if samples:
+                call = {k: stack([sample[k] for _, _, sample in samples]) for k in samples[0][2]}
+                yield Batch(row, call, tuple(orders[row][name]) if self._counts and name is not None else ())
+            elif name is not None and self._spare:
+                nearest = min(self._spare, key=lambda other: abs(other - time))
+                yield Batch(row, at_time(self._spare[nearest], self._timestep.argument, time), ())
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:

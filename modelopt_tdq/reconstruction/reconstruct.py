@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
-from modelopt_tdq.core.distributed import gather
+from modelopt_tdq.core.distributed import processes
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.select import activation_quantizers
 from modelopt_tdq.model.snapshot import restored_on_error
@@ -54,7 +54,7 @@ def tdq_reconstruct(model: nn.Module, forward_loop: Callable[[nn.Module], Any] |
     """
     known = {name: value for name, value in fields.items() if name in TdqReconstructConfig.model_fields}
     config = TdqReconstructConfig(**known)
-    if len(gather(None)) > 1:
+    if processes() > 1:
         raise TdqError(
             "method", config.method, "it runs in one process", "Run it before torch.distributed is initialised"
         )

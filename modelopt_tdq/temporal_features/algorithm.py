@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from modelopt.torch.utils.distributed import is_dtensor_sharded
 from torch import nn
 
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
 from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.core.distributed import broadcast, gather
+from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.recording import recorded_calls
 from modelopt_tdq.model.snapshot import restored_on_error
@@ -33,7 +36,14 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
             as it was.
     """
     config = TdqTemporalConfig(**{name: v for name, v in fields.items() if name in TdqTemporalConfig.model_fields})
-    with restored_on_error(model):
+    with restored_on_error(model), together("tdq_temporal"):
+        if is_dtensor_sharded(model):
+            raise TdqError(
+                "model",
+                type(model).__name__,
+                "its parameters are spread over processes, and its temporal layers cannot run by themselves",
+                "Maintain temporal features before `fully_shard`",
+            )
         if has_features(model):
             uninstall_features(model)
         call: dict[str, Any] = {}
@@ -52,9 +62,11 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
         else:
             with torch.no_grad():
                 loop(model)
-        if not call:
+        called = [rank for rank, seen in enumerate(gather(bool(call))) if seen]
+        if not called:
             raise TdqError(
                 "forward_loop", forward_loop, "it never called the model", "Call the model on calibration data in it"
             )
+        call = broadcast(call, called[0])  # all find the same features, and compute the same
         with torch.inference_mode(False):  # tensors made in inference mode cannot be learned on
             maintain(model, call, config)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
 from modelopt_tdq.calibration.pooling import uniform_bins
 from modelopt_tdq.core.fake_quant import code_range
+from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.dynamic import DYNAMIC, DynamicIntervals
 from modelopt_tdq.model import select
@@ -47,7 +48,7 @@ def tdq_qat(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = 
             as it was.
     """
     config = TdqQatConfig(**{name: value for name, value in fields.items() if name in TdqQatConfig.model_fields})
-    with restored_on_error(model):
+    with restored_on_error(model), together("tdq_qat"):
         tdq_calibrate(model, forward_loop, **calibration_fields(config))
         learn_scales(model, config)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.models import TIMES, TinyDenoiser, calls, fast_config, loop, noise, quantized
-from torch import nn
+from support.processes import results
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
+from modelopt_tdq.calibration import output_error
+from modelopt_tdq.core import together
+
+Data = Sequence[tuple[Tensor, Tensor]]
+
+_OUTPUT = {"statistic": "output", "protect_steps": True, "replay_samples": 3}
 
 _CONFIGS: dict[str, dict[str, Any]] = {
     "max": {"statistic": "max"},
@@ -22,94 +32,327 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "percentile": {"statistic": "percentile", "percentile": 99.0},
     "entropy": {"statistic": "entropy"},
     "offset": {"statistic": "mse", "asymmetric": True},
-    "output": {"statistic": "output", "protect_steps": True, "replay_samples": 3},
+    "output": _OUTPUT,
 }
 
 
-class Sometimes(TinyDenoiser):
-    """Runs one of its layers only for samples of a large mean: one process may never see it run."""
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        if float(sample.mean()) > 5:
-            self.conv2(torch.nn.functional.pad(sample, (0, 0, 0, 0, 0, 5)))
-        return super().forward(sample, timestep)
-
-
-def _share(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Six samples at each of four times; the last time is seen by the second process alone."""
+def _share(rank: int) -> Data:
+    """Six samples at each of four times; the last time is seen by the second process alone. All of it for -1."""
     everything = calls(samples=6, batch=2)
     first = [call for i, call in enumerate(everything) if i % 3 == 0 and float(call[1]) != TIMES[-1]]
     second = [call for call in everything if not any(call is other for other in first)]
     return {0: first, 1: second, -1: everything}[rank]
 
 
-def _calibrated(rank: int, **fields: Any) -> dict[str, Any]:
-    table = tdq.scale_table(quantized(data=_share(rank), **fields))
+def _in_step(rank: int) -> Data:
+    """As many calls in both processes, at other times: the second has four, the first, three of them. All for -1."""
+    shares = [calls(4, 2, TIMES[:3], seed=50), calls(3, 2, TIMES[1:], seed=70)]
+    return [*shares[0], *shares[1]] if rank < 0 else shares[rank]
+
+
+class InStep(TinyDenoiser):
+    """Its forward communicates, as that of sharded models does: what a call adds may depend on the other's call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixes = False
+        self.times: list[float] = []
+
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        self.times.append(float(torch.as_tensor(timestep).flatten()[0]))
+        if together.active():
+            total = sample.clone() if self.mixes else torch.zeros(1)
+            dist.all_reduce(total)
+            sample = total / dist.get_world_size() if self.mixes else sample
+        return super().forward(sample, timestep, context)
+
+
+def _columns(model: nn.Module) -> dict[str, Any]:
+    table = tdq.scale_table(model)
     return {"timesteps": table.timesteps, "scale": table.scale, "offset": table.offset, "names": table.names}
 
 
-def _broken_in_second(rank: int) -> str:
-    data = _share(rank)
-    if rank == 1:
-        data[1] = (torch.full_like(data[1][0], torch.nan), data[1][1])
-    try:
-        quantized(data=data)
-    except TdqError as error:
-        return error.problem
-    return "calibrated"
+def _calibrated(rank: int, **fields: Any) -> dict[str, Any]:
+    return _columns(quantized(data=_share(rank), **fields))
 
 
-def _layer_in_second(rank: int) -> tuple[str, ...]:
-    data = _share(rank)
-    if rank == 1:
-        data.append((torch.full((1, 3, 8, 8), 9.0), torch.tensor(TIMES[0])))
+def _communicating(rank: int, mixes: bool = False, **fields: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = InStep().eval()
+    model.mixes = mixes
+    quantized(model, calls(6) if mixes else _in_step(rank), **{**_OUTPUT, **fields})
+    return {**_columns(model), "times": model.times}
 
-    class Lonely(Sometimes):
-        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+
+def _others(rank: int) -> dict[str, Any]:
+    """ModelOpt's own quantizers: per channel, and one that only the second process runs."""
+
+    class Sometimes(TinyDenoiser):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+            if float(sample.mean()) > 5:
+                self.conv2(torch.nn.functional.pad(sample, (0, 0, 0, 0, 0, 5)))
+            return self.conv1(torch.nn.functional.pad(sample, (0, 0, 0, 0, 0, 5)))
+
+    data = [*_share(rank), (torch.full((1, 3, 8, 8), 9.0), torch.tensor(TIMES[0]))][: None if rank else -1]
+    config = fast_config()
+    config["quant_cfg"].append({"quantizer_name": "*conv2.input_quantizer", "cfg": {"num_bits": 8, "axis": 1}})
+    torch.manual_seed(0)
+    sometimes = mtq.quantize(Sometimes().eval(), config, loop(data))
+    config["quant_cfg"].append({"quantizer_name": "*mix.input_quantizer", "cfg": {"num_bits": 8, "axis": -1}})
+    torch.manual_seed(0)
+    always = mtq.quantize(TinyDenoiser().eval(), config, loop(_share(rank)))
+    return {
+        "sometimes": sometimes.conv2.input_quantizer.amax,
+        "conv2": always.conv2.input_quantizer.amax,
+        "mix": always.mix.input_quantizer.amax,
+    }
+
+
+def _smoothed(rank: int) -> dict[str, Any]:
+    config = fast_config()
+    config["algorithm"] = ["smoothquant", config["algorithm"]]
+    torch.manual_seed(0)
+    model = mtq.quantize(TinyDenoiser().eval(), config, loop(_share(rank)))
+    return {**_columns(model), "pre_quant_scale": model.mix.input_quantizer.pre_quant_scale}
+
+
+def _layer_in_second(rank: int) -> dict[str, Any]:
+    """A layer that one process never runs."""
+    data = [*_share(rank), (torch.full((1, 3, 8, 8), 9.0), torch.tensor(TIMES[0]))][: None if rank else -1]
+
+    class Lonely(TinyDenoiser):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
             hidden = torch.nn.functional.pad(sample, (0, 0, 0, 0, 0, 5))
             return self.conv2(hidden) if float(sample.mean()) > 5 else self.conv1(hidden)
 
     torch.manual_seed(0)
-    model = mtq.quantize(Lonely().eval(), fast_config(), loop(data))
-    return tdq.scale_table(model).names
+    return _columns(mtq.quantize(Lonely().eval(), fast_config(), loop(data)))
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found: dict[str, Any] = {name: _calibrated(rank, **fields) for name, fields in _CONFIGS.items()}
-    found["broken in second"] = _broken_in_second(rank)
-    found["layer in second"] = _layer_in_second(rank)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _without_data(rank: int) -> dict[str, Any]:
+    """The first process has none."""
+    return _columns(quantized(data=[] if rank == 0 else _share(-1), **_OUTPUT))
+
+
+def _analyzed(rank: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    found = tdq.analyze(
+        InStep().eval(), loop(_in_step(rank)), fast_config(**_OUTPUT), target=44.0, probes=4, progress=False
+    )
+    return {
+        "db": torch.tensor([found.static_db, found.temporal_db, found.max_db]),
+        "headroom": {layer.name: torch.tensor([layer.loss_db, layer.sqnr_db]) for layer in found.layers},
+        "sensitivity": {s.name: torch.tensor([s.activation_db, s.weight_db]) for s in found.sensitivity["temporal"]},
+        "proposal": found.proposals["static"].layers,
+    }
+
+
+def _two_sizes(rank: int) -> dict[str, Any]:
+    """The first process has more samples of one size, both together have more of the other."""
+    small, large = calls(samples=3, batch=1), calls(samples=5, batch=1)
+    small = [(sample[..., :4, :4], time) for sample, time in small]
+    shares = [[*small, *calls(samples=2, batch=1)], large[2:5] + large[7:10] + large[12:15] + large[17:20]]
+    data = [*small, *large] if rank < 0 else shares[rank]
+    return _columns(quantized(data=data, **{**_OUTPUT, "replay_samples": 20}))
+
+
+def _temporal(rank: int) -> dict[str, Any]:
+    """The first process has no data."""
+    config = fast_config(method="tdq_temporal", iterations=3)
+    torch.manual_seed(0)
+    model = mtq.quantize(TinyDenoiser().eval(), config, loop([] if rank == 0 else _share(-1)))
+    return {"output": model(noise(2, 3, 8, 8), torch.tensor(TIMES[1])), "features": model.time_embedding.state_dict()}
+
+
+def _parallel(rank: int) -> dict[str, Any]:
+    """The wrapper is what the user has: it is quantized, and called."""
+    torch.manual_seed(0)
+    model = TinyDenoiser().eval()
+    parallel = DistributedDataParallel(model) if rank >= 0 else model
+    mtq.quantize(parallel, fast_config(**_OUTPUT), loop(_in_step(rank)))
+    time, x = torch.tensor(TIMES[1]), noise(2, 3, 8, 8)
+    return {**_columns(model), "output": parallel(x, time) + model(x, time)}
+
+
+def _sharded(rank: int, first: bool, data: Callable[[int], Data] = _in_step) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = TinyDenoiser().eval()
+    config = fast_config(**{**_OUTPUT, "weights": "mse"})
+    if rank >= 0 and first:
+        fully_shard(model)
+    mtq.quantize(model, {**config, "algorithm": None})
+    if rank >= 0 and not first:
+        fully_shard(model.conv2)  # its own calls communicate
+        fully_shard(model)
+    mtq.calibrate(model, config["algorithm"], loop(data(rank)))
+    return {**_columns(model), "output": model(noise(2, 3, 8, 8), torch.tensor(TIMES[1]))}
+
+
+_SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
+    **{name: functools.partial(_calibrated, **fields) for name, fields in _CONFIGS.items()},
+    "communicating, 1 sample": functools.partial(_communicating, replay_samples=1),
+    "communicating, 3 samples": _communicating,
+    "communicating, all samples": functools.partial(_communicating, replay_samples=20),
+    "the same samples in both": functools.partial(_communicating, mixes=True),
+    "quantizers of ModelOpt": _others,
+    "smoothquant": _smoothed,
+    "a layer in one only": _layer_in_second,
+    "no data in one": _without_data,
+    "two sizes": _two_sizes,
+    "temporal features": _temporal,
+    "data parallel": _parallel,
+    "sharded, then quantized": functools.partial(_sharded, first=True),
+    "quantized, then sharded": functools.partial(_sharded, first=False),
+}
+
+
+class Failing(TinyDenoiser):
+    """Raises at one of its calls."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("tired")
+        return super().forward(sample, timestep)
+
+
+def _failures(rank: int) -> dict[str, str]:
+    """By what goes wrong in the second process, or in both, what each says, and whether its model is as it was."""
+    few, many = calls(times=TIMES[:2]), 10**9
+    broken = [(torch.full_like(few[0][0], torch.nan), few[0][1]), *few[1:]]
+    cases: dict[str, tuple[int, Data, dict[str, Any]]] = {
+        "NaN": (many, broken if rank else few, {}),
+        "in the loop": (2 if rank else many, few, {}),
+        "output error": (len(few) + 1 if rank else many, few, _OUTPUT),
+        "protection": (len(few) + 4 if rank else many, few, _OUTPUT),
+        "no data in any": (many, [], {}),
+        "too many times together": (many, calls(times=TIMES[2 * rank : 2 * rank + 2]), {"max_steps": 3}),
+        "other settings": (many, few, {"statistic": "max" if rank else "mse"}),
+        "other quantizers": (many, few, {}),
+        "other sizes": (many, [(sample[..., : 8 - 2 * rank], time) for sample, time in few], {}),
+    }
+    found = {}
+    for name, (after, data, fields) in cases.items():
+        config = fast_config(**fields)
+        if name == "other quantizers" and rank:
+            config["quant_cfg"].append({"quantizer_name": "conv1.input_quantizer", "enable": False})
+        if name == "other sizes":
+            config["quant_cfg"].append({"quantizer_name": "conv1.input_quantizer", "cfg": {"num_bits": 8, "axis": 3}})
+        model = mtq.quantize(Failing(many).eval(), {**config, "algorithm": None})
+        before = [(type(m), m.training, dict(m.named_buffers(recurse=False))) for m in model.modules()]
+        model.left = after
+        try:
+            mtq.calibrate(model, config["algorithm"], loop(data))
+            found[name] = "calibrated"
+        except (TdqError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        after_ = [(type(m), m.training, dict(m.named_buffers(recurse=False))) for m in model.modules()]
+        found[f"{name}: as before"] = str(str(before) == str(after_))
+    return found
+
+
+def _two(rank: int) -> dict[str, Any]:
+    output_error._PROBE_ELEMENTS = 1 << 11  # several calls of a layer for all its candidates, as in large models
+    found: dict[str, Any] = {"failures": _failures(rank)}  # and all that follows works
+    return found | {name: run(rank) for name, run in {**_SCENARIOS, "analysis": _analyzed}.items()}
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(_process, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return results(_two, 2, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("name", _CONFIGS)
+def _equal(found: Any, expected: Any) -> bool:
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(_equal(found[key], value) for key, value in expected.items())
+    return torch.equal(found, expected) if isinstance(expected, Tensor) else bool(found == expected)
+
+
+@pytest.mark.parametrize("name", _SCENARIOS)
 def test_two_processes_agree_with_one(processes: list[dict[str, Any]], name: str) -> None:
-    expected = _calibrated(-1, **_CONFIGS[name])
+    expected = _SCENARIOS[name](-1)
+    expected.pop("times", None)
     for found in processes:
-        assert found[name]["names"] == expected["names"]
-        for field in ("timesteps", "scale"):
-            assert torch.equal(found[name][field], expected[field]), field
-        offset = expected["offset"]
-        assert found[name]["offset"] is None if offset is None else torch.equal(found[name]["offset"], offset)
+        for key, value in expected.items():
+            assert _equal(found[name][key], value), key
 
 
-def test_what_fails_in_one_process_fails_in_all(processes: list[dict[str, Any]]) -> None:
-    assert processes[0]["broken in second"] == "calibration failed in another process"
-    assert "NaN" in processes[1]["broken in second"]
+@pytest.mark.parametrize("name", [name for name in _SCENARIOS if name.startswith("communicating")])
+def test_all_make_the_same_calls_in_the_same_order(processes: list[dict[str, Any]], name: str) -> None:
+    first, second = (found[name]["times"] for found in processes)
+    recorded = len(_in_step(0))
+    assert first[:recorded] != second[:recorded]  # each has its own data
+    assert first[recorded:] == second[recorded:]
+    assert set(first[recorded:]) == set(TIMES)
 
 
-def test_a_layer_that_one_process_never_runs(processes: list[dict[str, Any]]) -> None:
-    assert processes[0]["layer in second"] == processes[1]["layer in second"]
-    assert processes[0]["layer in second"] == ("conv1.input_quantizer", "conv2.input_quantizer")
+def test_analysis_agrees_with_one(processes: list[dict[str, Any]]) -> None:
+    expected = _analyzed(-1)
+    first, second = (found["analysis"] for found in processes)
+    assert _equal(first, second)
+    assert first["proposal"] == expected["proposal"] != ()
+    assert first["headroom"].keys() == expected["headroom"].keys()
+    # batches of other sizes round differently, which shows where the noise is 60 dB below the signal
+    torch.testing.assert_close(first["db"], expected["db"], rtol=0, atol=1e-3)
+    for part in ("headroom", "sensitivity"):
+        for name, value in expected[part].items():
+            torch.testing.assert_close(first[part][name], value, rtol=0, atol=1e-3)
+
+
+_REASONS = {
+    "NaN": "TdqError: forward_loop = 'conv1.input_quantizer': the input of this quantizer held NaN",
+    "in the loop": "ValueError: tired",
+    "output error": "ValueError: tired",
+    "protection": "ValueError: tired",
+}
+
+
+@pytest.mark.parametrize("name", _REASONS)
+def test_what_fails_in_one_process_fails_in_all(processes: list[dict[str, Any]], name: str) -> None:
+    first, second = (found["failures"][name] for found in processes)
+    assert second.startswith(_REASONS[name])
+    assert first.startswith(f"TdqError: rank = 1: this process failed, and with it all others: {_REASONS[name]}")
+
+
+_SAME = {
+    "no data in any": "it never called the model",
+    "too many times together": "max_steps = 3: forward_loop visits more different times",
+    "other settings": "algorithm = 'statistic': it is 'mse' in the process of rank 0, and 'max' in that of rank 1",
+    "other quantizers": "'conv1.input_quantizer': it is (8, None, None) in the process of rank 0, and nothing in",
+    "other sizes": "forward_loop = 'conv1.input_quantizer': its activation has other sizes in other processes",
+}
+
+
+@pytest.mark.parametrize("name", _SAME)
+def test_what_cannot_be_brought_together_is_refused_in_all(processes: list[dict[str, Any]], name: str) -> None:
+    for found in processes:
+        assert found["failures"][name].startswith("TdqError: ")
+        assert _SAME[name] in found["failures"][name]
+
+
+def test_a_failure_leaves_the_models_as_they_were(processes: list[dict[str, Any]]) -> None:
+    for found in processes:
+        assert {value for key, value in found["failures"].items() if key.endswith("as before")} == {"True"}
+
+
+def _quarter(rank: int) -> Data:
+    """Each of four processes has one call, at a time of its own. All for -1."""
+    everything = calls(samples=2, batch=2)
+    return everything if rank < 0 else [everything[rank]]
+
+
+def _four(rank: int) -> dict[str, Any]:
+    return _sharded(rank, False, _quarter)
+
+
+def test_four_sharded_processes_agree_with_one(tmp_path: Path) -> None:
+    expected = _four(-1)
+    for found in results(_four, 4, tmp_path):
+        assert _equal(found, expected)
 
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:

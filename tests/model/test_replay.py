@@ -50,7 +50,7 @@ def _recorded(calls: Iterable[Call], samples: int = 3, model: nn.Module | None =
 
 
 def _kept(replay: Replay, times: Iterable[float] = TIMES) -> dict[int, dict[str, Any]]:
-    return dict(replay.batches(sorted(times)))
+    return {batch.row: batch.call for batch in replay.batches(sorted(times))}
 
 
 def _guided(latents: Tensor, time: float) -> Call:
@@ -200,8 +200,8 @@ def test_every_family_runs_again(name: str) -> None:
     model = family.make().eval()
     with torch.no_grad():
         replay = _recorded(family.data(), samples=8, model=model)
-        for (_, call), original in zip(replay.batches(sorted(_times(family))), reversed(family.data()), strict=True):
-            found, expected = first_output(model(**call)), first_output(model(**original))
+        for batch, original in zip(replay.batches(sorted(_times(family))), reversed(family.data()), strict=True):
+            found, expected = first_output(model(**batch.call)), first_output(model(**original))
             # the order of the samples is that of their hashes
             key = lambda y: y.flatten(1).double().sum(1).sort()[0]  # noqa: E731
             torch.testing.assert_close(key(found), key(expected), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,55 @@
+"""Processes of torch.distributed (gloo), forked from a server that has imported torch and ModelOpt already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["modelopt.torch.quantization", "diffusers", "torch.distributed.fsdp"])
+
+
+def _main(run: Callable[[int], Any], rank: int, number: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    for stream in (1, 2):
+        os.dup2(os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=number)
+    try:
+        torch.save(run(rank), folder / f"{rank}.pt")
+    except BaseException:  # seen by the test as a missing result
+        traceback.print_exc()
+    os._exit(0)  # as a process that ends by itself, but without a word with the others
+
+
+def run_in_processes(run: Callable[[int], Any], number: int, folder: Path, wait: float = 120.0) -> list[int]:
+    """Exit codes of processes that ``run`` with their rank.
+
+    Args:
+        run: A function of a module.
+        number: Of processes.
+        folder: For what they return (``<rank>.pt``) and print (``<rank>.txt``); empty.
+        wait: Seconds after which those that still run are killed.
+    """
+    processes = [_CONTEXT.Process(target=_main, args=(run, rank, number, folder)) for rank in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(wait)
+        process.kill()
+        process.join()
+    return [process.exitcode if process.exitcode is not None else -1 for process in processes]
+
+
+def results(run: Callable[[int], Any], number: int, folder: Path, wait: float = 120.0) -> list[Any]:
+    """What each process returned; all must have."""
+    run_in_processes(run, number, folder, wait)
+    missing = [rank for rank in range(number) if not (folder / f"{rank}.pt").exists()]
+    assert not missing, "\n".join((folder / f"{rank}.txt").read_text() for rank in missing)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(number)]
