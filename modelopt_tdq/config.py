@@ -90,7 +90,8 @@ class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
         title="Intervals per quantizer",
         description=(
             "per_step: one per calibrated time; N: N contiguous groups of equal size (S_N of the paper; 1 is static); "
-            "optimal: at most `max_bins` contiguous groups with the least squared error, by dynamic programming."
+            "optimal: at most `max_bins` contiguous groups with the least squared error, by dynamic programming, where "
+            "each group has the scale with the least squared error (as `statistic` mse or output then chooses it)."
         ),
     )
     max_bins: int = ModeloptField(default=8, ge=1, title="Budget of `bins: optimal`, per quantizer")
@@ -113,10 +114,19 @@ class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
     asymmetric: bool | Literal["auto"] = ModeloptField(
         default=False,
         title="Offset per step",
-        description="auto: for those quantizers whose squared error falls by at least 1 dB (outputs of SiLU, say).",
+        description=(
+            "auto: for those quantizers whose squared error, at the scales and offsets that they would get, falls by "
+            "at least 1 dB (outputs of SiLU, say); with `statistic: output`, also that of the layer's output. An "
+            "offset is a whole number of steps of the scale, and never raises the squared error over the data."
+        ),
     )
     weights: Literal["max", "mse", "keep"] = ModeloptField(
-        default="mse", title="ModelOpt's calibration of the weights; keep: they are calibrated already"
+        default="mse",
+        title="ModelOpt's calibration of the weights",
+        description=(
+            "max: the largest magnitude; mse: the multiple of it with the least squared error, never worse than max, "
+            "and the same as max at 8 bits, where clipping gains nothing; keep: they are calibrated already."
+        ),
     )
     temporal: list[str] = ModeloptField(
         default=["*"], title="Globs over quantizer names: these follow time, the other activations get one scale"

@@ -57,12 +57,14 @@ def headroom(
 
     Args:
         calibration: The pass over the data.
-        fit: Error curves over one half of the replayed samples; where missing, those of the activation.
-        judge: Likewise over the other half, for the same candidates.
+        fit: Error curves over one half of the replayed samples.
+        judge: Likewise over the other half, for the same candidates. A quantizer that either lacks is fitted and judged
+            by its evidence.
     """
     layers = []
     for name, evidence in calibration.evidence.items():
-        chosen, judged = fit.get(name, evidence.curves), judge.get(name, evidence.curves)
+        both = name in fit and name in judge
+        chosen, judged = (fit[name], judge[name]) if both else (evidence.curves, evidence.curves)
         rows = chosen.error.argmin(1)
         per_step = float(judged.error.gather(1, rows.unsqueeze(1)).sum())
         single = float(judged.error[:, chosen.error.sum(0).argmin()].sum())

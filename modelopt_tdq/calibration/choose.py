@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from modelopt_tdq.calibration.candidates import ErrorCurves, affine_offset, symmetric_scale
+from modelopt_tdq.calibration.candidates import (
+    ErrorCurves,
+    affine_offset,
+    histogram_error,
+    row_errors,
+    symmetric_scale,
+)
 from modelopt_tdq.calibration.entropy import entropy_amax
 from modelopt_tdq.calibration.statistics import BINS, ActivationStatistics
 from modelopt_tdq.core.fake_quant import NumBits, code_range
@@ -31,6 +37,21 @@ class Evidence:
     num_bits: NumBits
     asymmetric: bool
 
+    def symmetric(self) -> Evidence:
+        """The same without offsets."""
+        return replace(self, curves=self.curves.symmetric(), asymmetric=False)
+
+    def error(self, scale: Tensor, offset: Tensor) -> Tensor:
+        """[K] float64 squared error of each row at its own scale and offset, each [K], chosen by :func:`choose_rows`.
+
+        Of the layer's output where candidates were judged by it; else of the activation.
+        """
+        curves = self.curves
+        same = (curves.scale == scale.unsqueeze(1)) & (curves.offset == offset.unsqueeze(1))
+        if bool(same.any(1).all()):
+            return curves.error.gather(1, same.int().argmax(1, keepdim=True)).squeeze(1)
+        return row_errors(self.statistics, scale, offset, self.num_bits)
+
 
 def _pooled_range(statistics: ActivationStatistics, pooling: Tensor) -> tuple[Tensor, Tensor]:
     used = pooling > 0
@@ -51,6 +72,41 @@ def _percentile_range(statistics: ActivationStatistics, pooling: Tensor, percent
     return torch.maximum(low, -bound), torch.minimum(high, bound)
 
 
+def _entropy_range(
+    statistics: ActivationStatistics, pooling: Tensor, num_bits: NumBits, asymmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Range [R] with the least KL divergence: one bound on both sides."""
+    low, high = _pooled_range(statistics, pooling)
+    counts, width = statistics.on_common_bins()
+    codes = float(1 << (num_bits if isinstance(num_bits, int) else 8))  # FP8 counts as its 8 bits
+    share = torch.full_like(low, 0.5)
+    if asymmetric:
+        spread = high.clamp(min=0.0) - low.clamp(max=0.0)
+        share = torch.where(spread > 0, torch.maximum(-low, high) / spread, share)
+    bound = entropy_amax(pooling @ counts, width, (codes * share).round().long())
+    return torch.maximum(low, -bound), torch.minimum(high, bound)
+
+
+def _range_rows(
+    evidence: Evidence, pooling: Tensor, statistic: str, percentile: float, asymmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset [R] whose codes cover a range that comes from the histograms."""
+    statistics, num_bits = evidence.statistics, evidence.num_bits
+    if statistic == "max":
+        low, high = _pooled_range(statistics, pooling)
+    elif statistic == "percentile":
+        low, high = _percentile_range(statistics, pooling, percentile)
+    else:
+        low, high = _entropy_range(statistics, pooling, num_bits, asymmetric)
+    if not asymmetric:
+        scale = symmetric_scale(torch.maximum(low.abs(), high.abs()), num_bits)
+        return scale, torch.zeros_like(scale)
+    smallest, largest = code_range(num_bits)
+    spread = high.clamp(min=0.0) - low.clamp(max=0.0)
+    scale = torch.where(spread > 0, spread / (largest - smallest), torch.ones_like(spread))
+    return scale, affine_offset(scale, low.clamp(max=0.0), num_bits)
+
+
 def choose_rows(evidence: Evidence, pooling: Tensor, statistic: str, percentile: float) -> tuple[Tensor, Tensor]:
     """Scale and offset for each row of ``pooling``.
 
@@ -61,26 +117,19 @@ def choose_rows(evidence: Evidence, pooling: Tensor, statistic: str, percentile:
         percentile: In %.
 
     Returns:
-        scale [R] and offset [R], float32; the offset is zero where symmetric.
+        scale [R] and offset [R], float32; the offset is zero where symmetric, and where it would raise the
+        squared error.
     """
-    statistics, num_bits = evidence.statistics, evidence.num_bits
     pooling = pooling.double()
     if statistic in ("mse", "output"):
         best = evidence.curves.best(pooling)
         return evidence.curves.scale[best], evidence.curves.offset[best]
-    if statistic == "max":
-        low, high = _pooled_range(statistics, pooling)
-    elif statistic == "percentile":
-        low, high = _percentile_range(statistics, pooling, percentile)
-    else:
-        counts, width = statistics.on_common_bins()
-        amax = entropy_amax(pooling @ counts, width, num_bits)
-        low, high = _pooled_range(statistics, pooling)
-        low, high = torch.maximum(low, -amax), torch.minimum(high, amax)
+    plain = _range_rows(evidence, pooling, statistic, percentile, False)
     if not evidence.asymmetric:
-        scale = symmetric_scale(torch.maximum(low.abs(), high.abs()), num_bits)
-        return scale, torch.zeros_like(scale)
-    smallest, largest = code_range(num_bits)
-    spread = high.clamp(min=0.0) - low.clamp(max=0.0)
-    scale = torch.where(spread > 0, spread / (largest - smallest), torch.ones_like(spread))
-    return scale, affine_offset(scale, low.clamp(max=0.0), num_bits)
+        return plain
+    moved = _range_rows(evidence, pooling, statistic, percentile, True)
+    scale, offset = (torch.cat(pair) for pair in zip(plain, moved, strict=True))
+    error = histogram_error(evidence.statistics, scale, offset, evidence.num_bits).error
+    of_plain, of_moved = ((pooling * e.T).sum(1) for e in error.tensor_split(2, 1))
+    worse = of_moved >= of_plain
+    return torch.where(worse, plain[0], moved[0]), torch.where(worse, plain[1], moved[1])

@@ -14,12 +14,14 @@ from tqdm import tqdm
 from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.others import load_amax
+from modelopt_tdq.calibration.columns import worth_an_offset
 from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics, too_many_times
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.together import check
+from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.quantizer import TemporalQuantizer
@@ -28,9 +30,6 @@ from modelopt_tdq.model.select import activation_quantizers, temporal_names
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
 
 __all__ = ["Calibration", "collect"]
-
-#: `asymmetric: auto` takes an offset where it lowers the squared error by this factor (1 dB).
-_ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
 
 
 @dataclass
@@ -94,13 +93,12 @@ def _run(
 
 
 def _filled(statistics: StepStatistics, times: list[float]) -> ActivationStatistics:
-    """Statistics over all times; a time at which this quantizer saw nothing takes the nearest one's."""
+    """Statistics over all times; a time at which this quantizer saw nothing takes those of the nearest time."""
     collected = statistics.statistics(times)
     seen = collected.counts.sum(1) > 0
     if bool(seen.all()):
         return collected
-    known = seen.nonzero().squeeze(1)
-    nearest = known[(torch.arange(len(times)).unsqueeze(1) - known.unsqueeze(0)).abs().argmin(1)]
+    nearest = nearest_known(torch.tensor(times), seen)
     return ActivationStatistics(
         collected.counts[nearest], collected.exponent[nearest], collected.low[nearest], collected.high[nearest]
     )
@@ -118,7 +116,7 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
         )
     per_tensor, others = activation_quantizers(model)
     _require_the_same(model, config)
-    temporal_names(config.temporal, list(per_tensor))
+    follow = temporal_names(config.temporal, list(per_tensor))
     timestep = deliver_timestep(model, config.timestep_argument)
     calibrate_weights(model, config.weights)
     calibrators = {name: quantizer._calibrator for name, quantizer in per_tensor.items()}
@@ -144,10 +142,12 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
             quantizer.disable()  # a layer that the model does not run has nothing to quantize
             continue
         quantizers[name] = TemporalQuantizer.from_tensor_quantizer(quantizer, timestep)
-        evidence[name] = _activation_evidence(statistics[name], times, quantizer, config)
+        evidence[name] = _settled(
+            _activation_evidence(statistics[name], times, quantizer, config), config, name in follow
+        )
     if config.statistic == "output":
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
-            evidence[name] = replace(evidence[name], curves=curves)
+            evidence[name] = _settled(replace(evidence[name], curves=curves), config, name in follow)
     return Calibration(quantizers, times, evidence, replay)
 
 
@@ -162,15 +162,13 @@ def _activation_evidence(
     statistics: StepStatistics, times: list[float], quantizer: TemporalQuantizer, config: TdqCalibConfig
 ) -> Evidence:
     rows, num_bits = _filled(statistics, times), quantizer.num_bits
+    asymmetric = bool(config.asymmetric) and isinstance(num_bits, int)  # FP8 has a sign of its own
+    return Evidence(
+        rows, histogram_error(rows, *candidate_grid(rows, num_bits, asymmetric), num_bits), num_bits, asymmetric
+    )
 
-    def option(asymmetric: bool) -> Evidence:
-        grid = candidate_grid(rows, num_bits, asymmetric)
-        return Evidence(rows, histogram_error(rows, *grid, num_bits), num_bits, asymmetric)
 
-    if not isinstance(num_bits, int):
-        return option(False)  # FP8 has a sign of its own
-    if config.asymmetric != "auto":
-        return option(config.asymmetric)
-    plain, shifted = option(False), option(True)
-    gained = float(shifted.curves.error.amin(1).sum()) < float(plain.curves.error.amin(1).sum()) * _ASYMMETRIC_GAIN
-    return shifted if gained else plain
+def _settled(evidence: Evidence, config: TdqCalibConfig, temporal: bool) -> Evidence:
+    """With `asymmetric: auto`, the evidence without offsets where these gain too little."""
+    undecided = evidence.asymmetric and config.asymmetric == "auto"
+    return evidence if not undecided or worth_an_offset(evidence, config, temporal) else evidence.symmetric()

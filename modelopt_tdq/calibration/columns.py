@@ -11,29 +11,42 @@ from modelopt_tdq.calibration.choose import Evidence, choose_rows
 from modelopt_tdq.calibration.pooling import bin_pooling, optimal_bins, smoothing_pooling, uniform_bins
 from modelopt_tdq.config import TdqCalibConfig
 
-__all__ = ["columns"]
+__all__ = ["columns", "worth_an_offset"]
 
-
-def _row_error(evidence: Evidence, scale: Tensor) -> Tensor:
-    """[K] squared error of each row at the candidate nearest to its scale."""
-    distance = (evidence.curves.scale.log().unsqueeze(0) - scale.log().unsqueeze(1)).abs()
-    return evidence.curves.error.gather(1, distance.argmin(1, keepdim=True)).squeeze(1)
+#: `asymmetric: auto` takes an offset where it lowers the squared error by this factor (1 dB).
+_ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
 
 
 def columns(evidence: Evidence, config: TdqCalibConfig, temporal: bool) -> tuple[Tensor, Tensor | None]:
     """Scale [K] and offset [K] (None if symmetric) of one quantizer."""
+    scale, offset = _chosen(evidence, config, temporal)
+    return scale.contiguous(), offset.contiguous() if bool(offset.any()) else None
+
+
+def worth_an_offset(evidence: Evidence, config: TdqCalibConfig, temporal: bool) -> bool:
+    """Whether ``asymmetric: auto`` takes an offset: the squared error of what :func:`columns` gives falls by 1 dB."""
+
+    def error(option: Evidence) -> float:
+        return float(option.error(*_chosen(option, config, temporal)).sum())
+
+    return error(evidence) < error(evidence.symmetric()) * _ASYMMETRIC_GAIN
+
+
+def _chosen(evidence: Evidence, config: TdqCalibConfig, temporal: bool) -> tuple[Tensor, Tensor]:
     rows = len(evidence.statistics.low)
     one = torch.ones(1, rows, dtype=torch.float64)
     scale, offset = (v.expand(rows) for v in choose_rows(evidence, one, config.statistic, config.percentile))
-    if temporal and config.bins != 1:
-        if config.bins == "per_step":
-            pooling = smoothing_pooling(rows, config.smoothing)
-        elif config.bins == "optimal":
-            pooling = bin_pooling(optimal_bins(evidence.curves.error, config.max_bins))
-        else:
-            pooling = bin_pooling(uniform_bins(rows, int(config.bins)))
-        new_scale, new_offset = choose_rows(evidence, pooling, config.statistic, config.percentile)
-        gain = _row_error(evidence, scale).sum() / _row_error(evidence, new_scale).sum().clamp(min=1e-300)
-        if config.keep_static_below is None or 10 * math.log10(max(float(gain), 1e-30)) >= config.keep_static_below:
-            scale, offset = new_scale, new_offset
-    return scale.contiguous(), offset.contiguous() if bool(offset.any()) else None
+    if not temporal or config.bins == 1:
+        return scale, offset
+    if config.bins == "per_step":
+        pooling = smoothing_pooling(rows, config.smoothing)
+    elif config.bins == "optimal":
+        pooling = bin_pooling(optimal_bins(evidence.curves.error, config.max_bins))
+    else:
+        pooling = bin_pooling(uniform_bins(rows, int(config.bins)))
+    new_scale, new_offset = choose_rows(evidence, pooling, config.statistic, config.percentile)
+    if config.keep_static_below is not None:
+        lost, kept = evidence.error(scale, offset).sum(), evidence.error(new_scale, new_offset).sum()
+        if 10 * math.log10(max(float(lost / kept.clamp(min=1e-300)), 1e-30)) < config.keep_static_below:
+            return scale, offset
+    return new_scale, new_offset

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modelopt_tdq.calibration.statistics import BINS
-from modelopt_tdq.core.fake_quant import NumBits
 
 __all__ = ["entropy_amax"]
 
@@ -34,31 +33,30 @@ def _divergence(counts: NDArray[np.float64], bound: int, levels: int) -> float:
     return float(np.sum(p[positive] * np.log(p[positive] / np.maximum(q[positive], 1e-12))))
 
 
-def entropy_amax(counts: Tensor, width: float, num_bits: NumBits) -> Tensor:
+def entropy_amax(counts: Tensor, width: float, levels: Tensor) -> Tensor:
     """Clipping bound of each histogram.
 
     Args:
         counts: [R, BINS] histograms of the activation, centred on zero.
         width: Width of a bin.
-        num_bits: Number format; FP8 counts as its 8 bits.
+        levels: [R] int64, codes between zero and the bound: 2^(bits - 1) where symmetric.
 
     Returns:
         [R] float32, infinite where the histogram is empty.
     """
-    levels = 1 << ((num_bits if isinstance(num_bits, int) else 8) - 1)
     half = BINS // 2
     folded = (counts[:, half:] + counts[:, :half].flip(1)).numpy()
     # the bin that holds exact zeros says nothing about the range; TensorRT levels it too
     folded[:, 0] = folded[:, 1]
     bounds = []
-    for row in folded:
+    for row, codes in zip(folded, levels.tolist(), strict=True):
         filled = np.flatnonzero(row)
         if filled.size == 0:
             bounds.append(float("inf"))
             continue
         last = int(filled[-1]) + 1
-        first = min(max(levels, last // 16), last)
+        first = min(max(codes, last // 16), last)
         tried = np.unique(np.linspace(first, last, _CANDIDATES).round().astype(int))
-        best = min(tried, key=lambda bound: _divergence(row, int(bound), levels))
+        best = min(tried, key=lambda bound: _divergence(row, int(bound), codes))
         bounds.append(float(best) * width)
     return torch.tensor(bounds, dtype=torch.float32)

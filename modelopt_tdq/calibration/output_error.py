@@ -11,48 +11,56 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.candidates import ErrorCurves, affine_offset, symmetric_scale
+from modelopt_tdq.calibration.candidates import ErrorCurves, shifted_pairs, symmetric_scale
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.pooling import smoothing_pooling
 from modelopt_tdq.core.distributed import all_reduce, processes
 from modelopt_tdq.core.fake_quant import code_range, fake_quantize
-from modelopt_tdq.model.call import first_output
+from modelopt_tdq.core.schedule import nearest_known
+from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
 
 __all__ = ["output_curves"]
 
-#: Candidate scales per quantizer; between 0.7 of the smallest and twice the largest per-row optimum.
+#: Candidate scales per quantizer; between these fractions of the smallest and of the largest per-row optimum.
 _CANDIDATES = 16
+_BELOW, _ABOVE = 0.7, 2.0
+
+#: Fractions of the shorter side of zero that the best offset of a row covers, tried beside it.
+_COVERAGES = ((1.0, 0.6), (1.0,))
 
 #: Largest number of elements in one probe of a layer.
 _PROBE_ELEMENTS = 1 << 23
 
 
+def _around(base: Tensor, unclipped: Tensor) -> Tensor:
+    """[_CANDIDATES] scales around ``base``, up to the largest of those that clip nothing."""
+    low = _BELOW * float(base.min())
+    high = max(min(_ABOVE * float(base.max()), float(unclipped.max())), 1.01 * low)
+    return torch.logspace(0, 1, _CANDIDATES, base=high / low) * low
+
+
 def _refined(evidence: Evidence, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Candidates [C] around the optima of the activation's own error."""
-    curves, statistics = evidence.curves, evidence.statistics
-    best = curves.best(smoothing_pooling(curves.error.shape[0], smoothing))
-    base = curves.scale[best]
-    low = 0.7 * float(base.min())
-    smallest, _ = code_range(evidence.num_bits)
-    if not evidence.asymmetric:
-        unclipped = float(symmetric_scale(statistics.amax, evidence.num_bits).max())
-        high = max(min(2.0 * float(base.max()), unclipped), 1.01 * low)
-        scale = torch.logspace(0, 1, _CANDIDATES, base=high / low) * low
-        return scale, torch.zeros_like(scale)
-    scale = torch.logspace(0, 1, _CANDIDATES, base=2.0 * float(base.max()) / low) * low
-    represented = (base * smallest + curves.offset[best]).median()
-    pairs = {
-        (s, o): None
-        for coverage in (1.0, 0.6)
-        for s, o in zip(
-            scale.tolist(), affine_offset(scale, represented * coverage, evidence.num_bits).tolist(), strict=True
-        )
-    }
-    table = torch.tensor(list(pairs))
-    return table[:, 0].contiguous(), table[:, 1].contiguous()
+    """Candidates [C] around the optima of the activation's own error; the symmetric ones whether asymmetric or not."""
+    curves, statistics, num_bits = evidence.curves, evidence.statistics, evidence.num_bits
+    pooling = smoothing_pooling(curves.error.shape[0], smoothing)
+    plain = curves.symmetric()
+    scale = _around(plain.scale[plain.best(pooling)], symmetric_scale(statistics.amax, num_bits))
+    zero = torch.zeros_like(scale)
+    moved = curves.shifted()
+    if not evidence.asymmetric or len(moved.scale) == 0:
+        return scale, zero
+    best = moved.best(pooling)
+    base, offset = moved.scale[best], moved.offset[best]
+    smallest, largest = code_range(num_bits)
+    spread = statistics.high.clamp(min=0) - statistics.low.clamp(max=0)
+    grid = _around(base, spread / (largest - smallest))
+    useful = (grid.unsqueeze(1) >= _BELOW * base) & (grid.unsqueeze(1) <= _ABOVE * base)
+    low, high = base * smallest + offset, base * largest + offset
+    pairs = shifted_pairs(grid, low, high, useful, num_bits, _COVERAGES, 2 * _CANDIDATES)
+    return torch.cat([scale, pairs[0]]), torch.cat([zero, pairs[1]])
 
 
 class _Probe:
@@ -80,31 +88,54 @@ class _Probe:
                 quantizer._disabled = disabled
                 self.layer.weight_quantizer.disable_quant()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._busy or not args:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._busy:
             return
         self._busy = True
         try:
-            x, y = self.layer.input_quantizer(args[0]), first_output(output)
+            given = layer_input(args, kwargs)
+            x, y = self.layer.input_quantizer(given), first_output(output)
             if self.counts:
                 self.energy[self.row] += float(y.double().square().sum())
             scale, offset = self.scale.to(x.device), self.offset.to(x.device)
-            chunk = max(1, _PROBE_ELEMENTS // max(x.numel(), y.numel()))
+            batched = _has_batch(self.layer, x)
+            chunk = max(1, _PROBE_ELEMENTS // max(x.numel(), y.numel())) if batched else 1
             if processes() > 1:
                 chunk = 1  # as many calls of the layer in all, whatever the batch: they may communicate
             shape = (-1,) + (1,) * x.dim()
             with self._quantized_weights_only():
                 for start in range(0, len(scale), chunk):
                     part = slice(start, start + chunk)
-                    candidates = fake_quantize(
+                    tried = fake_quantize(
                         x.unsqueeze(0), scale[part].reshape(shape), offset[part].reshape(shape), self.num_bits
                     )
-                    result = first_output(self.layer(candidates.flatten(0, 1), *args[1:]))
+                    tried = tried.flatten(0, 1) if batched else tried.squeeze(0)
+                    positional = [tried if value is given else value for value in args]
+                    named = {name: tried if value is given else value for name, value in kwargs.items()}
+                    result = first_output(self.layer(*positional, **named))
                     error = (result.reshape(-1, *y.shape) - y).float().square().flatten(1).sum(1)
                     if self.counts:
                         self.error[self.row, part] += error.double().cpu()
         finally:
             self._busy = False
+
+    def curves(self, times: Tensor) -> ErrorCurves | None:
+        """Over all processes; a time at which the layer did not run has those of the nearest time.
+
+        None if it never ran, or was given nothing but zeros.
+        """
+        error, energy = all_reduce(self.error, "sum"), all_reduce(self.energy, "sum")
+        seen = error.sum(1) > 0
+        if not bool(seen.any()):
+            return None
+        nearest = nearest_known(times, seen)
+        return ErrorCurves(self.scale, self.offset, error[nearest], energy[nearest])
+
+
+def _has_batch(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer's input has a first dimension that can grow: not a single vector, nor a single image."""
+    kernel = getattr(layer, "kernel_size", ())
+    return x.dim() > 1 + len(kernel)
 
 
 def output_curves(
@@ -122,7 +153,7 @@ def output_curves(
     Args:
         model: The model, its weight quantizers calibrated.
         evidence: By quantizer name; those that are not the input of a layer with quantized weights
-            (operands of attention products) are left out of the result.
+            (operands of attention products), or whose layer does not run in ``replay``, are left out of the result.
         replay: Recorded calls.
         times: [K], the rows.
         smoothing: As in the config; candidates lie around the optima of the smoothed rows.
@@ -136,7 +167,7 @@ def output_curves(
         quantizer = getattr(parent, "input_quantizer", None)
         if isinstance(weight_quantizer, TensorQuantizer) and isinstance(quantizer, TemporalQuantizer):
             probes[name] = _Probe(parent, known, smoothing, len(times))
-            handles.append(parent.register_forward_hook(probes[name]))
+            handles.append(parent.register_forward_hook(probes[name], with_kwargs=True))
     try:
         with full_precision(model), torch.no_grad():
             bar = tqdm(replay.batches(times), "output error", len(times), disable=not progress, unit="step")
@@ -147,7 +178,6 @@ def output_curves(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: ErrorCurves(p.scale, p.offset, all_reduce(p.error, "sum"), all_reduce(p.energy, "sum"))
-        for name, p in probes.items()
-    }
+    rows = torch.tensor(times)
+    found = {name: probe.curves(rows) for name, probe in probes.items()}
+    return {name: curves for name, curves in found.items() if curves is not None}

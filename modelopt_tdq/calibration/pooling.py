@@ -17,6 +17,9 @@ __all__ = ["bin_pooling", "optimal_bins", "smoothing_pooling", "uniform_bins"]
 def smoothing_pooling(rows: int, smoothing: float) -> Tensor:
     """[K, K] Gaussian weights along the schedule, cut at two standard deviations.
 
+    Distances count calibrated steps rather than units of time: a schedule takes its steps where the model changes, and
+    the same steps may be written as t, sigma or log sigma, whose distances differ by orders of magnitude.
+
     Args:
         rows: K.
         smoothing: Standard deviation as a fraction of K; 0 is the identity.

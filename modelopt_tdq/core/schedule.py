@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["edges", "row_index"]
+__all__ = ["edges", "nearest_known", "row_index"]
 
 
 def edges(timesteps: Tensor) -> Tensor:
@@ -40,3 +40,17 @@ def row_index(timestep: Tensor, timesteps: Tensor) -> Tensor:
         [B] int64 in [0, K - 1].
     """
     return torch.bucketize(timestep.to(torch.float32), edges(timesteps))
+
+
+def nearest_known(timesteps: Tensor, known: Tensor) -> Tensor:
+    """For each row, the row that is nearest in time among the known ones, by the rule of :func:`row_index`.
+
+    Args:
+        timesteps: [K] float32, strictly ascending.
+        known: [K] bool, one of them at least.
+
+    Returns:
+        [K] int64; a known row is its own.
+    """
+    rows = known.nonzero().squeeze(1)
+    return rows[row_index(timesteps, timesteps[rows])]

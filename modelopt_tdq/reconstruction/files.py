@@ -12,7 +12,7 @@ from modelopt_tdq.core.files import arrays_path, read_arrays, write_arrays
 
 __all__ = ["is_complete", "read", "write"]
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 
 
 def is_complete(stem: Path) -> bool:

@@ -119,7 +119,7 @@ def _reconstruct(
         if config.cache_dir is not None:
             calibrated = torch.tensor(learned.description["initial"], dtype=torch.float32)
             names = [block.name for block in blocks]
-            progress = Progress(Path(config.cache_dir), model, config, calibrated, samples.times, names)
+            progress = Progress(Path(config.cache_dir), model, config, calibrated, samples, names)
         rounded: list[tuple[nn.Parameter, RoundingQuantizer]] = []
         results = []
         with tqdm(total=len(blocks) * config.iterations, unit="step", disable=not config.progress) as bar:

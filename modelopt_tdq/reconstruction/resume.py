@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.reconstruction import files
+from modelopt_tdq.reconstruction import files, fingerprint
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.reconstruction.learn import BlockParts
+from modelopt_tdq.reconstruction.samples import Samples
 
 __all__ = ["BlockResult", "Progress"]
-
-#: Fields that do not change the result.
-_FREE = {"progress", "cache_dir", "expected_calls", "layerwise", "moe_calib_experts_ratio"}
-
-#: Calibrated scales of the same model and data agree at least so well on any device.
-_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,13 +39,14 @@ class BlockResult:
     note: str = ""
 
 
-def _weights_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if "tdq_intervals" not in name and "_quantizer" not in name:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+#: What a difference of the computed numbers means, by their name.
+_MEANINGS = {
+    "calibrated": ("forward_loop", "it calibrates other scales than in the run that is to be resumed"),
+    "zero points": ("forward_loop", "it calibrates other zero points than in the run that is to be resumed"),
+    "times": ("forward_loop", "it records other times than in the run that is to be resumed"),
+    "samples": ("forward_loop", "it records other samples than in the run that is to be resumed"),
+    "output": ("model", "it predicts something else, in full precision, than in the run that is to be resumed"),
+}
 
 
 class Progress:
@@ -62,11 +57,12 @@ class Progress:
         model: Calibrated; its weights untouched.
         config: Of the run.
         calibrated: [K, Q] scales at the start.
-        times: [N] of the samples.
+        samples: Of the run.
         blocks: Names, in order.
 
     Raises:
-        TdqError: The folder holds a run with another config, model or data, or is damaged.
+        TdqError: The folder holds a run with other settings, formats, samples, versions or another model, or is
+            damaged.
     """
 
     def __init__(
@@ -75,38 +71,55 @@ class Progress:
         model: nn.Module,
         config: TdqReconstructConfig,
         calibrated: Tensor,
-        times: Tensor,
+        samples: Samples,
         blocks: list[str],
     ) -> None:
         self.folder = folder
-        fields = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
-        start = {"config": fields, "weights": _weights_digest(model), "blocks": blocks}
+        start = fingerprint.settings(model, config, samples, blocks)
+        numbers = fingerprint.computed(model, calibrated, samples)
         stem = folder / "run"
         if not files.is_complete(stem):
-            files.write(stem, {"calibrated": calibrated.cpu(), "times": times.cpu()}, start)
+            files.write(stem, numbers, start)
             return
         tensors, was = files.read(stem, torch.device("cpu"))
         self._compare(start, was)
-        found, expected = tensors["calibrated"], calibrated.cpu()
-        close = found.shape == expected.shape and torch.allclose(found, expected, rtol=_TOLERANCE, atol=0.0)
-        if not close or not torch.equal(tensors["times"], times.cpu()):
+        name = fingerprint.difference(numbers, tensors)
+        if name is not None:
+            weights = ("model", f"{name.removeprefix('quantizer/')} differs from that of the run that is to be resumed")
+            field, problem = _MEANINGS.get(name, weights)
             raise TdqError(
-                "forward_loop",
-                str(folder),
-                "it calibrates other scales than in the run that is to be resumed",
-                "Use the data and the seeds of that run, or another `cache_dir`",
+                field, str(folder), problem, "Use the model, data and seeds of that run, or another `cache_dir`"
             )
 
     def _compare(self, now: dict[str, Any], was: dict[str, Any]) -> None:
         cure = "Resume with the settings of that run, or pass another `cache_dir`"
-        for name, value in now["config"].items():
-            if was["config"].get(name) != value:
-                raise TdqError(
-                    name, value, f"the run in {self.folder} was started with {was['config'].get(name)!r}", cure
-                )
-        for name, problem in (("weights", "other weights"), ("blocks", "other blocks")):
-            if now[name] != was[name]:
-                raise TdqError("model", name, f"the run in {self.folder} was started on a model with {problem}", cure)
+
+        def refuse(field: str, value: Any, before: Any) -> None:
+            raise TdqError(field, value, f"the run in {self.folder} was started with {before!r}", cure)
+
+        def same(kind: str, field: str = "") -> None:
+            before = was.get(kind, {})
+            for name in {**now[kind], **before}:
+                value = now[kind].get(name)
+                if before.get(name) != value:
+                    refuse(field or name, f"{name}: {value}" if field else value, before.get(name))
+
+        same("versions", "cache_dir")
+        same("config")
+        model = was.get("model", {})
+        for name, other in (("weights", "other weights"), ("layers", "other layers, or layers of other settings")):
+            if now["model"][name] != model.get(name):
+                raise TdqError("model", name, f"the run in {self.folder} was started on a model with {other}", cure)
+        same("formats", "quant_cfg")
+        if now["blocks"] != was.get("blocks"):
+            raise TdqError("model", "blocks", f"the run in {self.folder} was started with other blocks", cure)
+        if now["calls"] != was.get("calls"):
+            raise TdqError(
+                "forward_loop",
+                "calls",
+                f"the run in {self.folder} recorded calls of other arguments, shapes or types",
+                cure,
+            )
 
     def chunks(self, number: int) -> Path:
         """Folder for the chunks of a block."""

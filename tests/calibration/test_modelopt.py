@@ -43,11 +43,12 @@ def test_one_bin_and_max_are_modelopts_max_calibration_bit_for_bit(bits: NumBits
             assert torch.equal(quantizer._amax, ours.get_submodule(name)._amax), name
 
 
-def test_weights_are_calibrated_as_by_modelopts_mse() -> None:
+def test_weights_are_calibrated_as_by_modelopts_mse_on_a_grid_up_to_the_largest_magnitude() -> None:
     torch.manual_seed(0)
     model = TinyDenoiser().eval()
-    config = fast_config(weights="mse")
-    theirs = mtq.quantize(copy.deepcopy(model), {**config, "algorithm": "mse"}, loop(calls()))
+    config = fast_config(weights="mse", weight_bits=4)
+    grid = {"method": "mse", "start_multiplier": 0.4, "stop_multiplier": 1.0, "step_size": 0.05}
+    theirs = mtq.quantize(copy.deepcopy(model), {**config, "algorithm": grid}, loop(calls()))
     ours = mtq.quantize(model, config, loop(calls()))
     for layer in ("conv1", "mix", "conv2"):
         found = ours.get_submodule(layer).weight_quantizer._amax

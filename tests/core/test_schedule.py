@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from modelopt_tdq.core.schedule import edges, row_index
+from modelopt_tdq.core.schedule import edges, nearest_known, row_index
 
 _time = st.floats(0.0, 1024.0, width=32)
 _rows = st.lists(_time, min_size=1, max_size=12, unique=True).map(sorted)
@@ -77,3 +77,11 @@ def test_edges_are_float32_and_never_above_the_middle(rows: list[float]) -> None
         middle = (Fraction(low) + Fraction(high)) / 2
         above = float(np.nextafter(np.float32(edge), np.float32(np.inf)))
         assert Fraction(edge) <= middle < Fraction(above)
+
+
+@given(_rows, st.data())
+def test_a_row_that_is_not_known_takes_the_nearest_known_one(rows: list[float], data: st.DataObject) -> None:
+    known = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)).filter(any))
+    places = [i for i, there in enumerate(known) if there]
+    found = nearest_known(torch.tensor(rows, dtype=torch.float32), torch.tensor(known))
+    assert found.tolist() == [places[_nearest(time, [rows[i] for i in places])] for time in rows]

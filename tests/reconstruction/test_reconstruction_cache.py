@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import weakref
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
+from small_runs import FAST
 from small_runs import reconstructed as run
-from support.models import TinyDenoiser, calls
+from support.models import TinyDenoiser, calls, fast_config, loop
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
-from modelopt_tdq.reconstruction import cache, reconstruct
+from modelopt_tdq.config import HIGH_PRECISION
+from modelopt_tdq.core.files import read_arrays, write_arrays
+from modelopt_tdq.reconstruction import cache, fingerprint, reconstruct
+from modelopt_tdq.reconstruction.samples import Samples
 
 #: Bytes of one sample of each block of TinyDenoiser: 8 channels of 8 x 8 in, the same out, in float32.
 SAMPLE = 2 * 8 * 8 * 8 * 4
@@ -133,31 +138,171 @@ def test_another_model_or_other_data_are_refused(monkeypatch: pytest.MonkeyPatch
         reconstructed(data=calls(4, 4, seed=9), cache_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["bytes", "json", "missing", "schema", "kind"])
+def _started(folder: Path, **fields: Any) -> nn.Module:
+    """A finished run."""
+    return reconstructed(cache_dir=str(folder), iterations=5, **fields)
+
+
+def _refused(folder: Path, field: str, match: str, model: nn.Module | None = None, **fields: Any) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(TdqError, match=match) as error:
+        reconstructed(model, cache_dir=str(folder), iterations=5, **fields)
+    assert error.value.field == field
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "quantizer", "told"),
+    [
+        ({"weight_bits": 4}, "conv1.weight_quantizer", "num_bits 3, axis 0"),
+        ({"activation_bits": 8}, "conv1.input_quantizer", "num_bits 6"),
+        ({"high_precision": (*HIGH_PRECISION, "mix*")}, "mix.input_quantizer", "num_bits 6"),
+    ],
+)
+def test_other_formats_are_refused(fields: dict[str, Any], quantizer: str, told: str, tmp_path: Path) -> None:
+    _started(tmp_path)
+    _refused(tmp_path, "quant_cfg", f"{quantizer}: .*was started with '{told}", **fields)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"num_bits": 3, "axis": None},
+        {"num_bits": 3, "narrow_range": True},
+    ],
+    ids=["axis", "narrow"],
+)
+def test_another_property_of_one_quantizer_is_refused(cfg: dict[str, Any], tmp_path: Path) -> None:
+    _started(tmp_path)
+    config = fast_config(**{**FAST, "iterations": 5, "cache_dir": str(tmp_path)})
+    config["quant_cfg"] = [*config["quant_cfg"], {"quantizer_name": "mix.weight_quantizer", "cfg": cfg}]
+    torch.manual_seed(0)
+    with pytest.raises(TdqError, match=r"mix\.weight_quantizer") as error:
+        mtq.quantize(TinyDenoiser().eval(), config, loop(calls(4, 4)))
+    assert error.value.field == "quant_cfg"
+
+
+def test_scales_of_weights_that_came_from_elsewhere_are_refused(tmp_path: Path) -> None:
+    """Kept weight scales, of another algorithm, with the same formats."""
+    for algorithm in ({"method": "max"}, {"method": "mse", "start_multiplier": 0.3, "stop_multiplier": 0.6}):
+        torch.manual_seed(0)
+        config = fast_config(**{**FAST, "iterations": 5, "cache_dir": str(tmp_path), "weights": "keep"})
+        model = mtq.quantize(TinyDenoiser().eval(), {**config, "algorithm": algorithm}, loop(calls(4, 4)))
+        if algorithm["method"] == "max":
+            mtq.calibrate(model, config["algorithm"], loop(calls(4, 4)))
+            continue
+        with pytest.raises(TdqError, match=r"weight_quantizer\._amax differs"):
+            mtq.calibrate(model, config["algorithm"], loop(calls(4, 4)))
+
+
+def test_other_samples_of_the_same_scales_are_refused(tmp_path: Path) -> None:
+    """Mirrored images: the same ranges, the same times, other data."""
+    _started(tmp_path)
+    mirrored = [(x.flip(3), t) for x, t in calls(4, 4)]
+    found: list[str] = []
+    try:
+        _started(tmp_path, data=mirrored)
+    except TdqError as error:
+        found.append(error.problem)
+    assert found[0].startswith(("it records other samples", "it calibrates other scales"))
+    rounded = [(x * (1 + 1e-6), t) for x, t in calls(4, 4)]
+    _started(tmp_path, data=rounded)  # as another device might give
+
+
+def test_sketches_of_other_samples_differ_and_of_rounded_ones_do_not() -> None:
+    model = reconstructed(iterations=1)
+    samples = [{"sample": torch.randn(1, 3, 8, 8), "timestep": torch.tensor([t])} for t in (20.0, 900.0)]
+    made = [
+        fingerprint.computed(model, torch.ones(1, 2), Samples(calls, torch.tensor([20.0, 900.0]), "timestep"))
+        for calls in (
+            samples,
+            [{**call, "sample": call["sample"] * (1 + 1e-6)} for call in samples],
+            [{**call, "sample": call["sample"].flip(2)} for call in samples],
+        )
+    ]
+    assert fingerprint.difference(made[0], made[1]) is None
+    assert fingerprint.difference(made[0], made[2]) == "samples"
+
+
+class _Gained(TinyDenoiser):
+    """With a number that is no parameter, no buffer and no setting of a layer."""
+
+    gain = 1.0
+
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(sample, timestep, context) * self.gain
+
+
+def test_a_model_with_the_same_weights_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Gained().eval()
+    other = copy.deepcopy(model)
+    other.gain = 1.5
+    reconstructed(model, cache_dir=str(tmp_path), iterations=5)
+    _refused(tmp_path, "model", "predicts something else", other)
+
+
+def test_other_buffers_and_settings_of_layers_are_refused(tmp_path: Path) -> None:
+    class Buffered(TinyDenoiser):
+        def __init__(self, value: float, padding: str = "zeros") -> None:
+            super().__init__()
+            self.register_buffer("level", torch.tensor(value))
+            self.conv2.padding_mode = padding
+
+    def model(*args: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return Buffered(*args).eval()
+
+    reconstructed(model(1.0), cache_dir=str(tmp_path), iterations=5)
+    _refused(tmp_path, "model", "other weights", model(2.0))
+    _refused(tmp_path, "model", "other layers", model(1.0, "circular"))
+
+
+@pytest.mark.parametrize("package", ["algorithm", "torch", "nvidia-modelopt"])
+def test_a_run_of_another_version_is_refused(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = fingerprint._versions()
+    if package == "algorithm":
+        monkeypatch.setattr(fingerprint, "_ALGORITHM", 1)
+    else:
+        monkeypatch.setattr(fingerprint, "_versions", lambda: {**versions, package: "0.0.1"})
+    _started(tmp_path)
+    monkeypatch.undo()
+    _refused(tmp_path, "cache_dir", f"{package}: .*was started with")
+
+
+def _rewrite(path: Path, **changes: Any) -> None:
+    """The same file with another description, its checksum right."""
+    arrays, description = read_arrays(path, "reconstruction", "file", 99)
+    fields = {**description, **changes}
+    kind, version = str(fields.pop("kind")).rpartition(".")[2], fields.pop("schema_version")
+    write_arrays(path, kind, version, arrays, fields)
+
+
+@pytest.mark.parametrize("damage", ["bytes", "cut", "schema", "kind"])
 def test_damaged_files_are_refused(damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _interrupted(monkeypatch, tmp_path)
-    data, sidecar = tmp_path / "block-0000.safetensors", tmp_path / "block-0000.json"
+    file = tmp_path / "block-0000.safetensors"
+    content = bytearray(file.read_bytes())
     if damage == "bytes":
-        content = bytearray(data.read_bytes())
         content[-1] ^= 1
-        data.write_bytes(content)
-    elif damage == "json":
-        sidecar.write_text(sidecar.read_text()[:-20])
-    elif damage == "missing":
-        (tmp_path / "run.json").write_text("{}")
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-20])
     else:
-        changes = {"schema": {"schema_version": 99}, "kind": {"kind": "something else"}}[damage]
-        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **changes}))
+        _rewrite(file, **{"schema": {"schema_version": 99}, "kind": {"kind": "modelopt_tdq.other"}}[damage])
     with pytest.raises(TdqError, match=r"cache_dir|schema_version") as error:
         reconstructed(cache_dir=str(tmp_path))
     assert error.value.field in ("cache_dir", "schema_version")
 
 
-def test_a_file_without_its_description_counts_as_unfinished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    expected = reconstructed()
-    _interrupted(monkeypatch, tmp_path)
-    (tmp_path / "block-0000.json").unlink()
-    assert _same(reconstructed(cache_dir=str(tmp_path)), expected)
+def test_a_run_of_an_earlier_schema_is_refused(tmp_path: Path) -> None:
+    """Whose description holds less than is compared today."""
+    _started(tmp_path)
+    _, description = read_arrays(tmp_path / "run", "reconstruction", "file", 99)
+    arrays = {"calibrated": torch.ones(1, 1), "times": torch.ones(1)}
+    write_arrays(tmp_path / "run", "reconstruction", 1, arrays, {"config": description["config"], "weights": "0"})
+    with pytest.raises(TdqError, match="was started with"):
+        _started(tmp_path)
 
 
 def test_a_limit_that_two_batches_do_not_fit_into() -> None:
