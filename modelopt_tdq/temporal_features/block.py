@@ -197,7 +197,8 @@ def find_temporal_block(
     if arguments.get(timestep) is None:
         raise TdqError("timestep", timestep, "not among the arguments of the call", f"Given: {', '.join(arguments)}")
     with _own_time(model), _at_rest(model):
-        found = search(model, arguments, timestep, times)
+        result = search(model, arguments, timestep, times)
+    found, whole = result.watched, result.watched.tapes[0]
     depends = {name: tuple(sorted(on - {timestep})) for name, on in found.depends.items() if timestep in on}
     if not found.features:
         example = next(iter(depends.items()), None)
@@ -208,7 +209,7 @@ def find_temporal_block(
             f"it has no temporal block: none of its layers depends on `{timestep}` alone{why}",
             'Quantize it with {"method": "tdq"}',
         )
-    tape = found.tape.only(found.features)
+    tape = whole.only(found.features)
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # each once, by its first name
     layers = layers_with_parameters(model)
     return TemporalBlock(
@@ -219,6 +220,6 @@ def find_temporal_block(
         {name: {names[id(p)]: p.numel() for p in layers[name].parameters()} for name in tape.layers},
         {name: found.multiply_adds.get(name, 0) // rows for name, (rows, *_) in found.shapes.items()},
         depends,
-        frozenset(tape.layers) - found.tape.results.keys(),
+        frozenset(tape.layers) - whole.results.keys(),
         tape,
     )
