@@ -12,7 +12,6 @@ text or another value for which no other could be found that the model takes.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.temporal_features.dataflow import EARLIER_CALL, Watched
+from modelopt_tdq.temporal_features.proof import Proof, with_defaults
 from modelopt_tdq.temporal_features.variation import (
     Change,
     batch_changes,
@@ -56,13 +56,11 @@ class Found:
 
     Attributes:
         watched: All runs together.
-        programs: How the output of each temporal layer is computed, as a digest without sizes, axes and indices.
-        tried: Arguments that are no tensors, and sizes such as ``sample.shape[2]``, on whose values no feature depends.
+        proof: That the temporal layers depend on the time alone.
     """
 
     watched: Watched
-    programs: Mapping[str, str]
-    tried: frozenset[str]
+    proof: Proof
 
 
 def _tensors(model: nn.Module, arguments: Mapping[str, Any], timestep: str) -> dict[str, Any]:
@@ -70,13 +68,8 @@ def _tensors(model: nn.Module, arguments: Mapping[str, Any], timestep: str) -> d
     leaves = [leaf for name, value in arguments.items() if name != timestep for leaf in pytree.tree_leaves(value)]
     device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
     time = arguments[timestep]
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if isinstance(parameter.default, (bool, int, float, str)) and name != timestep
-    }
     time = time if isinstance(time, Tensor) else torch.as_tensor(time, device=device)
-    return {**defaults, **arguments, timestep: time}
+    return {**with_defaults(model, arguments, timestep), timestep: time}
 
 
 def _batched(arguments: Mapping[str, Any], timestep: str, times: int) -> dict[str, Any]:
@@ -116,7 +109,7 @@ def search(model: nn.Module, arguments: Mapping[str, Any], timestep: str, times:
         try:
             calls.call()
             if _is_usable(calls.watched(), computed):
-                return _found(calls, model, call, timestep, data=False)
+                return _found(calls, model, call, own, timestep, data=False)
         except TdqError:
             raise
         except Exception as error:  # models may look at values, or not take a time per sample
@@ -126,7 +119,7 @@ def search(model: nn.Module, arguments: Mapping[str, Any], timestep: str, times:
     calls = VariedCalls(model, own, timestep, 1, data=True)
     try:
         calls.call()
-        return _found(calls, model, own, timestep, data=True)
+        return _found(calls, model, own, own, timestep, data=True)
     finally:
         calls.restore()
 
@@ -138,7 +131,7 @@ class _Evidence:
         single: In calls with one change, by their place.
         compound: In calls with many.
         repeats: Calls without any.
-        tried: Arguments and sizes that were changed in a call that the model has taken.
+        tried: Arguments and sizes that were changed in a call that the model has taken, and that need no other try.
     """
 
     def __init__(self, calls: VariedCalls) -> None:
@@ -152,24 +145,28 @@ class _Evidence:
         """Whether any call computes a temporal layer's output in a way of its own."""
         return any(one or other for one, other in self.calls.disagreements())
 
-    def together(self, changes: Sequence[Change]) -> bool:
-        """Whether the model takes a call with many changes."""
+    def _attempt(self, changes: Sequence[Change]) -> int | None:
         run = self.calls.attempt(changes)
         if run is not None:
+            self.tried.update(aspect for change in changes if change.conclusive for aspect in change.aspects)
+        return run
+
+    def together(self, changes: Sequence[Change]) -> bool:
+        """Whether the model takes a call with many changes."""
+        run = self._attempt(changes)
+        if run is not None:
             self.compound[run] = tuple(dict.fromkeys(label for change in changes for label in change.labels))
-            self.tried.update(aspect for change in changes for aspect in change.aspects)
         return run is not None
 
     def alone(self, question: _Question) -> None:
-        """A call that differs in one thing, unless that was tried."""
-        if any(not self.tried.issuperset(change.aspects) for change in question.ways):
-            for change in question.ways:
-                if question.every or not self.tried.issuperset(change.aspects):
-                    self.calls.restore()
-                    run = self.calls.attempt([change])
-                    if run is not None:
-                        self.single[run] = change.labels
-                        self.tried.update(change.aspects)
+        """Calls that differ in one thing."""
+        for change in question.ways:
+            self.calls.restore()
+            run = self._attempt([change])
+            if run is not None:
+                self.single[run] = change.labels
+                if not question.every:
+                    return
 
     def repeat(self) -> None:
         """The first call again, from the beginning; and once more, with what it left behind."""
@@ -199,48 +196,63 @@ class _Evidence:
             self.calls.taints[run].update({name: blamed[name] for name in its})
 
 
-def _found(calls: VariedCalls, model: nn.Module, call: Mapping[str, Any], timestep: str, data: bool) -> Found:
-    """After the first call: the others."""
+def _found(
+    calls: VariedCalls,
+    model: nn.Module,
+    call: Mapping[str, Any],
+    given: Mapping[str, Any],
+    timestep: str,
+    data: bool,
+) -> Found:
+    """After the first call: the others. ``given`` is that call as the user gave it."""
     numbers = [_Question(ways, every=True) for ways in number_changes(model, call, timestep)]
     batch = _Question(batch_changes(call, timestep), every=False)
     layouts, axes = size_changes(call, timestep, smaller_first=data)
     evidence = _Evidence(calls)
-    taken = _together(evidence, [*numbers, batch], layouts)
-    if not taken or evidence.disagrees():
+    questions = [*numbers, batch]
+    left = _together(evidence, questions, layouts)
+    if left == questions or evidence.disagrees():
+        left = questions
         evidence.tried.clear()
         evidence.repeat()
-    for question in [*numbers, batch, *(_Question(ways, every=False) for ways in axes)]:
+    for question in left:
         evidence.alone(question)
+    for ways in axes:
+        if not all(evidence.tried.issuperset(change.aspects) for change in ways):
+            evidence.alone(_Question(ways, every=False))
     evidence.blame()
-    return _result(calls, evidence.tried)
+    found = calls.watched()
+    return Found(found, Proof.of(given, timestep, evidence.tried, _programs(calls, found)))
 
 
-def _together(evidence: _Evidence, questions: Sequence[_Question], layouts: Sequence[Change]) -> bool:
-    """Calls with many changes at once; whether the model takes them.
+def _together(evidence: _Evidence, questions: list[_Question], layouts: Sequence[Change]) -> list[_Question]:
+    """Calls with many changes at once.
 
     The first follows on the recorded call, in the first of the layouts that the model takes, with other numbers where
     the model keeps some. If the model keeps anything, the same again from the beginning. Every number is tried twice,
     and every flag also alone, because two may cancel.
+
+    Returns:
+        What the model has refused to be asked so; all, if it takes no first call.
     """
+    several = [question for question in questions if question.every and len(question.ways) > 1]
+    flags = [question for question in questions if question.every and len(question.ways) == 1]
     first = [question.ways[0] for question in questions if question.ways]
-    second = [question.ways[1] for question in questions if question.every and len(question.ways) > 1]
-    flags = [question.ways[0] for question in questions if question.every and len(question.ways) == 1]
     evidence.calls.shift_state()
     for layout in [*([change] for change in layouts), []]:
         if evidence.together([*first, *layout]):
             break
     else:
-        return False
-    taken = True
+        return questions
     if evidence.calls.writes_state:
         evidence.calls.restore()
-        taken = evidence.together([*first, *layout])
-    taken = taken and (not second or evidence.together(second))
-    return taken and all(evidence.together([flag]) for flag in flags if len(flags) > 1)
+        if not evidence.together([*first, *layout]):
+            return questions
+    left = [] if not several or evidence.together([question.ways[1] for question in several]) else several
+    return left + [flag for flag in flags if len(flags) > 1 and not evidence.together(flag.ways)]
 
 
-def _result(calls: VariedCalls, tried: set[str]) -> Found:
-    found = calls.watched()
-    numbers = calls.outputs(found)[0]
-    programs = {name: " ".join(number.alike for number in numbers[name]) for name in found.features}
-    return Found(found, programs, frozenset(tried))
+def _programs(calls: VariedCalls, found: Watched) -> dict[str, str]:
+    """How the output of each temporal layer is computed, as a digest without sizes, axes and indices."""
+    outputs = calls.outputs(found)[0]
+    return {name: " ".join(number.alike[:16] for number in numbers) for name, numbers in outputs.items()}

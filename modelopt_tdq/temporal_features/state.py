@@ -67,7 +67,7 @@ class _Walk:
     def __call__(self, value: Any, path: str, holder: Any = None, key: Any = None, depth: int = 0) -> Iterator[Any]:
         if isinstance(value, Tensor):
             yield path, Held(value, holder, key, _version(value))
-        elif isinstance(value, _PLAIN) or isinstance(value, _CLOSED) or depth >= _DEPTH:
+        elif isinstance(value, (*_PLAIN, *_CLOSED)) or depth >= _DEPTH:
             yield path, Held(value, holder, key)
         elif id(value) in self.containers:
             return
@@ -173,7 +173,7 @@ class ModelState:
 
 
 class CachedFunctions:
-    """Functions of a model's modules whose results ``functools`` keeps: what is made without data must not stay there."""
+    """Functions of a model's modules whose results ``functools`` keeps: tensors without data must not stay there."""
 
     def __init__(self, model: nn.Module) -> None:
         classes = {base for module in model.modules() for base in type(module).__mro__ if base not in nn.Module.__mro__}

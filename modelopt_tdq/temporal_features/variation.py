@@ -17,6 +17,7 @@ __all__ = [
     "Change",
     "batch_changes",
     "batch_size",
+    "named_attributes",
     "named_leaves",
     "number_changes",
     "other_values",
@@ -33,11 +34,13 @@ class Change:
         labels: What differs, as a report names it.
         replaced: What becomes of values, by name: ``outer.inner`` inside containers.
         aspects: What has been tried if the model takes this: names of arguments; ``sample.shape[1]`` for sizes.
+        conclusive: Whether that tells of other values; of a text it does not.
     """
 
     labels: tuple[str, ...]
     replaced: Mapping[str, Callable[[Any], Any]]
     aspects: tuple[str, ...]
+    conclusive: bool = True
 
 
 def _name(path: Sequence[Any]) -> str:
@@ -76,9 +79,11 @@ def other_values(value: Any, hint: Any = None) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [other for other in dict.fromkeys((2 * value or 1, value + 3, 0, -1)) if other != value]
+        return [other for other in dict.fromkeys((2 * value or 1, 0, value + 3, -1)) if other != value]
     if isinstance(value, float):
-        return [other for other in (3 * value + 1.5, 0.5 * value + 0.25, -value - 0.5, 0.0) if other != value]
+        return [
+            other for other in dict.fromkeys((3 * value + 1.5, 0.0, 0.5 * value + 0.25, -value - 0.5)) if other != value
+        ]
     if isinstance(value, str):
         allowed = [each for each in _literals(hint) if isinstance(each, str) and each != value]
         return allowed or [f"{value}_"]
@@ -104,16 +109,18 @@ def number_changes(model: nn.Module, arguments: Mapping[str, Any], timestep: str
     """Other values of every argument that is a number, a flag or a text: a list for each argument."""
     hints, found = _hints(model), []
     for name, leaf in named_leaves({key: value for key, value in arguments.items() if key != timestep}):
-        tries = [Change((name,), {name: _constant(value)}, (name,)) for value in other_values(leaf, hints.get(name))]
-        for key, inner in _attributes(leaf).items():
+        values, conclusive = other_values(leaf, hints.get(name)), not isinstance(leaf, str)
+        tries = [Change((name,), {name: _constant(value)}, (name,), conclusive) for value in values]
+        for key, inner in named_attributes(leaf).items():
             label = (f"{name}.{key}",)
-            found.append([Change(label, {name: _with_attribute(key, v)}, label) for v in other_values(inner)])
+            values, conclusive = other_values(inner), not isinstance(inner, str)
+            found.append([Change(label, {name: _with_attribute(key, v)}, label, conclusive) for v in values])
         found.append(tries)
     return [tries for tries in found if tries]
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    """Of an object that is made to hold values, such as a dataclass."""
+def named_attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object that is made to hold values, such as a dataclass."""
     if isinstance(value, (nn.Module, Tensor, type)) or callable(value) or type(value).__module__.startswith("torch"):
         return {}
     return dict(getattr(value, "__dict__", {}))
@@ -210,12 +217,14 @@ def size_changes(
         mask = name in led and not tensor.is_floating_point() and tensor.shape[1:] in {(n,) for n in lengths}
         if tensor.dim() == 2 and (mask or name not in led):
             tokens[name] = (1,) if mask else (0,)
-    inner = {name: range(2, tensor.dim()) for name, tensor in tensors.items() if tensor.dim() >= 4}
+    inner = {name: tuple(range(2, tensor.dim())) for name, tensor in tensors.items() if tensor.dim() >= 4}
     frames_first = {name: (1, *range(3, tensors[name].dim())) for name in inner}
-    layouts = [{**inner, **tokens}, {**frames_first, **tokens}, inner, frames_first] if inner else [tokens]
+    layouts: list[Mapping[str, Sequence[int]]] = (
+        [{**inner, **tokens}, {**frames_first, **tokens}, inner, frames_first] if inner else [tokens]
+    )
     sides = (smaller_first, not smaller_first)
     together = [change for halve in sides for axes in layouts for change in _resized(tensors, axes, halve)]
-    every = {name: range(1 if tensors[name].dim() > 4 else 2, tensors[name].dim()) for name in inner}
+    every = {name: tuple(range(1 if tensors[name].dim() > 4 else 2, tensors[name].dim())) for name in inner}
     alone = [(name, axis) for name, axes in {**every, **tokens}.items() for axis in axes]
     parts = [[c for halve in sides for c in _resized(tensors, {name: (axis,)}, halve)] for name, axis in alone]
     return together, parts
