@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
 from modelopt_tdq.calibration.choose import Evidence
-from modelopt_tdq.calibration.others import load_amax
 from modelopt_tdq.calibration.columns import worth_an_offset
+from modelopt_tdq.calibration.others import load_amax
 from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics, too_many_times
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.core.distributed import agreed, gather, union
-from modelopt_tdq.core.together import check
 from modelopt_tdq.core.schedule import nearest_known
+from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.quantizer import TemporalQuantizer

@@ -27,6 +27,7 @@ from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
 from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, require_table_input
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
+from modelopt_tdq.temporal_features.guard import require_proven
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -144,6 +145,7 @@ def marker_graph(
             "Quantize it first: mtq.quantize(model, modelopt_tdq.TDQ_CONFIG, forward_loop)",
         )
     inputs = flatten_inputs(sample_inputs, spec.timestep)
+    require_proven(model, inputs.arguments(tuple(inputs.tensors)))
     samples = 1 if spec.timestep is None else inputs.tensors[inputs.names.index(spec.timestep)].numel()
     others = (t for n, t in zip(inputs.names, inputs.tensors, strict=True) if n != spec.timestep and t.dim())
     batch = next((len(tensor) for tensor in others), 1)

@@ -143,7 +143,9 @@ def find_batch_axis(
     for own in dict.fromkeys(tried):
         axis = BatchAxis(timestep.argument, own, frozenset(leaves) - own)
         picks = ([batch - 1], [0]) if batch > 1 else ([0, 0], [0])
-        if all([_agrees(model, timestep, axis, arguments, batch, rows, pick) for pick in picks]):
+        # both are tried in any case: all processes make the same calls
+        agreed = [_agrees(model, timestep, axis, arguments, batch, rows, pick) for pick in picks]
+        if all(agreed):
             return axis
     return None
 

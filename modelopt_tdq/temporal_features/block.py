@@ -6,7 +6,7 @@ g_i(h(t)), the temporal features, steer the rest of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import INTERVALS, find_timestep
+from modelopt_tdq.temporal_features.proof import Proof
 from modelopt_tdq.temporal_features.search import search
 from modelopt_tdq.temporal_features.tape import Tape
 from modelopt_tdq.temporal_features.trace import layers_with_parameters
+from modelopt_tdq.temporal_features.variation import named_leaves
 
-__all__ = ["TemporalBlock", "find_temporal_block"]
+__all__ = ["TemporalBlock", "find_temporal_block", "named"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,15 @@ class TemporalBlock:
         shapes: Likewise, of every layer.
         weights: Number of elements of each parameter, by its name, of each layer.
         costs: Multiply-adds of each layer for one time.
-        depends: For each layer that depends on the time and on something else: the other inputs of the model on which
-            it depends. What such a layer gives cannot be known before the model runs.
+        depends: For each layer that depends on the time and on something else: on what. Names of the model's
+            arguments, tensors or not; "the size of `sample`"; "the state `count` of module `blocks.0`", which is what
+            calls of the model leave behind. What such a layer gives cannot be known before the model runs.
+        refused: Those of them that depend on no other tensor of the call: but for numbers, sizes or state they would be
+            layers of the block.
         kept: Those of ``layers`` that the model runs for something else than these features, too, or whose output is
             the same at all times.
         tape: What computes the features.
+        proof: What was tried to find this, and for which calls it was seen.
     """
 
     timestep: str
@@ -48,8 +54,10 @@ class TemporalBlock:
     weights: Mapping[str, Mapping[str, int]]
     costs: Mapping[str, int]
     depends: Mapping[str, tuple[str, ...]]
+    refused: Mapping[str, tuple[str, ...]]
     kept: frozenset[str]
     tape: Tape
+    proof: Proof
 
     @property
     def parameters(self) -> int:
@@ -87,9 +95,11 @@ class TemporalBlock:
 
     def _refuse(self, name: str) -> None:
         if name in self.depends:
-            others = " and ".join(f"`{other}`" for other in self.depends[name])
             raise TdqError(
-                "features", name, f"its output depends on {others} as well as on the time", "Leave it to the model"
+                "features",
+                name,
+                f"its output depends on {named(self.depends[name])} as well as on the time",
+                "Leave it to the model",
             )
         raise TdqError(
             "features", name, "no temporal feature of this model", f"Its features: {', '.join(self.features)}"
@@ -123,6 +133,11 @@ class TemporalBlock:
                 made = {name: [_one_row(name, value) for value in values] for name, values in made.items()}
             parts.append({name: _agreed(name, values)[: len(chunk)] for name, values in made.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def named(dependencies: Iterable[str]) -> str:
+    """For a sentence: "`guidance` and the size of `sample`"."""
+    return " and ".join(each if " " in each else f"`{each}`" for each in dependencies)
 
 
 def _one_row(name: str, value: Tensor) -> Tensor:
@@ -187,7 +202,8 @@ def find_temporal_block(
     if arguments.get(timestep) is None:
         raise TdqError("timestep", timestep, "not among the arguments of the call", f"Given: {', '.join(arguments)}")
     with _at_rest(model):
-        found = search(model, arguments, timestep, times)
+        result = search(model, arguments, timestep, times)
+    found, whole = result.watched, result.watched.tapes[0]
     depends = {name: tuple(sorted(on - {timestep})) for name, on in found.depends.items() if timestep in on}
     if not found.features:
         example = next(iter(depends.items()), None)
@@ -198,9 +214,10 @@ def find_temporal_block(
             f"it has no temporal block: none of its layers depends on `{timestep}` alone{why}",
             'Quantize it with {"method": "tdq"}',
         )
-    tape = found.tape.only(found.features)
+    tape = whole.only(found.features)
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # each once, by its first name
     layers = layers_with_parameters(model)
+    inputs = {name for name, leaf in named_leaves(arguments) if isinstance(leaf, Tensor)}
     return TemporalBlock(
         timestep,
         tape.layers,
@@ -209,6 +226,8 @@ def find_temporal_block(
         {name: {names[id(p)]: p.numel() for p in layers[name].parameters()} for name in tape.layers},
         {name: found.multiply_adds.get(name, 0) // rows for name, (rows, *_) in found.shapes.items()},
         depends,
-        frozenset(tape.layers) - found.tape.results.keys(),
+        {name: on for name, on in depends.items() if inputs.isdisjoint(on)},
+        frozenset(tape.layers) - whole.results.keys(),
         tape,
+        result.proof,
     )

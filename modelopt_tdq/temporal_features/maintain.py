@@ -80,6 +80,8 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
         "layers": list(block.layers),
         "tensors": list(block.tape.parameters),
         "superseded": {name: list(shape) for name, shape in block.superseded().items()},
+        "refused": {name: list(on) for name, on in called.refused.items()},
+        "proof": called.proof.for_layers(block.features).as_json(),
         "parameters": block.parameters,
         "multiply_adds": block.multiply_adds,
         "weight_bits": bits.weight,

@@ -13,6 +13,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.temporal_features.feature import Feature
 from modelopt_tdq.temporal_features.lookup import Outside, Rows, is_row, look_up
+from modelopt_tdq.temporal_features.proof import Proof
 from modelopt_tdq.temporal_features.table import FeatureTable
 
 __all__ = ["FEATURES", "TemporalFeatures", "describe"]
@@ -34,6 +35,9 @@ class TemporalFeatures(nn.Module):
         description: Everything but the numbers, as JSON knows it: ``timestep_argument``, ``outside``, ``rows`` (K),
             ``metadata``, ``features`` (a list of ``name``, ``shape`` per sample, ``dtype`` of what is stored,
             ``num_bits``, ``offset``: whether there is one), ``superseded`` (shape per sample, by name) and ``freed``.
+
+    Attributes:
+        proofs: Of further kinds of calls, which were looked at since.
     """
 
     def __init__(self, description: Mapping[str, Any]) -> None:
@@ -51,6 +55,7 @@ class TemporalFeatures(nn.Module):
                 self._register(f"offset_{index}", (rows,), torch.float32)
         self._timestep: CurrentTimestep | None = None
         self._decided: tuple[Tensor, bool] | None = None
+        self.proofs: list[Proof] = []
 
     def _register(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         stored, value = _STORED[dtype]

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from modelopt_tdq.core.metrics import db_text
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.temporal_features.block import TemporalBlock
+from modelopt_tdq.temporal_features.block import TemporalBlock, named
 from modelopt_tdq.temporal_features.runtime import feature_table
 
 __all__ = [
@@ -140,6 +140,8 @@ class TemporalReport:
         packed_nbytes: Of the table with codes of less than 8 bits packed.
         rows: Number of times.
         outside: What a time gets that is no row: "nearest", "linear" or "exact".
+        refused: Layers that depend on the time and on no other tensor, but on what no table can hold: a number or flag
+            among the arguments, a size, what earlier calls leave behind. By name, on what; they run as any other layer.
     """
 
     features: tuple[FeatureRow, ...]
@@ -149,6 +151,7 @@ class TemporalReport:
     packed_nbytes: int
     rows: int
     outside: str
+    refused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """What stands below the table, a sentence each."""
@@ -162,6 +165,8 @@ class TemporalReport:
         ]
         if any("tib" in row.rows for row in self.features):
             lines.append("A TIB feature is deployed as the table of its outputs, without its layers.")
+        for layer, on in self.refused.items():
+            lines.append(f"{layer} is no temporal feature: besides the time it depends on {named(on)}.")
         lines.append("Errors: relative squared error, mean / worst over the rows; lower is better.")
         return lines
 
@@ -219,6 +224,7 @@ def temporal_report(model: nn.Module) -> TemporalReport:
         table.packed_nbytes,
         len(table),
         table.outside,
+        {name: tuple(on) for name, on in metadata.get("refused", {}).items()},
     )
 
 

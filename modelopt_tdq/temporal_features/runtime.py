@@ -15,6 +15,7 @@ from torch import nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import deliver_timestep
+from modelopt_tdq.temporal_features.guard import guard_calls, unguard_calls
 from modelopt_tdq.temporal_features.looked_up import LookedUp, Superseded, swap_in, swap_out
 from modelopt_tdq.temporal_features.module import FEATURES, TemporalFeatures, describe
 from modelopt_tdq.temporal_features.saved_state import describe_in_state
@@ -150,6 +151,7 @@ def _install(model: nn.Module, description: Mapping[str, Any]) -> TemporalFeatur
     if features.outside != "exact":
         for name, shape in features.description["superseded"].items():
             swap_in(model.get_submodule(name), Superseded, features, tuple(shape))
+    guard_calls(model)
     return features
 
 
@@ -189,6 +191,7 @@ def uninstall_features(model: nn.Module) -> None:
 
 
 def _remove(model: nn.Module) -> None:
+    unguard_calls(model)
     for layer in _layers(model):
         swap_out(layer)
     del model._modules[FEATURES]

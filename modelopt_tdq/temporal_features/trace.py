@@ -1,15 +1,14 @@
-"""One run of a model, watched: on which of its inputs does every value depend?
+"""Runs of a model, recorded: every operator, every call of a layer, every value that is read into Python.
 
-A dispatch mode sees every operator. The result of an operator depends on whatever its operands depend on; views and
-in-place operators are followed through their storage. Once a value is read into Python (``.item()``), everything
-after it may depend on it; if it was the time, nothing after it can be computed again for another time. Names of layers
-play no part.
+A dispatch mode sees every operator. Views and operators in place are followed through their storage. Names of layers
+play no part. What depends on what is worked out afterwards, by :mod:`modelopt_tdq.temporal_features.dataflow`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,29 +22,21 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from modelopt_tdq.model.full_precision import full_precision
-from modelopt_tdq.temporal_features.tape import Entry, Parameter, Slot, Tape
+from modelopt_tdq.temporal_features.tape import Parameter, Slot
 
-__all__ = [
-    "ReadingMethods",
-    "Watched",
-    "is_random",
-    "layers_with_parameters",
-    "reads_values",
-    "watch",
-    "written_operands",
-]
+__all__ = ["Enter", "Event", "Inner", "Leave", "Operation", "Read", "Recorder", "Run", "layers_with_parameters"]
 
 #: Operators, and methods that are none, that hand values of a tensor to Python.
 _READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
 _READING_METHODS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
-def reads_values(func: Any) -> bool:
+def _reads_values(func: Any) -> bool:
     """Whether an operator hands values of its operands to Python, be it as the shape of its result."""
     return func._schema.name in _READS or torch.Tag.dynamic_output_shape in func.tags
 
 
-class ReadingMethods(TorchFunctionMode):
+class _ReadingMethods(TorchFunctionMode):
     """Tells of tensors whose values are handed to Python by methods that are no operators."""
 
     def __init__(self, tell: Callable[[Tensor], object]) -> None:
@@ -58,7 +49,7 @@ class ReadingMethods(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether an operator draws random numbers: an attention draws none without dropout."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
@@ -68,20 +59,17 @@ def is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
     return True
 
 
-def written_operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The operands that an operator changes in place."""
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, written: bool) -> list[Tensor]:
+    """The operands that an operator changes in place, or else those that its result may be a view of."""
     found: list[Tensor] = []
     for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        if argument.alias_info is not None and (argument.alias_info.is_write or not written):
+            found += _tensors(args[position] if position < len(args) else kwargs.get(argument.name))
     return found
-
-
-_NOTHING: frozenset[str] = frozenset()
-
-#: What depends on a generator of random numbers is not known before the model runs.
-_RANDOM = "random numbers"
 
 
 def layers_with_parameters(model: nn.Module) -> dict[str, nn.Module]:
@@ -98,50 +86,171 @@ def layers_with_parameters(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name in owners - inner - inside and name}
 
 
-class Watched:
-    """What was seen.
+@dataclass(frozen=True)
+class Inner:
+    """A tensor that a layer has of its own, such as weights that another library puts there for the call."""
+
+    description: str
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator.
 
     Attributes:
-        tape: All that depends on the time alone; its results are the outputs of all layers on it.
-        features: Names of the layers whose outputs leave the tape, in order of execution, with the outputs' shapes.
-        depends: For each layer that depends on something else: the inputs of the model on which it depends.
-        multiply_adds: Of each layer, in one call.
-        shapes: Of each layer's output.
+        function: Of ATen.
+        args: Nested; tensors are slots, parameters their names as :class:`Parameter`, tensors of unknown origin
+            themselves (:class:`Inner` inside a layer), the rest as it is.
+        kwargs: Likewise.
+        outputs: A slot or None for each leaf of the result.
+        inputs: Storages of its operands.
+        written: Storages of the operands that it changes in place.
+        touched: Those, and the storages of its results.
+        reads: Whether it hands values of its operands to Python.
+        random: Whether it draws random numbers.
+        layer: Name of the layer in which it runs.
+        multiply_adds: That it takes.
     """
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
-        self.features: dict[str, tuple[int, ...]] = {}
-        self.depends: dict[str, frozenset[str]] = {}
-        self.multiply_adds: dict[str, int] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Slot | None, ...]
+    inputs: tuple[int, ...]
+    written: tuple[int, ...]
+    touched: tuple[int, ...]
+    reads: bool
+    random: bool
+    layer: str | None
+    multiply_adds: int
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """See the module. ``labels`` are the names of the model's inputs by tensor."""
+@dataclass(frozen=True)
+class Read:
+    """Values of a tensor are handed to Python. ``inputs``: storages."""
 
-    def __init__(self, model: nn.Module, labels: list[tuple[str, Tensor]], time: str) -> None:
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Enter:
+    """A layer begins. ``inputs``: storages of its arguments."""
+
+    layer: str
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A layer ends.
+
+    Attributes:
+        layer: Its name.
+        args: As of an operator.
+        kwargs: Likewise.
+        outputs: A slot or None for each leaf of what it returns.
+        shape: Of its output, if that is one tensor.
+    """
+
+    layer: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Slot | None, ...]
+    shape: tuple[int, ...] | None
+
+
+Event = Operation | Read | Enter | Leave
+
+
+@dataclass
+class Run:
+    """One call of the model.
+
+    Attributes:
+        time: Slot of the time.
+        dtype: Of the time.
+        shape: Of the time: [], [1] or [B].
+        labels: Slot of every tensor that goes in, by the name of its argument; the time too.
+        state: Storages of the tensors that the model held before, by where it holds them.
+        events: In order.
+        outputs: Storages of the model's outputs.
+    """
+
+    time: Slot
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    labels: tuple[tuple[str, Slot], ...]
+    state: Mapping[str, tuple[int, ...]]
+    events: list[Event] = field(default_factory=list)
+    outputs: tuple[int, ...] = ()
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records runs of one model, one after the other; a value of an earlier run is known in a later one.
+
+    Args:
+        model: Whose layers are watched.
+        data: Whether the runs have data, so that what the model writes into its own tensors has to be undone.
+    """
+
+    def __init__(self, model: nn.Module, data: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.time = frozenset([time])
-        self.parameters = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
+        self._model, self._data = model, data
+        self._parameters = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
-        self._depends: dict[int, frozenset[str]] = {}
-        self._origins: dict[int, frozenset[str]] = {}
-        self._taken: dict[str, frozenset[str]] = {}
+        self._same: dict[int, int] = {}
         self._slots = WeakTensorKeyDictionary()
         self._count = 0
-        self._read = _NOTHING
         self._layer: str | None = None
-        self.entries: list[Entry] = []
-        self.results: dict[str, list[Slot]] = {}
-        self.features: dict[str, None] = {}
-        self.depends: dict[str, frozenset[str]] = {}
-        self.multiply_adds: dict[str, int] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in labels:
-            self._depends[self._key(tensor)] = self.depends_on(tensor) | {name}
+        self._events: list[Event] = []
+        self._held: dict[int, list[Tensor]] = {}
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def slot(self, tensor: Tensor) -> Slot:
+    def run(
+        self,
+        call: Callable[[], Any],
+        labels: Sequence[tuple[str, Tensor]],
+        time: Tensor,
+        state: Mapping[str, Sequence[Tensor]],
+    ) -> Run:
+        """Record one call; the quantizers do nothing meanwhile.
+
+        Args:
+            call: Calls the model once.
+            labels: Every tensor that goes in, by the name of its argument; the time too.
+            time: [], [1] or [B], one of these.
+            state: The tensors that the model holds, by where.
+        """
+        held = {where: self._keys(tensors) for where, tensors in state.items()}
+        if self._data:
+            for tensor in (t for tensors in state.values() for t in tensors if t not in self._slots):
+                self._held.setdefault(self._key(tensor), []).append(tensor)
+        named = tuple((name, self._slot(tensor)) for name, tensor in labels)
+        run = Run(self._slot(time), time.dtype, tuple(time.shape), named, held)
+        self._events, self._layer = run.events, None
+        with full_precision(self._model), torch.no_grad(), self._watched(), self, _ReadingMethods(self._read):
+            output = call()
+        run.outputs = self._keys(_tensors(output))
+        return run
+
+    def restore(self) -> None:
+        """Give the model's tensors that were changed in place their values back."""
+        with torch.no_grad():
+            for tensor, value in self._before.values():
+                tensor.copy_(value)
+        self._before.clear()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Told when layers begin and end."""
+        with ExitStack() as stack:
+            for name, module in layers_with_parameters(self._model).items():
+                enter, leave = _hooks(self, name)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+                stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=False).remove)
+            yield
+
+    def _slot(self, tensor: Tensor) -> Slot:
         """The slot of a tensor, new where it has none."""
         if tensor not in self._slots:
             self._slots[tensor] = Slot(self._count, self._key(tensor))
@@ -152,135 +261,91 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _key(self, tensor: Tensor) -> int:
         reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._storages.setdefault(reference.cdata, reference)
-        return int(reference.cdata)
+        return self._same.get(int(reference.cdata), int(reference.cdata))
 
-    def depends_on(self, tensor: Tensor) -> frozenset[str]:
-        """Names of the model's inputs."""
-        return self._depends.get(self._key(tensor), _NOTHING)
+    def _keys(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self._key(tensor) for tensor in tensors))
 
-    def _made_by(self, tensors: list[Tensor]) -> frozenset[str]:
-        """The layers whose outputs these temporal values come from, without a layer in between."""
-        return _NOTHING.union(*(self._origins.get(self._key(t), _NOTHING) for t in tensors))
-
-    def read(self, *tensors: Tensor) -> None:
-        """Values are handed to Python."""
-        read = _NOTHING.union(self._read, *(self.depends_on(t) for t in tensors))
-        if self.time <= read:  # what the tape would hold is true of this time only
-            read |= {f"{next(iter(self.time))}.item()"}
-        self._read = read
-        self.features.update(dict.fromkeys(sorted(self._made_by(list(tensors)))))
+    def _read(self, tensor: Tensor) -> None:
+        self._events.append(Read(self._keys([tensor])))
 
     def _reference(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf in self._slots:
             return self._slots[leaf]
-        name = self.parameters.get(id(leaf))
-        return leaf if name is None else Parameter(name)
+        name = self._parameters.get(id(leaf))
+        if name is not None:
+            return Parameter(name)
+        return leaf if self._layer is None else Inner(f"{leaf.dtype}{tuple(leaf.shape)}")
+
+    def _one_storage(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> None:
+        """Views of a tensor with data share, in a mode without data, the storage of its copy without data."""
+        if not any(returned.alias_info is not None for returned in func._schema.returns):
+            return
+        sources = _operands(func, args, kwargs, written=False)
+        if len(sources) == 1 and type(sources[0]) in (Tensor, nn.Parameter):
+            source = self._key(sources[0])
+            for result in results:
+                if self._key(result) != source:
+                    self._same[self._key(result)] = source
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        changed = _operands(func, args, kwargs, written=True)
+        written = self._keys(changed)
+        for tensor in (t for key in written for t in self._held.get(key, ())):
+            self._before.setdefault(id(tensor), (tensor, tensor.detach().clone()))
+        operands, inputs = pytree.tree_map(self._reference, (args, kwargs)), self._keys(_tensors((args, kwargs)))
         result = func(*args, **kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = pytree.tree_leaves(result)
-        inputs = _NOTHING.union(self._read, *(self.depends_on(t) for t in tensors))
-        if is_random(func, args, kwargs):
-            inputs |= {_RANDOM}
-        if reads_values(func):
-            self.read(*tensors)
-            inputs |= self._read
-        written = written_operands(func, args, kwargs)
-        touched = [leaf for leaf in outputs if isinstance(leaf, Tensor)] + written
-        known = inputs.union(*(self.depends_on(t) for t in touched))
-        origins = self._made_by(tensors)
-        for tensor in touched:
-            key = self._key(tensor)
-            self._depends[key] = self._depends.get(key, _NOTHING) | inputs
-            if known <= self.time:
-                self._origins[key] = self._origins.get(key, _NOTHING) | origins
-        if not known <= self.time:
-            self.features.update(dict.fromkeys(sorted(origins)))
-        elif self._layer is None:
-            recorded = pytree.tree_map(self._reference, (args, kwargs))
-            slots = tuple(self.slot(leaf) if isinstance(leaf, Tensor) else None for leaf in outputs)
-            self.entries.append(Entry(func, None, recorded[0], recorded[1], slots))
+        results = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+        self._one_storage(func, args, kwargs, results)
+        products = 0
         if self._layer is not None and func.overloadpacket in flop_registry:
-            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
-            self.multiply_adds[self._layer] = self.multiply_adds.get(self._layer, 0) + int(flops) // 2
+            products = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)) // 2
+        slots = tuple(self._slot(leaf) if isinstance(leaf, Tensor) else None for leaf in outputs)
+        self._events.append(
+            Operation(
+                func,
+                operands[0],
+                operands[1],
+                slots,
+                inputs,
+                written,
+                self._keys([*results, *changed]),
+                _reads_values(func),
+                _is_random(func, args, kwargs),
+                self._layer,
+                products,
+            )
+        )
         return result
 
     def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A layer begins."""
         if self._layer is None:
             self._layer = name
-            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self._taken[name] = self._taken.get(name, _NOTHING) | self._made_by(tensors)
+            self._events.append(Enter(name, self._keys(_tensors((args, kwargs)))))
 
     def leave(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A layer ends."""
         if self._layer != name:
             return
         self._layer = None
-        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        depends = self._read.union(*(self.depends_on(t) for t in tensors))
-        if not depends <= self.time:
-            self.depends[name] = self.depends.get(name, _NOTHING) | depends
-            return
-        recorded = pytree.tree_map(self._reference, (args, kwargs))
-        slots = tuple(self.slot(leaf) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output))
-        self.entries.append(Entry(None, name, recorded[0], recorded[1], slots))
-        if len(tensors) == 1 and tensors[0].dim() and depends == self.time:
-            self.results.setdefault(name, []).append(self.slot(tensors[0]))
-            self.shapes[name] = tuple(tensors[0].shape)
-            self._origins[self._key(tensors[0])] = frozenset([name])
-
-    def finish(self, output: Any) -> None:
-        """The model's outputs need what they are; so do layers that depend on more in another of their calls."""
-        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        self.features.update(dict.fromkeys(sorted(self._made_by(leaves))))
-        for name in self.results.keys() & self.depends.keys():
-            self.depends[name] |= self.time
-        waiting = [name for name in self.features if name in self.depends]
-        while waiting:
-            taken = self._taken[waiting.pop()]
-            waiting += [name for name in taken - self.features.keys() if name in self.depends]
-            self.features.update(dict.fromkeys(sorted(taken)))
+        operands = pytree.tree_map(self._reference, (args, kwargs))
+        leaves = pytree.tree_leaves(output)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        slots = tuple(self._slot(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+        shape = tuple(tensors[0].shape) if len(tensors) == 1 else None
+        self._events.append(Leave(name, operands[0], operands[1], slots, shape))
 
 
-def watch(
-    model: nn.Module, call: Callable[[], Any], labels: list[tuple[str, Tensor]], time: tuple[str, Tensor], times: int
-) -> Watched:
-    """Run ``call`` and see what depends on what.
-
-    Args:
-        model: Whose layers are watched; its quantizers do nothing meanwhile.
-        call: Calls the model once.
-        labels: Every tensor that goes in, by the name of its argument; the time too.
-        time: Name and tensor [], [1] or [B] of the time.
-        times: How many different times a run of the tape shall compute: as many as that tensor has, or 1.
-    """
-    mode = _Watch(model, labels, time[0])
-    start = mode.slot(time[1])
-    with ExitStack() as stack:
-        for name, module in layers_with_parameters(model).items():
-            enter, leave = _hooks(mode, name)
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
-            stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=False).remove)
-        with full_precision(model), torch.no_grad(), mode, ReadingMethods(mode.read):
-            output = call()
-    mode.finish(output)
-    results = {name: tuple(slots) for name, slots in mode.results.items() if name not in mode.depends}
-    watched = Watched(Tape(tuple(mode.entries), start, time[1].dtype, tuple(time[1].shape), times, results))
-    watched.features = {name: mode.shapes[name] for name in results if name in mode.features}
-    watched.depends, watched.multiply_adds, watched.shapes = mode.depends, mode.multiply_adds, mode.shapes
-    return watched
-
-
-def _hooks(mode: _Watch, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+def _hooks(recorder: Recorder, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mode.enter(name, args, kwargs)
+        recorder.enter(name, args, kwargs)
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        mode.leave(name, args, kwargs, output)
+        recorder.leave(name, args, kwargs, output)
 
     return enter, leave
