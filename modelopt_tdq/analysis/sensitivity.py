@@ -88,7 +88,7 @@ class Probe:
         total = torch.zeros(len(self.rows), dtype=torch.float64)
         for batch, value in zip(self._batches, values, strict=True):
             if batch.counts:
-                total[self.rows.index(batch.row)] = value.double().square().sum().cpu()
+                total[self.rows.index(batch.row)] += value.double().square().sum().cpu()
         return all_reduce(total, "sum")
 
     @contextmanager

@@ -66,21 +66,18 @@ def _run(
         def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             nonlocal calls
             check()
-            calls += 1
-            bar.update()
+            if not timestep.aside:
+                calls += 1
+                bar.update()
 
-        handles = [
-            model.register_forward_pre_hook(replay.record, with_kwargs=True),
-            model.register_forward_hook(count),
-        ]
+        handle = model.register_forward_hook(count)
         try:
             for quantizer in calibrated:
                 quantizer.enable_calib()
-            with full_precision(model), torch.no_grad():
+            with replay.recording(model), full_precision(model), torch.no_grad():
                 forward_loop(model)
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
             for quantizer in calibrated:
                 quantizer.disable_calib()
     if not any(gather(calls)):

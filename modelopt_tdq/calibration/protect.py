@@ -8,6 +8,7 @@ one by one.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -40,23 +41,24 @@ def prediction_error(
     description: str,
     progress: bool,
 ) -> dict[int, Tensor]:
-    """Squared error of the model's output against ``references``, which is filled where empty.
+    """Squared error of the model's output against ``references``, by the number of the call; filled where empty.
 
     Returns:
         By row, [n, 2] float64 on the CPU: for each replayed sample of any process, the squared error and what of the
         reference is squared; the same in all processes.
     """
-    found: dict[int, tuple[Sequence[float], Tensor]] = {}
+    found: dict[int, list[tuple[Sequence[float], Tensor]]] = defaultdict(list)
+    bar = tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step")
     with torch.no_grad():
-        for batch in tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step"):
-            if batch.row not in references:
+        for number, batch in enumerate(bar):
+            if number not in references:
                 with full_precision(model):
-                    references[batch.row] = first_output(model(**batch.call)).float()
-            reference = references[batch.row]
+                    references[number] = first_output(model(**batch.call)).float()
+            reference = references[number]
             difference = first_output(model(**batch.call)).float() - reference
             if batch.counts:
                 powers = [value.flatten(1).double().square().sum(1) for value in (difference, reference)]
-                found[batch.row] = batch.order, torch.stack(powers, 1)
+                found[batch.row].append((batch.order, torch.stack(powers, 1)))
     return all_samples(found)
 
 

@@ -25,8 +25,6 @@ __all__ = [
     "layout",
     "named_arguments",
     "plain_leaves",
-    "stack",
-    "take",
     "tensor_leaves",
     "walk",
 ]
@@ -126,16 +124,6 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     raise TdqError("model", None, "a layer was called without a tensor", "Leave it out with a quant_cfg rule")
 
 
-def take(value: Any, index: int, batch: int) -> Any:
-    """Sample ``index`` of a tensor with ``batch`` samples, as a batch of one; anything else as it is."""
-
-    def own(name: str, leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch
-        return leaf[index : index + 1] if batched else leaf
-
-    return walk(value, own)
-
-
 def cloned(value: Any) -> Any:
     """A copy of nested data whose tensors nobody else can change."""
     return walk(value, lambda name, leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
@@ -150,14 +138,3 @@ def layout(value: Any) -> Hashable:
 
     walk(value, keep)
     return tuple(found)
-
-
-def stack(values: list[Any]) -> Any:
-    """One batch of samples of one layout."""
-    leaves = [tensor_leaves(value) for value in values]
-
-    def together(name: str, leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1
-        return torch.cat([own[name] for own in leaves]) if batched else leaf
-
-    return walk(values[0], together)

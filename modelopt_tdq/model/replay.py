@@ -14,15 +14,17 @@ import itertools
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modelopt_tdq.core.distributed import gather, rank
 from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.call import cloned, layout, stack, take
+from modelopt_tdq.model.batch_axis import BatchAxis, find_batch_axis
+from modelopt_tdq.model.call import cloned, named_arguments, tensor_leaves
 from modelopt_tdq.model.replay_ranks import Batch, at_time, largest_group
 from modelopt_tdq.model.timestep import CurrentTimestep
 
@@ -38,9 +40,8 @@ _HASHED = 512
 class Replay:
     """Keeps and re-runs samples of a model's calls.
 
-    A tensor argument belongs to the samples if its first dimension is the batch size, which is that of the
-    first tensor argument; other arguments are kept as they are. (A tensor without a batch dimension whose
-    first dimension happens to equal the batch size would be taken apart: calibrate with another batch size.)
+    What in a call belongs to a sample is found out on the first call, which is run again on some of its samples: see
+    :mod:`modelopt_tdq.model.batch_axis`. Calls that cannot be taken apart are kept and run again whole.
 
     Args:
         model: The root whose calls are recorded.
@@ -50,46 +51,72 @@ class Replay:
 
     def __init__(self, model: nn.Module, timestep: CurrentTimestep, samples: int) -> None:
         self._timestep, self._limit = timestep, samples
-        self._signature = inspect.signature(model.forward)
+        parameters = inspect.signature(model.forward).parameters
         self._heaps: dict[float, list[_Sample]] = defaultdict(list)
         self._order = itertools.count()
         self._kept: dict[float, list[float]] = {}
         self._spare: dict[float, dict[str, Any]] = {}
         self._counts = True
+        self._axis: BatchAxis | None = None
+        self._looked = False
+        self._first: tuple[dict[str, Any], list[float]] | None = None
+        self._left_out = 0
         unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
-        self._unnamed = [name for name, p in self._signature.parameters.items() if p.kind in unnamed]
+        self._unnamed = [name for name, p in parameters.items() if p.kind in unnamed]
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Record the calls of ``model`` meanwhile."""
+        handles = [
+            model.register_forward_pre_hook(self.record, with_kwargs=True),
+            model.register_forward_hook(self._learn_from),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: look at a call, keep what belongs to the sample."""
-        if self._unnamed:
+        if self._unnamed or self._timestep.aside or self._timestep.value is None:
             return
-        arguments = self._by_name(args, kwargs)
-        name = self._timestep.argument
-        time = arguments.pop(name, None)
-        data = [v for v in arguments.values() if isinstance(v, Tensor) and v.dim() > 0]
-        if self._timestep.value is None or not data:
+        arguments = named_arguments(module, args, kwargs)
+        if not any(leaf.dim() for name, leaf in tensor_leaves(arguments).items() if name != self._timestep.argument):
             return
-        batch = data[0].shape[0]
         times = self._timestep.value.tolist()
-        for i in range(batch):
-            own = i * len(times) // batch
-            sample = {k: take(v, i, batch) for k, v in arguments.items()}
-            heap, priority = self._heaps[times[own]], -_priority(sample)
-            if len(heap) == self._limit and priority <= heap[0][0]:
-                continue
-            sample = {k: cloned(v) for k, v in sample.items()}
-            sample[name] = cloned(take(time, own, len(times)))
-            item = (priority, next(self._order), sample)
-            (heapq.heappush if len(heap) < self._limit else heapq.heapreplace)(heap, item)
+        if not self._looked:  # only its output will tell how it is made of samples
+            self._first = cloned(arguments), times
+            return
+        self._keep(arguments, times)
 
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
-        for name, value in self._signature.bind(*args, **kwargs).arguments.items():
-            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(value)
+    def _learn_from(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: the first call is over."""
+        if self._looked or self._first is None or self._timestep.aside:
+            return
+        arguments, times = self._first
+        self._axis, self._looked, self._first = find_batch_axis(module, self._timestep, arguments, output), True, None
+        self._keep(arguments, times)
+
+    def _keep(self, arguments: dict[str, Any], times: list[float]) -> None:
+        batch = None if self._axis is None else self._axis.batch(arguments)
+        if self._axis is None or batch is None:  # as it is, or not at all
+            if len(set(times)) == 1:
+                self._offer(times[0], arguments)
             else:
-                arguments[name] = value
-        return arguments
+                self._left_out += 1
+            return
+        for i in range(batch):
+            self._offer(times[i * len(times) // batch], self._axis.sample(arguments, i, batch))
+
+    def _offer(self, time: float, sample: dict[str, Any]) -> None:
+        """Keep a sample of a time, if its hash is among the smallest."""
+        content = {name: value for name, value in sample.items() if name != self._timestep.argument}
+        heap, priority = self._heaps[time], -_priority(content)
+        if len(heap) == self._limit and priority <= heap[0][0]:
+            return
+        item = (priority, next(self._order), cloned(sample))
+        (heapq.heappush if len(heap) < self._limit else heapq.heapreplace)(heap, item)
 
     def agree(self) -> None:
         """Keep, over all processes of torch.distributed, what one process that saw all samples would have kept.
@@ -123,6 +150,14 @@ class Replay:
         return pair
 
     def _require_names(self) -> None:
+        if self._left_out and not self.times:
+            raise TdqError(
+                "forward_loop",
+                self._left_out,
+                "its calls have several times each, and cannot be taken apart into samples to be run again",
+                'Call the model with one time per call, or use "protect_steps": False and another "statistic" than '
+                '"output"',
+            )
         if self._unnamed:
             raise TdqError(
                 "model",
@@ -146,9 +181,10 @@ class Replay:
         return sorted(time for time, heap in self._heaps.items() if heap)
 
     def batches(self, times: list[float]) -> Iterator[Batch]:
-        """One call of the model for each time at which any process has samples, in order.
+        """Calls of the model for each time at which any process has samples, in order.
 
-        Samples that do not fit into one batch (other shapes, other flags) are left out: the largest group stays.
+        One per time, with all samples of it that fit into one call (other shapes, other flags, other values of what
+        samples share are left out: the largest group stays); or one for each call that was kept whole.
         Every process that saw a call in :meth:`record` makes one call per such time; see
         :mod:`modelopt_tdq.model.replay_ranks`. One that saw none makes none: the model ran without it already.
 
@@ -159,36 +195,37 @@ class Replay:
         groups: list[dict[str, list[_Sample]]] = []
         for time in times:
             groups.append(defaultdict(list))
-            for item in self._sorted(time):
-                groups[-1][repr(layout(item[2]))].append(item)
+            if self._axis is not None:
+                for item in self._sorted(time):
+                    groups[-1][self._axis.layout(item[2])].append(item)
         orders = [{name: [item[0] for item in group] for name, group in row.items()} for row in groups]
         largest = largest_group(orders if self._counts else [{} for _ in times])
+        calls: list[list[list[_Sample]]] = []
         for row, (time, name) in enumerate(zip(times, largest, strict=True)):
-            check()
-            samples = [] if name is None else groups[row].get(name, [])
-            if samples:
-                call = {k: stack([sample[k] for _, _, sample in samples]) for k in samples[0][2]}
-                yield Batch(row, call, tuple(orders[row][name]) if self._counts and name is not None else ())
-            elif name is not None and self._spare:
-                nearest = min(self._spare, key=lambda other: abs(other - time))
-                yield Batch(row, at_time(self._spare[nearest], self._timestep.argument, time), ())
+            if self._axis is None:
+                calls.append([[item] for item in self._sorted(time)])
+            else:
+                group = [] if name is None else groups[row].get(name, [])
+                calls.append([group] if group else [])
+        for row, number in enumerate(map(max, zip(*gather([len(own) for own in calls]), strict=True))):
+            for own in range(number):
+                check()
+                if own < len(calls[row]):
+                    samples = calls[row][own]
+                    call = self._together([sample for _, _, sample in samples])
+                    yield Batch(row, call, tuple(item[0] for item in samples) if self._counts else ())
+                elif self._spare:
+                    nearest = min(self._spare, key=lambda other: abs(other - times[row]))
+                    yield Batch(row, at_time(self._spare[nearest], self._timestep.argument, times[row]), ())
 
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _leaves(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _leaves(v)
+    def _together(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return samples[0] if self._axis is None or len(samples) == 1 else self._axis.together(samples)
 
 
 def _priority(sample: dict[str, Any]) -> float:
     """In [0, 1), from the content; moves little when the content moves by a rounding error."""
     total = 0.0
-    for number, tensor in enumerate(_leaves(sample), 1):
+    for number, tensor in enumerate(tensor_leaves(sample).values(), 1):
         flat = tensor.reshape(-1)
         part = flat[:: max(1, flat.numel() // _HASHED)].double()
         # weights that no two positions share, so that neither a shift nor an exchange goes unnoticed

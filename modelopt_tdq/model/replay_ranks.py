@@ -7,7 +7,7 @@ stands in and does not count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ class Batch:
     Attributes:
         row: Which of the times.
         call: Its keyword arguments.
-        order: One number per sample; all samples of a time, of whatever process, in descending order, are those that
+        order: One number per sample, or one for a call that was kept whole; all samples of a time,
+            of whatever process, in descending order, are those that
             one process would have. Empty if the batch does not count: it stands in where this process has no samples
             of this time, or another process makes the same call with the same samples (tensor and context parallel).
     """
@@ -41,21 +42,22 @@ class Batch:
         return bool(self.order)
 
 
-def all_samples(found: dict[int, tuple[Sequence[float], Tensor]]) -> dict[int, Tensor]:
+def all_samples(found: Mapping[int, Sequence[tuple[Sequence[float], Tensor]]]) -> dict[int, Tensor]:
     """Bring together what each process found out about its samples.
 
     Args:
-        found: By row, the ``order`` of a batch that counts, and one number or more per sample: [n, ...].
+        found: By row and batch that counts, its ``order``, and one number or more per sample: [n, ...].
 
     Returns:
         By row, ascending, [N, ...] on the CPU: those of all processes, in the order of one that saw all samples.
     """
-    parts = gather({row: (order, values.cpu()) for row, (order, values) in found.items()})
+    parts = gather({row: [(order, values.cpu()) for order, values in own] for row, own in found.items()})
     merged: dict[int, Tensor] = {}
     for row in sorted(set().union(*parts)):
         blocks = [
             block
-            for order, values in (part[row] for part in parts if row in part)
+            for part in parts
+            for order, values in part.get(row, [])
             for block in zip(order, values.tensor_split(len(order)), strict=True)
         ]
         merged[row] = torch.cat([values for _, values in sorted(blocks, key=lambda block: -block[0])])

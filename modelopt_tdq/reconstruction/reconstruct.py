@@ -104,7 +104,7 @@ def _reconstruct(
 ) -> None:
     activation_quantizers(model)
     recorder = SpreadReplay(model, deliver_timestep(model, config.timestep_argument), config.samples)
-    recorded = None if forward_loop is None else recorder.recording(forward_loop)
+    recorded = None if forward_loop is None else recorder.recorded(forward_loop)
     tdq_calibrate(model, recorded, **calibration_fields(config))
     learn_scales(model, config)
     samples = recorder.chosen()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.call import cloned, layout, stack
+from modelopt_tdq.model.batch_axis import BatchAxis
+from modelopt_tdq.model.call import cloned
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
@@ -39,7 +40,7 @@ class SpreadReplay(Replay):
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if self._timestep.value is not None:
+        if self._timestep.value is not None and not self._timestep.aside:
             times = set(self._heaps) | set(self._timestep.value.tolist())
             self._limit = max(1, math.ceil(self._total / len(times)))
             for heap in self._heaps.values():
@@ -47,15 +48,12 @@ class SpreadReplay(Replay):
                     heapq.heappop(heap)
         super().record(module, args, kwargs)
 
-    def recording(self, forward_loop: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
+    def recorded(self, forward_loop: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
         """``forward_loop``, its calls recorded."""
 
         def recorded(model: nn.Module) -> None:
-            handle = model.register_forward_pre_hook(self.record, with_kwargs=True)
-            try:
+            with self.recording(model):
                 forward_loop(model)
-            finally:
-                handle.remove()
 
         return recorded
 
@@ -68,9 +66,17 @@ class SpreadReplay(Replay):
             TdqError: As :meth:`Replay.batches`; or nothing was recorded.
         """
         self._require_names()
-        name, times = self._timestep.argument, self.times
-        kept: dict[Hashable, int] = defaultdict(int)
-        by_time = {time: [(_fit(s, name), s) for s in self.samples(time)] for time in times}
+        times, axis = self.times, self._axis
+        if axis is None and times:
+            raise TdqError(
+                "forward_loop",
+                times,
+                "its calls cannot be taken apart into samples: the model does not give one sample alone the output "
+                "that it has in a call, so blocks cannot be learned on batches of samples",
+                'Learn with {"method": "tdq_qat"}, or calibrate with {"method": "tdq"}',
+            )
+        kept: dict[str, int] = defaultdict(int)
+        by_time = {time: [(axis.layout(s), s) for s in self.samples(time)] for time in times} if axis else {}
         for fit, _ in (item for items in by_time.values() for item in items):
             kept[fit] += 1
         if not kept:
@@ -86,12 +92,7 @@ class SpreadReplay(Replay):
                 # copies, since a loop may run in torch.inference_mode, whose tensors cannot be learned on
                 calls.append(cloned(call))
                 own.append(time)
-        return Samples(calls, torch.tensor(own, dtype=torch.float32), name)
-
-
-def _fit(sample: dict[str, Any], argument: str) -> Hashable:
-    """What samples of one run have in common: all but the time."""
-    return layout({k: v for k, v in sample.items() if k != argument})
+        return Samples(calls, torch.tensor(own, dtype=torch.float32), cast("BatchAxis", axis))
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ class Samples:
     Attributes:
         calls: Keyword arguments.
         times: [N] float32, ascending, in the model's own units.
-        argument: Name of the time among the keyword arguments.
+        axis: How calls are made of samples.
     """
 
     calls: list[dict[str, Any]]
     times: Tensor
-    argument: str
+    axis: BatchAxis
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -122,9 +123,7 @@ class Samples:
         """
         groups: dict[float, list[int]] = defaultdict(list)
         for i in chosen:
-            time = self.calls[i][self.argument]
-            own = isinstance(time, Tensor) and time.dim() > 0
-            groups[0.0 if own else float(self.times[i])].append(i)
+            groups[0.0 if self.axis.time in self.axis.own else float(self.times[i])].append(i)
         for numbers in groups.values():
             for start in range(0, len(numbers), size):
                 part = numbers[start : start + size]
@@ -132,7 +131,7 @@ class Samples:
 
     def call(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Keyword arguments of one call with these samples."""
-        return {name: stack([self.calls[i][name] for i in numbers]) for name in self.calls[0]}
+        return self.axis.together([self.calls[i] for i in numbers])
 
 
 def require_enough_samples(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from modelopt_tdq import TdqError
-from modelopt_tdq.model.call import cloned, layer_input, layout, plain_leaves, stack, take, tensor_leaves, walk
+from modelopt_tdq.model.call import cloned, layer_input, plain_leaves, tensor_leaves, walk
 
 
 class Pair(NamedTuple):
@@ -82,16 +82,6 @@ def test_every_leaf_has_a_name_of_its_own_by_which_it_can_be_replaced(call: dict
     assert all(torch.equal(tensor, others[name]) for name, tensor in tensor_leaves(replaced).items())
     assert tensors.keys() == others.keys() == tensor_leaves(replaced).keys()
     assert not tensors.keys() & plain_leaves(call).keys()
-
-
-@given(_CALLS, st.integers(2, 3))
-def test_samples_that_were_taken_apart_are_put_together_again(call: dict[str, Any], batch: int) -> None:
-    whole = walk(
-        call, lambda name, leaf: torch.arange(4.0 * batch).view(batch, 4) if isinstance(leaf, Tensor) else leaf
-    )
-    samples = [take(whole, i, batch) for i in range(batch)]
-    assert len({layout(sample) for sample in samples}) == 1
-    assert _same(stack(samples), whole)
 
 
 def test_names_of_what_diffusers_passes() -> None:

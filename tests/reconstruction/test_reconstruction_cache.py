@@ -19,6 +19,7 @@ import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.config import HIGH_PRECISION
 from modelopt_tdq.core.files import read_arrays, write_arrays
+from modelopt_tdq.model.batch_axis import BatchAxis
 from modelopt_tdq.reconstruction import cache, fingerprint, reconstruct
 from modelopt_tdq.reconstruction.samples import Samples
 
@@ -212,8 +213,9 @@ def test_other_samples_of_the_same_scales_are_refused(tmp_path: Path) -> None:
 def test_sketches_of_other_samples_differ_and_of_rounded_ones_do_not() -> None:
     model = reconstructed(iterations=1)
     samples = [{"sample": torch.randn(1, 3, 8, 8), "timestep": torch.tensor([t])} for t in (20.0, 900.0)]
+    axis = BatchAxis("timestep", frozenset(["sample", "timestep"]), frozenset())
     made = [
-        fingerprint.computed(model, torch.ones(1, 2), Samples(calls, torch.tensor([20.0, 900.0]), "timestep"))
+        fingerprint.computed(model, torch.ones(1, 2), Samples(calls, torch.tensor([20.0, 900.0]), axis))
         for calls in (
             samples,
             [{**call, "sample": call["sample"] * (1 + 1e-6)} for call in samples],

@@ -31,7 +31,7 @@ def _recorded(data: Any, total: int) -> Samples:
             assert held <= total + len(replay._heaps)
 
     with torch.no_grad():
-        replay.recording(forward_loop)(model)
+        replay.recorded(forward_loop)(model)
     assert not [h for h in model._forward_pre_hooks.values() if "record" in repr(h)]
     return replay.chosen()
 
@@ -95,7 +95,7 @@ def test_inputs_of_a_block_sample_by_sample() -> None:
     family = FAMILIES["unet_condition"]
     model = mtq.quantize(family.make().eval(), fast_config(), family.forward_loop(2))
     replay = SpreadReplay(model, deliver_timestep(model, "timestep"), 8)
-    replay.recording(family.forward_loop(2))(model)
+    replay.recorded(family.forward_loop(2))(model)
     samples = replay.chosen()
     name = "mid_block.attentions.0.transformer_blocks.0"
     io = probe(model, name, samples)
