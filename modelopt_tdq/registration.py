@@ -18,16 +18,25 @@ __all__ = ["register_with_modelopt"]
 #: What ModelOpt's users import a part of; it loads all of its parts.
 _MODELOPT = "modelopt.torch"
 
+#: Our own modules, some of which import ModelOpt. What registers imports many of them.
+_OURS = __name__.partition(".")[0] + "."
+
 
 class _RegisterBehindImport(MetaPathFinder):
-    """Finds ``modelopt.torch`` once, as Python itself would, and registers as soon as it is executed."""
+    """Finds ``modelopt.torch`` and our own modules, as Python itself would, and registers when the former is there.
+
+    Not before the last of our own modules that are being imported is complete: one of them may be what imports
+    ModelOpt, and what registers needs it.
+    """
+
+    def __init__(self) -> None:
+        self._running = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _MODELOPT:
+        if fullname != _MODELOPT and not fullname.startswith(_OURS):
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
@@ -35,8 +44,14 @@ class _RegisterBehindImport(MetaPathFinder):
         execute = loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _register()
+            self._running += 1
+            try:
+                execute(module)
+            finally:
+                self._running -= 1
+            if not self._running and _MODELOPT in sys.modules and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                _register()
 
         loader.exec_module = execute_and_register
         return spec

@@ -123,8 +123,15 @@ assert "tdq_calibrate" in CalibrateModeRegistry and "tdq_temporal_calibrate" in 
 """
 
 
-def test_algorithms_are_registered_whether_modelopt_comes_first_or_last() -> None:
-    for before, after in (("import modelopt.torch.quantization", ""), ("", "import modelopt.torch.opt")):
+def test_algorithms_are_registered_whatever_comes_first() -> None:
+    """ModelOpt, this package, a public name of it, or one of its modules, which imports ModelOpt itself."""
+    for before, after in (
+        ("import modelopt.torch.quantization", ""),
+        ("", "import modelopt.torch.opt"),
+        ("", "modelopt_tdq.make_config"),
+        ("from modelopt_tdq.config import make_config", ""),
+        ("import modelopt_tdq.lab.demo.run", ""),
+    ):
         script = _REGISTERED.format(before=before, after=after)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

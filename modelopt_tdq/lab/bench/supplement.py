@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,9 +23,10 @@ from modelopt_tdq.lab.bench.cifar10 import load_cifar10
 from modelopt_tdq.lab.bench.qat_run import Data, QatRun, checksum, full_precision, full_precision_row
 from modelopt_tdq.lab.bench.tables import Run, Table
 from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.provenance import installed_versions
 from modelopt_tdq.lab.trajectories import load_scheduler
 
-__all__ = ["Bench", "Store", "class_name", "full_precision_key", "run_table", "runs_of", "table_path"]
+__all__ = ["Bench", "Store", "class_name", "facts", "full_precision_key", "run_table", "runs_of", "table_path"]
 
 _SCHEMA_VERSION = 1
 
@@ -41,6 +43,24 @@ def class_name(folder: Path) -> str:
         raise TdqError(
             "model", str(folder), f"it holds no diffusers model ({error!r})", "Name a folder with config.json"
         ) from error
+
+
+#: Whose versions may change a result.
+_PACKAGES = ("modelopt-tdq", "nvidia-modelopt", "torch", "diffusers")
+
+
+def facts(model: Path, packages: Sequence[str] = _PACKAGES, **others: str) -> dict[str, Any]:
+    """What all results of a table depend on beside the weights, the budget and the row: plain data for JSON.
+
+    Args:
+        model: Folder of the model, whose settings and scheduler count.
+        packages: Whose versions may change a result.
+        **others: Further facts.
+    """
+    digest = hashlib.sha256()
+    for file in sorted([*model.glob("*.json"), *model.glob("scheduler/*.json")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return {"settings": digest.hexdigest()[:16], "versions": installed_versions(packages), **others}
 
 
 @dataclass(frozen=True)
@@ -73,13 +93,21 @@ class Bench:
         """Of the model's weights."""
         return checksum(self.model)
 
+    def facts(self) -> dict[str, Any]:
+        """See :func:`facts`; with the images and the device."""
+        file = None if self.data is None else (self.data / "cifar10.npz" if self.data.is_dir() else self.data)
+        data = "uoft-cs/cifar10" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        return facts(self.model, data=data, device=self.device)
+
 
 class Store:
-    """Finished runs in one JSON file, by key."""
+    """Finished runs in one JSON file, by key; and what the runs of each model share."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.runs: dict[str, Any] = {}
+        self._shared: dict[str, Any] = {}
+        self._written_down = False  # earlier versions did not
         if path.is_file():
             content = json.loads(path.read_text())
             if content.get("schema_version") != _SCHEMA_VERSION:
@@ -87,11 +115,36 @@ class Store:
                     "output", str(path), "its results are of another version", "Name another folder with --output"
                 )
             self.runs = content["runs"]
+            self._written_down = "shared" in content
+            self._shared = content.get("shared", {})
+
+    def begin(self, model: str, found: dict[str, Any]) -> None:
+        """More runs of a model follow: they belong into one table with those that are there.
+
+        Args:
+            model: Checksum of its weights.
+            found: What they share, see :func:`facts`.
+
+        Raises:
+            TdqError: The runs that are there share something else, or it is not known what.
+        """
+        if model not in self._shared and (self._written_down or not self.runs):
+            self._shared[model], self._written_down = found, True
+        was = self._shared.get(model, {})
+        for name, value in found.items():
+            if was.get(name) != value:
+                raise TdqError(
+                    "output",
+                    str(self.path),
+                    f"runs that are there are of other {name}: {was.get(name, 'not written down')}, not {value}",
+                    "Name another folder with --output, or write the tables of what there is with --no-run",
+                )
 
     def add(self, key: str, result: dict[str, Any]) -> None:
         """Keep a result; the file is replaced when the new one is complete."""
         self.runs[key] = result
-        write_text(self.path, json.dumps({"schema_version": _SCHEMA_VERSION, "runs": self.runs}, indent=1) + "\n")
+        content = {"schema_version": _SCHEMA_VERSION, "shared": self._shared, "runs": self.runs}
+        write_text(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def full_precision_key(bench: Bench) -> str:
@@ -135,10 +188,16 @@ def _work(bench: Bench, run: Run | None) -> dict[str, Any]:
 
 
 def run_table(bench: Bench, table: Table, store: Store) -> None:
-    """Run what the store does not have yet."""
+    """Run what the store does not have yet.
+
+    Raises:
+        TdqError: What the store has is of other data, settings or versions; see :meth:`Store.begin`.
+    """
     wanted: dict[str, Run | None] = {full_precision_key(bench): None}
     wanted |= {run.key(bench.checksum, bench.budget): run for run in runs_of(table)}
     missing = {key: run for key, run in wanted.items() if key not in store.runs}
+    if missing:
+        store.begin(bench.checksum, bench.facts())
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc=f"table {table.number}", unit="run") as bar,

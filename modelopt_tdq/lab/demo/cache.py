@@ -19,11 +19,21 @@ from modelopt_tdq.errors import TdqError
 __all__ = ["StageCache", "StageResult", "installed"]
 
 #: To be raised whenever a stage computes something else for the same settings.
-FORMAT = 3
+FORMAT = 4
 
 _KIND = "DemoStage"
 
-_PACKAGES = ("modelopt-tdq", "torch", "nvidia-modelopt", "diffusers", "onnx", "openvino", "tensorrt-rtx")
+_PACKAGES = (
+    "modelopt-tdq",
+    "torch",
+    "nvidia-modelopt",
+    "diffusers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
+)
 
 
 def installed(package: str) -> str | None:

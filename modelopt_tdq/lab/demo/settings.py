@@ -129,5 +129,9 @@ def cores() -> int:
 
 @lru_cache(maxsize=1)
 def _model_checksum() -> str:
-    weights = bundled_model() / "diffusion_pytorch_model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
+    """Of the weights, and of the settings of the model and its scheduler."""
+    digest = hashlib.sha256()
+    for file in sorted(bundled_model().rglob("*")):
+        if file.suffix in (".safetensors", ".json"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,38 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{"schema_version": 99, "runs": {}}')
     with pytest.raises(TdqError, match="another version"):
         Store(tmp_path / "r.json")
+
+
+def test_a_table_takes_no_more_runs_of_other_data_settings_or_versions(folder: Path, tmp_path: Path) -> None:
+    shared = replace(bench(folder), output=tmp_path)
+    known = shared.facts()
+    store = Store(tmp_path / "r.json")
+    store.begin("model", known)
+    store.add("a", {"loss": 1.0})
+    again = Store(tmp_path / "r.json")
+    again.begin("model", known)
+    assert again.runs == {"a": {"loss": 1.0}}
+    again.begin("another model", {**known, "data": "other"})
+    for name, value in {"data": "other", "settings": "other", "device": "cuda", "versions": {}}.items():
+        with pytest.raises(TdqError, match=f"of other {name}"):
+            Store(tmp_path / "r.json").begin("model", {**known, name: value})
+    (tmp_path / "old.json").write_text('{"schema_version": 1, "runs": {"a": {}}}')
+    with pytest.raises(TdqError, match="not written down"):
+        Store(tmp_path / "old.json").begin("model", known)
+
+
+def test_facts_change_with_the_images_and_the_settings_of_model_and_scheduler(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    known = bench(folder).facts()
+    copied = replace(bench(folder), model=tmp_path / "model")
+    assert copied.facts() == known
+    scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("0.02", "0.03"))
+    assert copied.facts()["settings"] != known["settings"]
+    np.savez(tmp_path / "cifar10.npz", X=np.zeros((1, 32, 32, 3), np.uint8))
+    assert replace(copied, data=tmp_path / "cifar10.npz").facts()["data"] != known["data"]
+    assert replace(copied, data=folder).facts()["data"] == known["data"]
+    assert replace(copied, device="cuda").facts()["device"] == "cuda"
 
 
 def test_data_that_is_no_cifar10_is_refused(tmp_path: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from modelopt_tdq.config import make_config
 from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.lab.bench.qat_run import checksum
-from modelopt_tdq.lab.bench.supplement import Store, class_name
+from modelopt_tdq.lab.bench.supplement import Store, class_name, facts
 from modelopt_tdq.lab.bench.temporal.deploy import deploy
 from modelopt_tdq.lab.bench.temporal.measure import Yardstick, measure
 from modelopt_tdq.lab.bench.temporal.rows import TemporalBudget, TemporalRun, runs
@@ -32,7 +32,7 @@ from modelopt_tdq.lab.image_metrics.statistics import feature_statistics
 from modelopt_tdq.lab.judge import reference
 from modelopt_tdq.lab.maintenance import schedule_times
 from modelopt_tdq.lab.model_folder import load_model
-from modelopt_tdq.lab.provenance import provenance
+from modelopt_tdq.lab.provenance import PACKAGES, provenance
 from modelopt_tdq.lab.trajectories import calibration_loop, is_unconditional, load_scheduler
 
 __all__ = ["TemporalBench", "maintained", "run_rows", "yardstick"]
@@ -158,7 +158,8 @@ def run_rows(bench: TemporalBench, store: Store, command: str) -> None:
         command: To write beside each result.
 
     Raises:
-        TdqError: There is no such model, it needs more than noise, a time and classes, or has no temporal features.
+        TdqError: There is no such model, it needs more than noise, a time and classes, or has no temporal features;
+            or what the store has is of other settings or versions.
     """
     budget = bench.budget
 
@@ -171,6 +172,7 @@ def run_rows(bench: TemporalBench, store: Store, command: str) -> None:
     todo = {run: parts for run in runs() if (parts := missing(run))}
     if not todo:
         return
+    store.begin(bench.checksum, facts(bench.model, PACKAGES))
     model, scheduler = load_model(bench.model), load_scheduler(bench.model)
     if not is_unconditional(model):
         raise TdqError("model", bench.name, "it takes more than noise, a time and classes", "Name another model")
