@@ -19,7 +19,6 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from modelopt_tdq.model.call import cloned, layout, tensor_leaves, walk
-from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.snapshot import restored
 from modelopt_tdq.model.timestep import CurrentTimestep
 
@@ -98,12 +97,12 @@ def _without(arguments: Mapping[str, Any], time: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _aside(model: nn.Module, timestep: CurrentTimestep) -> Iterator[None]:
-    """A call that leaves no trace: nothing is quantized, collected, recorded or drawn from the random numbers."""
+    """A call that leaves no trace: nothing is collected, recorded or drawn from the random numbers."""
     collecting = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m._if_calib]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     timestep.aside = True
     try:
-        with restored(model), full_precision(model), torch.random.fork_rng(devices), torch.no_grad():
+        with restored(model), torch.random.fork_rng(devices), torch.no_grad():
             for quantizer in collecting:
                 quantizer._if_calib = False
             yield
@@ -120,7 +119,7 @@ def find_batch_axis(
     shared.
 
     Args:
-        model: In full precision.
+        model: In the state in which it made the call; best in full precision, where no rounding falls the other way.
         timestep: Its time.
         arguments: Of the call, by name.
         output: Of the call.
