@@ -55,7 +55,7 @@ class Replay:
         self._order = itertools.count()
         self._kept: dict[float, list[float]] = {}
         self._spare: dict[float, dict[str, Any]] = {}
-        self._counts = True
+        self._first = True
         unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
         self._unnamed = [name for name, p in self._signature.parameters.items() if p.kind in unnamed]
 
@@ -98,7 +98,7 @@ class Replay:
         """
         self._spare = {time: self._sorted(time)[0][2] for time in self.times}
         everyone = gather({time: [priority for priority, _, _ in self._sorted(time)] for time in self.times})
-        self._counts = everyone.index(everyone[rank()]) == rank()
+        self._first = everyone.index(everyone[rank()]) == rank()
         distinct = [other for number, other in enumerate(everyone) if everyone.index(other) == number]
         for time in set().union(*distinct):
             priorities = sorted((p for other in distinct for p in other.get(time, [])), reverse=True)
@@ -162,16 +162,16 @@ class Replay:
             for item in self._sorted(time):
                 groups[-1][repr(layout(item[2]))].append(item)
         orders = [{name: [item[0] for item in group] for name, group in row.items()} for row in groups]
-        largest = largest_group(orders if self._counts else [{} for _ in times])
+        largest = largest_group(orders if self._first else [{} for _ in times])
         for row, (time, name) in enumerate(zip(times, largest, strict=True)):
             check()
             samples = [] if name is None else groups[row].get(name, [])
             if samples:
                 call = {k: stack([sample[k] for _, _, sample in samples]) for k in samples[0][2]}
-                yield Batch(row, call, tuple(orders[row][name]) if self._counts and name is not None else ())
+                yield Batch(row, call, tuple(item[0] for item in samples), self._first)
             elif name is not None and self._spare:
                 nearest = min(self._spare, key=lambda other: abs(other - time))
-                yield Batch(row, at_time(self._spare[nearest], self._timestep.argument, time), ())
+                yield Batch(row, at_time(self._spare[nearest], self._timestep.argument, time), (), self._first)
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:
