@@ -173,7 +173,7 @@ def output_curves(
             bar = tqdm(replay.batches(times), "output error", len(times), disable=not progress, unit="step")
             for batch in bar:
                 for probe in probes.values():
-                    probe.row, probe.counts = batch.row, batch.counts
+                    probe.row, probe.counts = batch.row, batch.own
                 model(**batch.call)
     finally:
         for handle in handles:

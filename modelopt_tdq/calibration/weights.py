@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from modelopt.torch.quantization.model_calib import max_calibrate, mse_calibrate
-from modelopt.torch.quantization.nn import TensorQuantizer
-from torch import nn
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from modelopt.torch.quantization.utils import enable_weight_access_and_writeback
+from modelopt.torch.utils.distributed import is_dtensor_sharded
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from modelopt_tdq.core.fake_quant import FP8_E4M3
 from modelopt_tdq.model.select import weight_quantizers
@@ -70,11 +74,16 @@ def calibrate_weights(model: nn.Module, method: str) -> None:
         model: Converted by ``mtq.quantize``.
         method: ``max``: the largest magnitude of each channel. ``mse``: that multiple of it which has the least squared
             error on the grid of the number format (up to 1 for integers); at 8 bits, ``max``. ``keep``: as they are.
+
+    Where tensor parallelism spreads a channel over processes, its scale is the largest that any of them finds.
     """
     if method == "keep":
         return
     weights = [m for q in weight_quantizers(model) for m in q.modules() if isinstance(m, TensorQuantizer)]
-    max_calibrate(model, forward_loop=None)
+    # ModelOpt takes the processes of a layer for copies of each other, unless a plugin of it tells otherwise, and would
+    # mix the scales of the channels that DTensors spread over them
+    spread = is_dtensor_sharded(model)
+    max_calibrate(model, forward_loop=None, distributed_sync=not spread)
     formats = {quantizer.num_bits for quantizer in weights if quantizer.is_enabled} if method == "mse" else set()
     for num_bits in sorted(formats, key=repr):
         grid = _grid(num_bits)
@@ -83,10 +92,36 @@ def calibrate_weights(model: nn.Module, method: str) -> None:
                 mse_calibrate(
                     model,
                     forward_loop=None,
+                    distributed_sync=not spread,
                     step_size=grid.step,
                     start_multiplier=grid.start,
                     stop_multiplier=grid.stop,
                 )
+    if spread:
+        _share_channels(model)
     for quantizer in weights:
         if quantizer._calibrator is not None:
             quantizer._calibrator.reset()
+
+
+def _share_channels(model: nn.Module) -> None:
+    names = dict(model.named_modules())
+    for module in names.values():
+        if not isinstance(module, QuantModule):
+            continue
+        with enable_weight_access_and_writeback(module, model, names, writeback=False):  # whole again, if by FSDP
+            for weight, quantizer in module.iter_weights_for_calibration():
+                for inner in quantizer.modules():
+                    if isinstance(weight, DTensor) and isinstance(inner, TensorQuantizer) and inner.is_enabled:
+                        _share_channel(weight, inner)
+
+
+def _share_channel(weight: DTensor, quantizer: TensorQuantizer) -> None:
+    amax: Tensor | None = getattr(quantizer, "_amax", None)
+    if amax is None or quantizer.block_sizes is not None:  # a block lies in one process
+        return
+    axis = quantizer.axis
+    kept = {a % weight.dim() for a in ((axis,) if isinstance(axis, int) else axis or ())}
+    for dimension, placement in enumerate(weight.placements):
+        if isinstance(placement, Shard) and placement.dim % weight.dim() not in kept:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=weight.device_mesh.get_group(dimension))

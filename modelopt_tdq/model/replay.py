@@ -56,10 +56,10 @@ class Replay:
         self._order = itertools.count()
         self._kept: dict[float, list[float]] = {}
         self._spare: dict[float, dict[str, Any]] = {}
-        self._counts = True
+        self._first = True
         self._axis: BatchAxis | None = None
         self._looked = False
-        self._first: tuple[dict[str, Any], list[float]] | None = None
+        self._unfinished: tuple[dict[str, Any], list[float]] | None = None
         self._left_out = 0
         unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
         self._unnamed = [name for name, p in parameters.items() if p.kind in unnamed]
@@ -86,16 +86,20 @@ class Replay:
             return
         times = self._timestep.value.tolist()
         if not self._looked:  # only its output will tell how it is made of samples
-            self._first = cloned(arguments), times
+            self._unfinished = cloned(arguments), times
             return
         self._keep(arguments, times)
 
     def _learn_from(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: the first call is over."""
-        if self._looked or self._first is None or self._timestep.aside:
+        if self._looked or self._unfinished is None or self._timestep.aside:
             return
-        arguments, times = self._first
-        self._axis, self._looked, self._first = find_batch_axis(module, self._timestep, arguments, output), True, None
+        arguments, times = self._unfinished
+        self._axis, self._looked, self._unfinished = (
+            find_batch_axis(module, self._timestep, arguments, output),
+            True,
+            None,
+        )
         self._keep(arguments, times)
 
     def _keep(self, arguments: dict[str, Any], times: list[float]) -> None:
@@ -125,7 +129,7 @@ class Replay:
         """
         self._spare = {time: self._sorted(time)[0][2] for time in self.times}
         everyone = gather({time: [priority for priority, _, _ in self._sorted(time)] for time in self.times})
-        self._counts = everyone.index(everyone[rank()]) == rank()
+        self._first = everyone.index(everyone[rank()]) == rank()
         distinct = [other for number, other in enumerate(everyone) if everyone.index(other) == number]
         for time in set().union(*distinct):
             priorities = sorted((p for other in distinct for p in other.get(time, [])), reverse=True)
@@ -199,7 +203,7 @@ class Replay:
                 for item in self._sorted(time):
                     groups[-1][self._axis.layout(item[2])].append(item)
         orders = [{name: [item[0] for item in group] for name, group in row.items()} for row in groups]
-        largest = largest_group(orders if self._counts else [{} for _ in times])
+        largest = largest_group(orders if self._first else [{} for _ in times])
         calls: list[list[list[_Sample]]] = []
         for row, (time, name) in enumerate(zip(times, largest, strict=True)):
             if self._axis is None:
@@ -213,10 +217,12 @@ class Replay:
                 if own < len(calls[row]):
                     samples = calls[row][own]
                     call = self._together([sample for _, _, sample in samples])
-                    yield Batch(row, call, tuple(item[0] for item in samples) if self._counts else ())
+                    yield Batch(row, call, tuple(item[0] for item in samples), self._first)
                 elif self._spare:
                     nearest = min(self._spare, key=lambda other: abs(other - times[row]))
-                    yield Batch(row, at_time(self._spare[nearest], self._timestep.argument, times[row]), ())
+                    yield Batch(
+                        row, at_time(self._spare[nearest], self._timestep.argument, times[row]), (), self._first
+                    )
 
     def _together(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return samples[0] if self._axis is None or len(samples) == 1 else self._axis.together(samples)

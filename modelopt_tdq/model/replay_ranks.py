@@ -26,20 +26,27 @@ class Batch:
     Attributes:
         row: Which of the times.
         call: Its keyword arguments.
-        order: One number per sample, or one for a call that was kept whole; all samples of a time,
-            of whatever process, in descending order, are those that
-            one process would have. Empty if the batch does not count: it stands in where this process has no samples
-            of this time, or another process makes the same call with the same samples (tensor and context parallel).
+        order: One number per sample, or one for a call that was kept whole; all samples of a time, of whatever process,
+            in descending order, are those that one process would have. Empty if the batch stands in where this process
+            has no samples of this time.
+        first: Whether no other process of a lower rank makes the same call with the same samples, as those of tensor
+            and context parallelism do: they share the layers' outputs, and each has the whole output of the model.
     """
 
     row: int
     call: dict[str, Any]
     order: tuple[float, ...]
+    first: bool
+
+    @property
+    def own(self) -> bool:
+        """Whether what a layer makes of it here is evidence."""
+        return bool(self.order)
 
     @property
     def counts(self) -> bool:
-        """Whether what the model makes of it is evidence."""
-        return bool(self.order)
+        """Whether what the model makes of it here is evidence."""
+        return self.own and self.first
 
 
 def all_samples(found: Mapping[int, Sequence[tuple[Sequence[float], Tensor]]]) -> dict[int, Tensor]:

@@ -14,13 +14,17 @@ import torch.distributed as dist
 from support.models import TIMES, TinyDenoiser, calls, fast_config, loop, noise, quantized
 from support.processes import results
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.calibration import output_error
 from modelopt_tdq.core import together
+from modelopt_tdq.core.distributed import gather
 
 Data = Sequence[tuple[Tensor, Tensor]]
 
@@ -188,6 +192,19 @@ def _sharded(rank: int, first: bool, data: Callable[[int], Data] = _in_step) -> 
     return {**_columns(model), "output": model(noise(2, 3, 8, 8), torch.tensor(TIMES[1]))}
 
 
+def _tensor_parallel(rank: int, style: Callable[[], ParallelStyle]) -> dict[str, Any]:
+    """One layer is spread over the processes; the data is the same."""
+    torch.manual_seed(0)
+    model = TinyDenoiser().eval()
+    if rank >= 0:
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"mix": style()})
+    quantized(model, calls(6), **_OUTPUT)
+    amax = model.mix.weight_quantizer.amax
+    if isinstance(style(), ColwiseParallel):
+        amax = torch.cat(gather(amax))  # each process has its own channels
+    return {**_columns(model), "amax": amax, "output": model(noise(2, 3, 8, 8), torch.tensor(TIMES[1]))}
+
+
 _SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     **{name: functools.partial(_calibrated, **fields) for name, fields in _CONFIGS.items()},
     "communicating, 1 sample": functools.partial(_communicating, replay_samples=1),
@@ -202,6 +219,12 @@ _SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "temporal features": _temporal,
     "data parallel": _parallel,
     "sharded, then quantized": functools.partial(_sharded, first=True),
+    "columns in both": functools.partial(
+        _tensor_parallel, style=functools.partial(ColwiseParallel, output_layouts=Replicate())
+    ),
+    "rows in both": functools.partial(
+        _tensor_parallel, style=functools.partial(RowwiseParallel, input_layouts=Replicate())
+    ),
     "quantized, then sharded": functools.partial(_sharded, first=False),
 }
 
@@ -255,9 +278,25 @@ def _failures(rank: int) -> dict[str, str]:
     return found
 
 
+def _refused_when_sharded() -> dict[str, str]:
+    model = TinyDenoiser().eval()
+    fully_shard(model)
+    tried: dict[str, Callable[[], Any]] = {
+        "analysis": lambda: tdq.analyze(model, loop(calls()), fast_config()),
+        "temporal features": lambda: mtq.quantize(model, fast_config(method="tdq_temporal"), loop(calls())),
+    }
+    found = {}
+    for name, attempt in tried.items():
+        with pytest.raises(TdqError) as error:
+            attempt()
+        found[name] = str(error.value)
+    return found
+
+
 def _two(rank: int) -> dict[str, Any]:
     output_error._PROBE_ELEMENTS = 1 << 11  # several calls of a layer for all its candidates, as in large models
     found: dict[str, Any] = {"failures": _failures(rank)}  # and all that follows works
+    found["refused"] = _refused_when_sharded()
     return found | {name: run(rank) for name, run in {**_SCENARIOS, "analysis": _analyzed}.items()}
 
 
@@ -337,6 +376,13 @@ def test_what_cannot_be_brought_together_is_refused_in_all(processes: list[dict[
 def test_a_failure_leaves_the_models_as_they_were(processes: list[dict[str, Any]]) -> None:
     for found in processes:
         assert {value for key, value in found["failures"].items() if key.endswith("as before")} == {"True"}
+
+
+def test_what_needs_whole_parameters_is_refused(processes: list[dict[str, Any]]) -> None:
+    for found in processes:
+        for message in found["refused"].values():
+            assert "its parameters are spread over processes" in message
+            assert "before `fully_shard`" in message
 
 
 def _quarter(rank: int) -> Data:
