@@ -68,7 +68,7 @@ def export(
         typer.Option(
             "--table-input",
             help="Make the scales inputs of the graph, so that one engine serves every table of the model; "
-            "modelopt_tdq.export.engine_table makes the inputs. With --lowering ratio.",
+            "modelopt_tdq.engine_table makes the inputs. With --lowering ratio.",
         ),
     ] = False,
     pack_weights: Annotated[

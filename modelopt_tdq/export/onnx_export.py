@@ -74,7 +74,7 @@ def export_onnx(
             ``{"sample": {2: "height", 3: "width"}}``; by these names ``build_engine(dynamic_sizes=...)`` takes their
             ranges.
         table_input: Make the scales inputs of the graph instead of constants, with lowering "ratio": one engine then
-            serves any table of the model, with any number of rows. :func:`~modelopt_tdq.export.engine_table` makes
+            serves any table of the model, with any number of rows. :func:`~modelopt_tdq.engine_table` makes
             the inputs from a :class:`~modelopt_tdq.ScaleTable`; all temporal quantizers are in it, also those whose
             scales do not depend on time now.
         pack_weights: How weights of at most 4 bits are stored. "none": in INT8 tensors, for every backend. "cast": two

@@ -39,7 +39,7 @@ def swap_denoiser(
         component: Name of the denoiser, where several components take a time.
         timestep: The argument of its forward that holds the time.
         backend: ``onnxruntime`` or ``openvino`` for an ONNX file, ``tensorrt`` or ``tensorrt_rtx`` for an engine.
-        table: For a file exported with ``table_input=True``: what :func:`~modelopt_tdq.export.engine_table` gives.
+        table: For a file exported with ``table_input=True``: what :func:`~modelopt_tdq.engine_table` gives.
             Left out with an ONNX file, it is that of the pipeline's own denoiser.
         free: Drop the weights of the torch denoiser; what the pipeline asks it for is kept.
 
@@ -82,7 +82,7 @@ def _table(engine: Any, original: nn.Module) -> Mapping[str, Any]:
         "table",
         None,
         "the engine takes its table as an input",
-        "Pass table=modelopt_tdq.export.engine_table('model.onnx', table), of the ONNX file it was built from",
+        "Pass table=modelopt_tdq.engine_table('model.onnx', table), of the ONNX file it was built from",
     )
 
 

@@ -14,11 +14,12 @@ from modelopt_tdq.lab.demo import deploy
 from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.demo.cache import StageCache, StageResult
 from modelopt_tdq.lab.demo.features import feature_facts, feature_tensors
-from modelopt_tdq.lab.demo.settings import DEPLOYED, SEEDS, DemoSettings
+from modelopt_tdq.lab.demo.settings import DEPLOYED, SEEDS, DemoSettings, cores
 from modelopt_tdq.lab.demo.variants import VARIANTS, quantized, static_scales, table_facts, variant_config
 from modelopt_tdq.lab.judge import Reference, judge, reference
 from modelopt_tdq.lab.maintenance import schedule_times
 from modelopt_tdq.lab.model_folder import describe_inputs, load_model, save_quantized
+from modelopt_tdq.lab.provenance import cpu_name
 from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
 from modelopt_tdq.model.model_table import scale_table
 
@@ -73,7 +74,7 @@ def stages(settings: DemoSettings, backends: frozenset[str]) -> list[Stage]:
             found.append(Stage(f"deploy-{variant}", title, depends, 9.0, (f"recipe-{DEPLOYED}",)))
         if "openvino" in backends:
             after = tuple(f"deploy-{variant}" for variant in deploy.DEPLOYED_VARIANTS)
-            depends = shared | {"judged": judged}
+            depends = shared | {"judged": judged, "processor": cpu_name(), "threads": cores()}
             found.append(Stage("openvino", "time OpenVINO", depends, 15.0, after, alone=True))
     return found
 

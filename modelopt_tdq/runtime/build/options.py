@@ -146,8 +146,7 @@ class BuildOptions:
                 "onnx_path",
                 names,
                 "the model needs this plugin, and TensorRT-RTX takes none: neither in Python nor in C++",
-                "Export with lowering='ratio' (or turn the nodes into standard operators with "
-                "modelopt_tdq.export.plugin_free), or build with backend='tensorrt'",
+                "Export with lowering='ratio', which needs no plugin, or build with backend='tensorrt'",
             )
         if names and not self.plugins:
             raise TdqError(

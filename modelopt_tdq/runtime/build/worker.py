@@ -4,7 +4,7 @@ A native builder can crash, so it runs in a process of its own. This file is sta
 imports nothing of the package: importing torch would take longer than most builds. Only the Python form of the
 plugin, if it is asked for, needs part of it.
 
-The request is what :func:`modelopt_tdq.runtime.build.build_engine` writes; the answer is
+The request is what :func:`modelopt_tdq.build_engine` writes; the answer is
 ``{"version", "layers", "warnings"}``, or ``{"error"}`` with the arguments of a TdqError.
 """
 

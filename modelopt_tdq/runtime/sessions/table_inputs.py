@@ -23,7 +23,7 @@ def table_tensors(table: ScaleTable | nn.Module | Mapping[str, Any], report: Eng
     """The table inputs of an engine, float32.
 
     Args:
-        table: What :func:`~modelopt_tdq.export.engine_table` returned, or what it takes: a table, or a quantized model.
+        table: What :func:`~modelopt_tdq.engine_table` returned, or what it takes: a table, or a quantized model.
         report: The engine's manifest, which holds what the columns mean.
 
     Raises:
@@ -36,7 +36,7 @@ def table_tensors(table: ScaleTable | nn.Module | Mapping[str, Any], report: Eng
                 "table",
                 type(table).__name__,
                 "an engine without a manifest does not tell what its columns mean",
-                "Pass modelopt_tdq.export.engine_table(onnx_file, table)",
+                "Pass modelopt_tdq.engine_table(onnx_file, table)",
             )
         found = engine_table(_described(report), table)
     else:
@@ -44,7 +44,7 @@ def table_tensors(table: ScaleTable | nn.Module | Mapping[str, Any], report: Eng
     if not isinstance(found, Mapping) or set(found) != set(TABLE_INPUTS):
         shown = sorted(found) if isinstance(found, Mapping) else type(table).__name__
         raise TdqError(
-            "table", shown, f"not the inputs {list(TABLE_INPUTS)}", "Pass what modelopt_tdq.export.engine_table returns"
+            "table", shown, f"not the inputs {list(TABLE_INPUTS)}", "Pass what modelopt_tdq.engine_table returns"
         )
     tensors = {name: torch.as_tensor(found[name]).to(torch.float32) for name in TABLE_INPUTS}
     values, ends = tensors[TABLE_INPUT], tensors[EDGES_INPUT]
@@ -53,7 +53,7 @@ def table_tensors(table: ScaleTable | nn.Module | Mapping[str, Any], report: Eng
             "table",
             {name: tuple(value.shape) for name, value in tensors.items()},
             "not [K, M] and [K]",
-            "Pass what modelopt_tdq.export.engine_table returns",
+            "Pass what modelopt_tdq.engine_table returns",
         )
     return tensors
 

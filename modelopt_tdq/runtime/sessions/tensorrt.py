@@ -34,7 +34,7 @@ class TensorRTSession:
     Args:
         engine: File, from :func:`~modelopt_tdq.build_engine`, with its manifest beside it.
         backend: ``"tensorrt"`` or ``"tensorrt_rtx"``; by default what the manifest says.
-        table: For an engine with a table input: what :func:`~modelopt_tdq.export.engine_table` returned; or a
+        table: For an engine with a table input: what :func:`~modelopt_tdq.engine_table` returned; or a
             ScaleTable, or the quantized torch model. It stays on the device; :meth:`set_table` replaces it.
         trust: Run an engine without a manifest, or with another's. An engine is executable code.
         cuda_graph: Launch a call as one CUDA graph, captured at the first call of each set of shapes (TensorRT-RTX
