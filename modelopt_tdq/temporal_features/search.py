@@ -27,6 +27,7 @@ from modelopt_tdq.temporal_features.dataflow import EARLIER_CALL, Watched
 from modelopt_tdq.temporal_features.proof import Proof, with_defaults
 from modelopt_tdq.temporal_features.variation import (
     Change,
+    Question,
     batch_changes,
     batch_size,
     number_changes,
@@ -40,14 +41,6 @@ _log = logging.getLogger(__name__)
 
 #: What makes the same call of the same model compute something else.
 _OUTSIDE = "something outside of the model"
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Whether a change of one thing makes a difference: in all of these ways, or in the first that the model takes."""
-
-    ways: list[Change]
-    every: bool
 
 
 @dataclass(frozen=True)
@@ -151,14 +144,20 @@ class _Evidence:
             self.tried.update(aspect for change in changes if change.conclusive for aspect in change.aspects)
         return run
 
-    def together(self, changes: Sequence[Change]) -> bool:
-        """Whether the model takes a call with many changes."""
+    def has_tried(self, question: Question) -> bool:
+        """Whether nothing of it is left to try."""
+        return all(self.tried.issuperset(change.aspects) for change in question.ways)
+
+    def together(self, changes: Sequence[Change], anew: bool = False) -> bool:
+        """Whether the model takes a call with many changes: after the one before, or anew from the beginning."""
+        if anew:
+            self.calls.restore()
         run = self._attempt(changes)
         if run is not None:
             self.compound[run] = tuple(dict.fromkeys(label for change in changes for label in change.labels))
         return run is not None
 
-    def alone(self, question: _Question) -> None:
+    def alone(self, question: Question) -> None:
         """Calls that differ in one thing."""
         for change in question.ways:
             self.calls.restore()
@@ -169,12 +168,14 @@ class _Evidence:
                     return
 
     def repeat(self) -> None:
-        """The first call again, from the beginning; and once more, with what it left behind."""
+        """The first call again, from the beginning; and once more, with what it left behind.
+
+        Raises:
+            Exception: Whatever the model raises at a second call.
+        """
         self.calls.restore()
-        first, second = self.calls.attempt([]), self.calls.attempt([])
-        self.repeats += [] if first is None else [first]
-        if second is not None:
-            self.single[second] = self.calls.left_behind() or (EARLIER_CALL,)
+        self.repeats.append(self.calls.call())
+        self.single[self.calls.call()] = self.calls.left_behind() or (EARLIER_CALL,)
 
     def blame(self) -> None:
         """Taint the layers that differ.
@@ -205,11 +206,9 @@ def _found(
     data: bool,
 ) -> Found:
     """After the first call: the others. ``given`` is that call as the user gave it."""
-    numbers = [_Question(ways, every=True) for ways in number_changes(model, call, timestep)]
-    batch = _Question(batch_changes(call, timestep), every=False)
-    layouts, axes = size_changes(call, timestep, smaller_first=data)
+    questions = [*number_changes(model, call, timestep), Question(batch_changes(call, timestep))]
+    layouts, axes, groups = size_changes(call, timestep, smaller_first=data)
     evidence = _Evidence(calls)
-    questions = [*numbers, batch]
     left = _together(evidence, questions, layouts)
     if left == questions or evidence.disagrees():
         left = questions
@@ -217,15 +216,18 @@ def _found(
         evidence.repeat()
     for question in left:
         evidence.alone(question)
-    for ways in axes:
-        if not all(evidence.tried.issuperset(change.aspects) for change in ways):
-            evidence.alone(_Question(ways, every=False))
+    for question in axes:
+        if not evidence.has_tried(question):
+            evidence.alone(question)
+    for question in groups:
+        if not evidence.has_tried(question):
+            any(evidence.together([change], anew=True) for change in question.ways)
     evidence.blame()
     found = calls.watched()
     return Found(found, Proof.of(given, timestep, evidence.tried, _programs(calls, found)))
 
 
-def _together(evidence: _Evidence, questions: list[_Question], layouts: Sequence[Change]) -> list[_Question]:
+def _together(evidence: _Evidence, questions: list[Question], layouts: Sequence[Change]) -> list[Question]:
     """Calls with many changes at once.
 
     The first follows on the recorded call, in the first of the layouts that the model takes, with other numbers where
@@ -235,20 +237,26 @@ def _together(evidence: _Evidence, questions: list[_Question], layouts: Sequence
     Returns:
         What the model has refused to be asked so; all, if it takes no first call.
     """
-    several = [question for question in questions if question.every and len(question.ways) > 1]
-    flags = [question for question in questions if question.every and len(question.ways) == 1]
-    first = [question.ways[0] for question in questions if question.ways]
     evidence.calls.shift_state()
-    for layout in [*([change] for change in layouts), []]:
-        if evidence.together([*first, *layout]):
+    free = [question for question in questions if not question.tied]
+    ways = [
+        (asked, layout)
+        for asked in ([questions] if free == questions else [questions, free])
+        for layout in [*([change] for change in layouts), []]
+    ]
+    for asked, layout in ways:
+        first = [*(question.ways[0] for question in asked if question.ways), *layout]
+        if evidence.together(first):
             break
     else:
         return questions
-    if evidence.calls.writes_state:
-        evidence.calls.restore()
-        if not evidence.together([*first, *layout]):
-            return questions
-    left = [] if not several or evidence.together([question.ways[1] for question in several]) else several
+    if evidence.calls.writes_state and not evidence.together(first, anew=True):
+        return questions
+    left = [question for question in questions if question not in asked]
+    several = [question for question in asked if question.every and len(question.ways) > 1]
+    if several and not evidence.together([question.ways[1] for question in several]):
+        left += several
+    flags = [question for question in asked if question.every and len(question.ways) == 1]
     return left + [flag for flag in flags if len(flags) > 1 and not evidence.together(flag.ways)]
 
 

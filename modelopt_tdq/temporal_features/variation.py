@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "Change",
+    "Question",
     "batch_changes",
     "batch_size",
     "named_attributes",
@@ -105,18 +107,60 @@ def _hints(model: nn.Module) -> dict[str, Any]:
         return {}
 
 
-def number_changes(model: nn.Module, arguments: Mapping[str, Any], timestep: str) -> list[list[Change]]:
-    """Other values of every argument that is a number, a flag or a text: a list for each argument."""
-    hints, found = _hints(model), []
-    for name, leaf in named_leaves({key: value for key, value in arguments.items() if key != timestep}):
-        values, conclusive = other_values(leaf, hints.get(name)), not isinstance(leaf, str)
-        tries = [Change((name,), {name: _constant(value)}, (name,), conclusive) for value in values]
+@dataclass(frozen=True)
+class Question:
+    """Whether a change of one thing makes a difference.
+
+    Attributes:
+        ways: To change it.
+        every: Whether all of them count, or the first that the model takes.
+        tied: Whether the model may take a change of it only together with sizes, as of a number of frames.
+    """
+
+    ways: list[Change]
+    every: bool = False
+    tied: bool = False
+
+
+class _Value(NamedTuple):
+    """Something in the arguments: its name, that of the leaf that it is or is in, and what replaces it there."""
+
+    name: str
+    leaf: str
+    value: Any
+    put: Callable[[Any], Callable[[Any], Any]]
+
+
+def _values(arguments: Mapping[str, Any], timestep: str) -> dict[str, list[_Value]]:
+    """All of them, by name; those inside of one list or tuple together, by the name of that."""
+    found: dict[str, list[_Value]] = {}
+    for path, leaf in _flat({key: value for key, value in arguments.items() if key != timestep}):
+        name = _name(path)
+        sequence = next((index for index, key in enumerate(path) if hasattr(key, "idx")), len(path))
+        found.setdefault(_name(path[:sequence]), []).append(_Value(name, name, leaf, _constant))
         for key, inner in named_attributes(leaf).items():
-            label = (f"{name}.{key}",)
-            values, conclusive = other_values(inner), not isinstance(inner, str)
-            found.append([Change(label, {name: _with_attribute(key, v)}, label, conclusive) for v in values])
-        found.append(tries)
-    return [tries for tries in found if tries]
+            found[f"{name}.{key}"] = [_Value(f"{name}.{key}", name, inner, functools.partial(_with_attribute, key))]
+    return found
+
+
+def number_changes(model: nn.Module, arguments: Mapping[str, Any], timestep: str) -> list[Question]:
+    """Other values of every argument that is a number, a flag or a text."""
+    hints, found = _hints(model), []
+    for label, values in _values(arguments, timestep).items():
+        others = [(each, other_values(each.value, hints.get(each.name))) for each in values]
+        others = [(each, tries) for each, tries in others if tries]
+        ways = [
+            Change(
+                (label,),
+                {each.leaf: each.put(tries[index]) for each, tries in others},
+                tuple(each.name for each, _ in others),
+                conclusive=not any(isinstance(each.value, str) for each, _ in others),
+            )
+            for index in range(min((len(tries) for _, tries in others), default=0))
+        ]
+        if ways:
+            found.append(Question(ways, every=True, tied=any(type(each.value) is int for each, _ in others)))
+    return found
 
 
 def named_attributes(value: Any) -> dict[str, Any]:
@@ -198,7 +242,7 @@ def _resized(tensors: Mapping[str, Tensor], axes: Mapping[str, Sequence[int]], h
 
 def size_changes(
     arguments: Mapping[str, Any], timestep: str, smaller_first: bool
-) -> tuple[list[Change], list[list[Change]]]:
+) -> tuple[list[Change], list[Question], list[Question]]:
     """Other sizes of images, videos and texts: twice as large, or half. Numbers of channels are left alone.
 
     Args:
@@ -207,11 +251,11 @@ def size_changes(
         smaller_first: Half before twice.
 
     Returns:
-        Of all tensors at once, in the layouts that are common; and of each axis alone, larger and smaller.
+        Of all tensors at once, in the layouts that are common; of each axis alone; and of all axes of one length.
     """
     batch, tensors = batch_size(arguments, timestep), dict(_tensors(arguments, timestep))
     led = {name for name, tensor in tensors.items() if tensor.dim() and tensor.shape[0] == batch}
-    tokens = {name: (1,) if name in led else (0,) for name, tensor in tensors.items() if tensor.dim() == 3}
+    tokens: dict[str, tuple[int, ...]] = {n: (1,) if n in led else (0,) for n, t in tensors.items() if t.dim() == 3}
     lengths = {tensors[name].shape[1] for name in tokens if name in led}
     for name, tensor in tensors.items():
         mask = name in led and not tensor.is_floating_point() and tensor.shape[1:] in {(n,) for n in lengths}
@@ -219,12 +263,24 @@ def size_changes(
             tokens[name] = (1,) if mask else (0,)
     inner = {name: tuple(range(2, tensor.dim())) for name, tensor in tensors.items() if tensor.dim() >= 4}
     frames_first = {name: (1, *range(3, tensors[name].dim())) for name in inner}
-    layouts: list[Mapping[str, Sequence[int]]] = (
-        [{**inner, **tokens}, {**frames_first, **tokens}, inner, frames_first] if inner else [tokens]
-    )
+    layouts: list[dict[str, tuple[int, ...]]] = [tokens]
+    if inner:
+        layouts = [{**inner, **tokens}, {**frames_first, **tokens}, inner, frames_first]
     sides = (smaller_first, not smaller_first)
+
+    def resized(axes: Mapping[str, Sequence[int]]) -> list[Change]:
+        return [change for halve in sides for change in _resized(tensors, axes, halve)]
+
     together = [change for halve in sides for axes in layouts for change in _resized(tensors, axes, halve)]
     every = {name: tuple(range(1 if tensors[name].dim() > 4 else 2, tensors[name].dim())) for name in inner}
     alone = [(name, axis) for name, axes in {**every, **tokens}.items() for axis in axes]
-    parts = [[c for halve in sides for c in _resized(tensors, {name: (axis,)}, halve)] for name, axis in alone]
-    return together, parts
+    alike: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, axis in alone:
+        own = alike.setdefault(tensors[name].shape[axis], {})
+        own[name] = (*own.get(name, ()), axis)
+    groups = [axes for axes in alike.values() if sum(map(len, axes.values())) > 1]
+    return (
+        together,
+        [Question(resized({name: (axis,)})) for name, axis in alone],
+        [Question(resized(axes)) for axes in groups],
+    )
