@@ -7,14 +7,23 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from modelopt_tdq.model.select import weight_quantizers
+from modelopt_tdq.model.weight_fit import remember_weights
 
 __all__ = ["calibrate_weights"]
 
 
-def calibrate_weights(model: nn.Module, method: str) -> None:
-    """Let ModelOpt calibrate the enabled weight quantizers: ``max``, ``mse``, or ``keep`` them as they are."""
-    if method == "keep":
-        return
+def calibrate_weights(model: nn.Module, method: str, *, remember: bool = True) -> None:
+    """Let ModelOpt calibrate the enabled weight quantizers: ``max``, ``mse``, or ``keep`` them as they are.
+
+    ``remember`` what the weights are like, so that it is noticed when they change.
+    """
+    if method != "keep":
+        _calibrate(model, method)
+    if remember:
+        remember_weights(model, method)
+
+
+def _calibrate(model: nn.Module, method: str) -> None:
     weights = [m for q in weight_quantizers(model) for m in q.modules() if isinstance(m, TensorQuantizer)]
     calibrators = [quantizer._calibrator for quantizer in weights]
     {"max": max_calibrate, "mse": mse_calibrate}[method](model, forward_loop=None)
