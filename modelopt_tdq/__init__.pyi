@@ -20,12 +20,13 @@ from .analysis.analyze import analyze as analyze
 from .pipeline.quantize import quantize_pipeline as quantize_pipeline
 from .pipeline.diffusers_config import diffusers_config as diffusers_config
 
-# The scales of a quantized model.
+# The scales of a quantized model, and what to do when its weights have changed.
 from .core.table import ScaleTable as ScaleTable
 from .model.quantizer import TemporalQuantizer as TemporalQuantizer
 from .model.model_table import scale_table as scale_table
 from .model.model_table import set_scale_table as set_scale_table
 from .model.model_table import temporal_quantizers as temporal_quantizers
+from .calibration.recalibrate import recalibrate_weights as recalibrate_weights
 
 # Learn: quantization-aware training and reconstruction.
 from .training.groups import interval_penalty as interval_penalty
@@ -34,6 +35,7 @@ from .training.checkpointing import checkpoint as checkpoint
 from .training.finite import require_finite as require_finite
 from .training.learned import materialize as materialize
 from .training.learned import stop_noise as stop_noise
+from .training.learned import stop_learning as stop_learning
 from .reconstruction.reconstruct import reconstruction_report as reconstruction_report
 
 # Temporal features.
@@ -65,9 +67,11 @@ from .runtime.sessions.tensorrt import TensorRTSession as TensorRTSession
 from .runtime.sessions.open_session import open_session as open_session
 from .pipeline.engine_denoiser import EngineDenoiser as EngineDenoiser
 from .pipeline.swap import swap_denoiser as swap_denoiser
+from .pipeline.swap import restore_denoiser as restore_denoiser
 
-# Errors that a user can mend.
+# Errors that a user can mend, and warnings.
 from .errors import MissingExtraError as MissingExtraError
 from .errors import TdqError as TdqError
+from .errors import TdqWarning as TdqWarning
 
 __version__: str

@@ -1,4 +1,4 @@
-"""The one kind of error that a user can cause, and the one that a missing extra causes."""
+"""The one kind of error that a user can cause, the one that a missing extra causes, and the one kind of warning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MissingExtraError", "TdqError", "require"]
+__all__ = ["MissingExtraError", "TdqError", "TdqWarning", "require"]
 
 
 class TdqError(Exception):
@@ -35,6 +35,10 @@ class TdqError(Exception):
 
 class MissingExtraError(TdqError):
     """A feature was used whose optional dependency is not installed."""
+
+
+class TdqWarning(UserWarning):
+    """Something works, but probably not as the user meant it; says what, where, and the cure."""
 
 
 def require(module: str, extra: str) -> ModuleType:

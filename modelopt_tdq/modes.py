@@ -22,6 +22,7 @@ from torch import nn
 from modelopt_tdq.config import CalibrationFields, TdqCalibConfig
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import INTERVALS, deliver_timestep
+from modelopt_tdq.model.weight_fit import settle_weights, watch_training
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
 from modelopt_tdq.training.config import TdqQatConfig
@@ -41,6 +42,7 @@ def saved_name(method: str) -> str:
 
 def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
     """What ModelOpt saves, and how to build the source of the intervals again."""
+    settle_weights(model)
     update_quantize_metadata(model, config, metadata)
     learned = model._modules.get(INTERVALS)
     if learned is not None:
@@ -53,12 +55,13 @@ def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, An
     """Make the saved quantizers what they were, before ModelOpt fills them."""
     states = metadata.get("quantizer_state", {})
     timestep = deliver_timestep(model, config.timestep_argument)
+    watch_training(model)
     for name, module in model.named_modules():
         state = states.get(name, {})
         if not isinstance(module, TensorQuantizer):
             continue
         if state.get("_is_temporal_quantizer"):
-            TemporalQuantizer.from_tensor_quantizer(module, timestep)
+            TemporalQuantizer.from_tensor_quantizer(module, timestep, name)
         if state.get("_learns"):
             from modelopt_tdq.training.attach import as_learned
 

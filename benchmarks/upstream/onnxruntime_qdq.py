@@ -104,15 +104,15 @@ def weight_alone() -> onnx.ModelProto:
 
 
 GRAPHS = {
-    "linear layer, opset 21": lambda: linear(),
+    "linear layer, opset 21": linear,
     "linear layer, opset 20": lambda: linear(opset=20),
     "linear layer, opset 21, bias [1, 1, C]": lambda: linear(bias=(1, 1, CHANNELS)),
-    "transposed, opset 21": lambda: transposed(),
+    "transposed, opset 21": transposed,
     "transposed, opset 20": lambda: transposed(opset=20),
     "bias in front of QuantizeLinear": lambda: convolution(True, True),
     "no bias in front of QuantizeLinear": lambda: convolution(False, True),
     "float weight in front of QuantizeLinear": lambda: convolution(False, False),
-    "weight alone": lambda: weight_alone(),
+    "weight alone": weight_alone,
     "FP8": lambda: linear(opset=20, bias=(1, 1, CHANNELS), fp8=True),
 }
 

@@ -18,6 +18,8 @@ from modelopt_tdq.core.together import together
 from modelopt_tdq.model.learning import forget_learning
 from modelopt_tdq.model.select import temporal_names
 from modelopt_tdq.model.snapshot import restored_on_error
+from modelopt_tdq.model.unquantized import warn_of_unquantized_layers
+from modelopt_tdq.model.weight_fit import watch_training
 
 __all__ = ["tdq_calibrate"]
 
@@ -30,6 +32,9 @@ _LONE_LAYER = (
 
 def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = None, **fields: Any) -> None:
     """Calibrate the activation quantizers of a ModelOpt-quantized model per time step.
+
+    Layers that the model's config means to quantize, and that are not quantized when this is done, are named in one
+    warning, each with the reason.
 
     Args:
         model: Quantized by ``mtq.quantize``; its forward takes the time.
@@ -49,6 +54,7 @@ def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | N
     with restored_on_error(model), together("tdq"):
         config = TdqCalibConfig(**known)
         forget_learning(model)
+        watch_training(model)
         calibration = collect(model, forward_loop, config)
         follow = temporal_names(config.temporal, list(calibration.quantizers))
         temporal: Columns = {n: columns(e, config, n in follow) for n, e in calibration.evidence.items()}
@@ -59,3 +65,4 @@ def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | N
             )
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         install(calibration.quantizers, torch.tensor(calibration.times), temporal, device)
+    warn_of_unquantized_layers(model)

@@ -28,6 +28,8 @@ from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import activation_quantizers, temporal_names
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
+from modelopt_tdq.model.unquantized import forget_left_out, leave_out
+from modelopt_tdq.model.weight_fit import require_own_weights
 
 __all__ = ["Calibration", "collect"]
 
@@ -74,7 +76,7 @@ def _run(
         try:
             for quantizer in calibrated:
                 quantizer.enable_calib()
-            with replay.recording(model), full_precision(model), torch.no_grad():
+            with replay.recording(model), full_precision(model), require_own_weights(model), torch.no_grad():
                 forward_loop(model)
         finally:
             handle.remove()
@@ -111,6 +113,7 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
         raise TdqError(
             "forward_loop", None, "time-dependent scales need calibration data", "Pass a forward_loop to mtq.quantize"
         )
+    forget_left_out(model)
     per_tensor, others = activation_quantizers(model)
     _require_the_same(model, config)
     follow = temporal_names(config.temporal, list(per_tensor))
@@ -133,12 +136,12 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
         )
     seen = union({name for name, s in statistics.items() if s.times})
     quantizers, evidence = {}, {}
+    leave_out(model, [name for name in per_tensor if name not in seen])
     for name, quantizer in tqdm(per_tensor.items(), "errors", disable=not config.progress, unit="layer"):
         quantizer._calibrator = calibrators[name]
         if name not in seen:
-            quantizer.disable()  # a layer that the model does not run has nothing to quantize
             continue
-        quantizers[name] = TemporalQuantizer.from_tensor_quantizer(quantizer, timestep)
+        quantizers[name] = TemporalQuantizer.from_tensor_quantizer(quantizer, timestep, name)
         evidence[name] = _settled(
             _activation_evidence(statistics[name], times, quantizer, config), config, name in follow
         )

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from modelopt_tdq.core.fake_quant import FP8_E4M3
 from modelopt_tdq.model.select import weight_quantizers
+from modelopt_tdq.model.weight_fit import remember_weights
 
 __all__ = ["calibrate_weights"]
 
@@ -67,18 +68,24 @@ def _alone(chosen: list[TensorQuantizer], weights: list[TensorQuantizer]) -> Ite
             quantizer._calibrator = calibrator
 
 
-def calibrate_weights(model: nn.Module, method: str) -> None:
+def calibrate_weights(model: nn.Module, method: str, *, remember: bool = True) -> None:
     """Let ModelOpt calibrate the enabled weight quantizers.
 
     Args:
         model: Converted by ``mtq.quantize``.
         method: ``max``: the largest magnitude of each channel. ``mse``: that multiple of it which has the least squared
             error on the grid of the number format (up to 1 for integers); at 8 bits, ``max``. ``keep``: as they are.
+        remember: What the weights are like, so that it is noticed when they change.
 
     Where tensor parallelism spreads a channel over processes, its scale is the largest that any of them finds.
     """
-    if method == "keep":
-        return
+    if method != "keep":
+        _calibrate(model, method)
+    if remember:
+        remember_weights(model, method)
+
+
+def _calibrate(model: nn.Module, method: str) -> None:
     weights = [m for q in weight_quantizers(model) for m in q.modules() if isinstance(m, TensorQuantizer)]
     # ModelOpt takes the processes of a layer for copies of each other, unless a plugin of it tells otherwise, and would
     # mix the scales of the channels that DTensors spread over them

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from modelopt_tdq.cli.options import Folder
-from modelopt_tdq.errors import TdqError
+from modelopt_tdq.errors import TdqError, TdqWarning
 
 __all__ = ["export"]
 
@@ -93,6 +93,7 @@ def export(
     axes = _axes(dynamic_axis or [])
     # torch's exporter tells of its own deprecations and of packages that it does without
     warnings.simplefilter("ignore")
+    warnings.simplefilter("default", TdqWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     found = load_quantized(folder)
     inputs = make_inputs(found.inputs, batch)
@@ -109,6 +110,8 @@ def export(
     typer.echo(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
     for name, reason in report.skipped:
         typer.echo(f"  skipped {name}: {reason}")
+    for name, reason in report.unquantized:
+        typer.echo(f"  not quantized {name}: {reason}")
     if report.weights_form:
         typer.echo(f"weights: {report.weights_form}")
     if lowering is Lowering.RATIO:

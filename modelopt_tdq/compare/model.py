@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from modelopt_tdq.compare.metrics import codes_difference, output_difference
 from modelopt_tdq.compare.results import LayerResult, ModelComparison, StepResult
 from modelopt_tdq.compare.runners import OUTPUT, call_model, session_runner, torch_runner
 from modelopt_tdq.compare.steps import StepComparator
-from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.errors import TdqError, TdqWarning, require
 from modelopt_tdq.export.inputs import flatten_inputs
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 __all__ = ["REFERENCE", "compare_model"]
@@ -50,6 +52,7 @@ def compare_model(
 
     The yardstick is the reference graph in ONNX Runtime; "torch" is the model itself, the others run the lowered
     graph: of lowering "plugin" its plugin-free twin; where the table is an input, with the model's own table.
+    Weights that changed after calibration, and that their scales do not fit any more, are warned of.
     (OpenVINO converts to FP8 by way of float16, which moves about 4 in 1000 codes by a step, so an FP8 model may
     well differ by more than its quantization noise there.)
 
@@ -77,6 +80,7 @@ def compare_model(
     calls = list(inputs)
     if not calls:
         raise TdqError("inputs", calls, "empty", "Pass the arguments of one call per time step")
+    warn_of_changed_weights(model)
     delivery = find_timestep(model)
     argument = None if delivery is None else delivery.argument
     flat = [flatten_inputs(call, argument) for call in calls]
@@ -132,7 +136,9 @@ class _Run:
 def _exported(model: nn.Module, sample: Mapping[str, Any], folder: Path, lowering: Any) -> Path:
     from modelopt_tdq.export.onnx_export import export_onnx
 
-    return export_onnx(model, folder / f"{lowering}.onnx", sample, lowering=lowering).path
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TdqWarning)  # compare_model has warned already
+        return export_onnx(model, folder / f"{lowering}.onnx", sample, lowering=lowering).path
 
 
 def _compare_outputs(run: _Run, feeds: list[_Arrays], backends: Sequence[str], times: list[float]) -> list[StepResult]:

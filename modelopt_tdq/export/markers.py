@@ -23,6 +23,7 @@ from torch.nn import functional
 from modelopt_tdq.export.spec import weight_quantizers
 from modelopt_tdq.model.call import layer_input
 from modelopt_tdq.model.timestep import without_delivery
+from modelopt_tdq.model.weight_fit import require_own_weight
 from modelopt_tdq.temporal_features.looked_up import LookedUp, output_dtype, own_output
 
 __all__ = ["ACTIVATION_MARKER", "DOMAIN", "FEATURE_MARKER", "WEIGHT_MARKER", "Marker", "with_markers"]
@@ -42,6 +43,7 @@ class Marker:
 
     marker_name: str
     marker_type: str
+    marker_weight: Tensor  # that the codes are made from, where a weight is quantized
     shapes: list[tuple[int, ...]]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,6 +52,8 @@ class Marker:
             x = _smoothed(self, x)
         if not torch.compiler.is_exporting():
             self.shapes.append(tuple(x.shape))
+            if self.marker_type == WEIGHT_MARKER:
+                require_own_weight(self.marker_name, x, self.marker_weight)
             return x
         marked: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.marker_type}",
@@ -159,7 +163,8 @@ def with_markers(model: nn.Module) -> nn.Module:
     weights = weight_quantizers(prepared)
     for name, module in list(prepared.named_modules()):
         if id(module) in weights:
-            _put_in_front(module, Marker, marker_name=name, marker_type=WEIGHT_MARKER, shapes=[])
+            facts = {"marker_type": WEIGHT_MARKER, "marker_weight": weights[id(module)]}
+            _put_in_front(module, Marker, marker_name=name, shapes=[], **facts)
         elif isinstance(module, TensorQuantizer) and module.is_enabled:
             _put_in_front(module, Marker, marker_name=name, marker_type=ACTIVATION_MARKER, shapes=[])
         elif isinstance(module, TensorQuantizer):

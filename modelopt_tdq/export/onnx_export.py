@@ -28,6 +28,8 @@ from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
 from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, require_table_input
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
+from modelopt_tdq.model.unquantized import unquantized_layers
+from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 from modelopt_tdq.temporal_features.guard import require_proven
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def export_onnx(
     """Write a quantized model as an ONNX file: standard operators only, but for ``lowering="plugin"``.
 
     The opset is 20, or 21 with packed weights, or 22 for bfloat16. The model is not changed. The file appears when it
-    is complete and has passed ONNX's checker.
+    is complete and has passed ONNX's checker. Weights that changed after calibration, and that their scales do not fit
+    any more, are warned of.
 
     Args:
         model: The module that ``mtq.quantize`` was called with.
@@ -100,10 +103,11 @@ def export_onnx(
     target = Path(path)
     if target.is_dir() or not target.name:
         raise TdqError("path", str(target), "not the name of a file", "Name the file to write, e.g. 'model.onnx'")
+    warn_of_changed_weights(model)
     graph = marker_graph(model, sample_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes)
     context = lower(graph, lowering, table_input=table_input, pack_weights=pack_weights)
     _write(graph.model, target)
-    return report_of(context, target, lowering)
+    return report_of(context, target, lowering, unquantized_layers(model))
 
 
 @dataclass(frozen=True)

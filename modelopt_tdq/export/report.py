@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ class ExportReport:
         features_form: The form that they have: "table of outputs", with its size; "" if there are none.
         weights_form: Size of the quantized weights, and what is lost where codes of at most 4 bits take 8; "" if there
             are none.
+        unquantized: Names of the layers that the config meant to quantize and that compute in floating point, each with
+            the reason: those that the warning of ``mtq.quantize`` named, and layers that were added since, such as the
+            matrices of a LoRA.
         limited: Those of ``quantized`` whose layer has a low-precision kernel on some backends only, each with which,
             and how to leave it out.
     """
@@ -38,9 +42,12 @@ class ExportReport:
     features_form: str = ""
     weights_form: str = ""
     limited: tuple[tuple[str, str], ...] = ()
+    unquantized: tuple[tuple[str, str], ...] = ()
 
 
-def report_of(context: LoweringContext, path: Path, lowering: str) -> ExportReport:
+def report_of(
+    context: LoweringContext, path: Path, lowering: str, unquantized: Mapping[str, str] | None = None
+) -> ExportReport:
     """What became of the quantizers of a lowered graph that is written to ``path``."""
     spec = context.spec
     stored = {weight.spec.name for weight in context.weights.values()}
@@ -65,6 +72,7 @@ def report_of(context: LoweringContext, path: Path, lowering: str) -> ExportRepo
         _features_form(context),
         weights_form(stored_once),
         tuple((name, which) for name, which in context.limited.items() if name not in context.skipped),
+        tuple((unquantized or {}).items()),
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from modelopt_tdq.core.files import replacing, write_text
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
+from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 
 __all__ = [
     "QuantizedFolder",
@@ -158,6 +159,8 @@ def save_quantized(
 ) -> Path:
     """Write a quantized folder; an older one at the same place is replaced when the new one is complete.
 
+    Weights that changed after calibration, and that their scales do not fit any more, are warned of.
+
     Args:
         model: A diffusers model, quantized.
         folder: Where to.
@@ -176,6 +179,7 @@ def save_quantized(
             "model", type(model).__name__, "it has no save_pretrained", "Save it with modelopt.torch.opt.save(model)"
         )
     check_output(target)
+    warn_of_changed_weights(model)
     mto.enable_huggingface_checkpointing()
     content = {"schema_version": SCHEMA_VERSION, "kind": "modelopt_tdq.quantized_model", "inputs": dict(inputs), **done}
     with replacing(target) as (partial,):

@@ -1,6 +1,6 @@
 """All that touches a quantized model.
 
-Read ``timestep`` first, then ``quantizer`` and ``model_table``. ``call``, ``recording``, ``batch_axis``, ``replay`` and
-``replay_ranks`` are about calls of the model; ``select``, ``full_precision``, ``snapshot``, ``learning`` and ``threads``
-about its quantizers.
+Read ``timestep`` first, then ``quantizer`` and ``model_table``. ``call``, ``recording``, ``batch_axis``, ``replay``
+and ``replay_ranks`` are about calls of the model; ``select``, ``full_precision``, ``snapshot``, ``learning``,
+``weight_fit``, ``unquantized`` and ``threads`` about its quantizers.
 """

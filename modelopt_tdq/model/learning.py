@@ -20,6 +20,9 @@ class Learning(Protocol):
     def refresh(self, root: nn.Module) -> None:
         """Make the tables of the quantizers anew if what they are made from has changed."""
 
+    def keep_tables(self) -> None:
+        """The tables of the quantizers were set by hand: they stay until they are made anew on demand."""
+
     def unlearn(self, root: nn.Module) -> None:
         """Make every learned quantizer the ordinary one that it was made from; its scales stay."""
 

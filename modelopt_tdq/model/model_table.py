@@ -30,6 +30,12 @@ def _require_temporal_quantizers(model: nn.Module) -> dict[str, TemporalQuantize
     return quantizers
 
 
+def _require_tables(quantizers: dict[str, TemporalQuantizer]) -> None:
+    measured = [name for name, quantizer in quantizers.items() if quantizer.no_table]
+    if measured:
+        raise TdqError("model", measured[:3], str(quantizers[measured[0]].no_table), "Train intervals of another kind")
+
+
 def scale_table(model: nn.Module) -> ScaleTable:
     """The scales of all enabled temporal quantizers of ``model``, copied to the CPU.
 
@@ -37,9 +43,7 @@ def scale_table(model: nn.Module) -> ScaleTable:
         TdqError: The model has none, or they are not calibrated, or their state is not loaded.
     """
     quantizers = _require_temporal_quantizers(model)
-    measured = [name for name, quantizer in quantizers.items() if quantizer.no_table]
-    if measured:
-        raise TdqError("model", measured[:3], str(quantizers[measured[0]].no_table), "Train intervals of another kind")
+    _require_tables(quantizers)
     learning = find_learning(model)
     if learning is not None:
         learning.refresh(model)
@@ -54,6 +58,8 @@ def scale_table(model: nn.Module) -> ScaleTable:
             "these quantizers were restored, but their scales were not loaded",
             "Load the state dict that was saved with the ModelOpt state",
         )
+    for name, quantizer in quantizers.items():
+        quantizer.require_usable(name)
     longest = max(quantizers.values(), key=lambda q: q._scale.numel())
     timesteps = longest._timesteps.detach().cpu()
     rows = timesteps.numel()
@@ -88,11 +94,16 @@ def _offsets(columns: list[Tensor | None], rows: int) -> Tensor | None:
 def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
     """Give every enabled temporal quantizer of ``model`` its column of ``table``.
 
+    A model that learns its scales keeps the table in eval mode, when it is saved, and when it is exported. Training
+    would undo it, so a call in training mode is refused until :func:`~modelopt_tdq.materialize` or
+    :func:`~modelopt_tdq.stop_learning` says which scales are to stay.
+
     Raises:
-        TdqError: The names in the table are not those of the model's quantizers, or the table was made for
-            other number formats. Nothing is changed then.
+        TdqError: The names in the table are not those of the model's quantizers, the table was made for
+            other number formats, or the quantizers measure their scales and use no table. Nothing is changed then.
     """
     quantizers = _require_temporal_quantizers(model)
+    _require_tables(quantizers)
     unknown, missing = set(table.names) - set(quantizers), set(quantizers) - set(table.names)
     if unknown or missing:
         raise TdqError(
@@ -117,3 +128,6 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
         scales = table.column(column).map(lambda value, device=device: value.to(device))  # type: ignore[misc]
         quantizers[name].set_rows(table.timesteps.to(device), *scales)
+    learning = find_learning(model)
+    if learning is not None:
+        learning.keep_tables()

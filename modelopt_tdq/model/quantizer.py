@@ -8,15 +8,19 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 
-from modelopt_tdq.core.fake_quant import code_range, fake_quantize
+from modelopt_tdq.core.fake_quant import NumBits, code_range, fake_quantize
 from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.intact import Intact, averaged_bits, checksum
 from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
 
 __all__ = ["TemporalQuantizer"]
 
 _TABLE_BUFFERS = ("_timesteps_bits", "_scale_bits", "_offset_bits", "_dequant_scale_bits", "_dequant_offset_bits")
+
+#: Of those, so that arithmetic on them is noticed.
+_CHECKSUM = "_rows_checksum"
 
 #: A float32 NaN as an integer: what a restored quantizer computes with until its scales are loaded.
 _NAN_BITS = 0x7FC00000
@@ -36,23 +40,32 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     ``_dequant_scale_bits`` [K] and ``_dequant_offset_bits`` [K] where codes are turned back by others: the bits of
     float32 numbers, kept as int32. ``.half()``, ``.to(dtype)``, diffusers' ``from_pretrained(torch_dtype=...)``
     and the like convert floating point buffers and leave integers alone, so the scales stay exact.
-    ``_timesteps``, ``_scale`` and ``scales`` read them as float32.
+    ``_timesteps``, ``_scale`` and ``scales`` read them as float32. ``_rows_checksum`` [1] tells when somebody has
+    computed with the integers.
     """
 
-    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {"_timestep"}
+    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {"_timestep", "_intact"}
 
     _timestep: CurrentTimestep
+    _intact: Intact
+
+    #: Name in the model, for errors; as it was when the quantizer was made.
+    _quantizer_name: str = ""
 
     #: Why a kind of quantizer has no table; None: it has, once it is calibrated.
     no_table: ClassVar[str | None] = None
 
     @classmethod
-    def from_tensor_quantizer(cls, quantizer: TensorQuantizer, timestep: CurrentTimestep) -> TemporalQuantizer:
-        """Turn ``quantizer`` into a temporal one in place; its table is still to be set."""
+    def from_tensor_quantizer(
+        cls, quantizer: TensorQuantizer, timestep: CurrentTimestep, name: str
+    ) -> TemporalQuantizer:
+        """Turn ``quantizer``, which has this name, into a temporal one in place; its table is still to be set."""
         quantizer.__class__ = cls
         promoted: TemporalQuantizer = quantizer
         promoted._is_temporal_quantizer = True
         promoted._timestep = timestep
+        promoted._intact = Intact()
+        promoted._quantizer_name = name
         return promoted
 
     @property
@@ -114,7 +127,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         The rows stay on the device of those that they replace, if any.
         """
         device = self._scale.device if self.has_table else None
-        for name in (*_TABLE_BUFFERS, "_amax"):
+        for name in (*_TABLE_BUFFERS, _CHECKSUM, "_amax"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         column = (timesteps, scale, offset, dequant_scale, None if dequant_scale is None else dequant_offset)
@@ -122,12 +135,54 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
             if value is not None:
                 rows = value.detach().to(dtype=torch.float32, device=device or value.device).clone()
                 self.register_buffer(name, rows.contiguous().view(torch.int32))
+        self.register_buffer(_CHECKSUM, checksum(self._table_buffers()))
+        self._made_for_bits = self._num_bits
+
+    def _table_buffers(self) -> list[Tensor]:
+        buffers = (self._buffers.get(name) for name in _TABLE_BUFFERS)
+        return [buffer for buffer in buffers if buffer is not None]
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the rows are what was set or loaded: nobody has computed with their bits."""
+        expected = self._buffers.get(_CHECKSUM)
+        return expected is None or self._intact(self._table_buffers(), expected)
+
+    @property
+    def made_for_bits(self) -> NumBits:
+        """The number format that the scales were made for."""
+        bits: NumBits = vars(self).get("_made_for_bits", self._num_bits)
+        return bits
+
+    def require_usable(self, name: str | None = None) -> None:
+        """Raise if the scales are not those of this quantizer.
+
+        Args:
+            name: Of the quantizer, where the caller knows better.
+
+        Raises:
+            TdqError: Somebody has computed with the bits of the scales, or the number format was changed after
+                calibration.
+        """
+        name = name or self._quantizer_name
+        if self.made_for_bits != self._num_bits:
+            raise TdqError(
+                "num_bits",
+                self._num_bits,
+                f"the scales of {name} were made for {self.made_for_bits}",
+                "Calibrate again: mtq.quantize(model, config with this format, forward_loop)",
+            )
+        if not self.is_intact and not any(bool((bits == _NAN_BITS).any()) for bits in self._table_buffers()):
+            cure = "put in the right ones: modelopt_tdq.set_scale_table(averaged, modelopt_tdq.scale_table(model))"
+            raise averaged_bits("quantizer", name, "its scales", cure)
 
     def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
         super()._reset_pytorch_state_from_metadata(metadata)
         for name in _TABLE_BUFFERS:
             if name in self._buffers:
                 self._buffers[name].fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
+        if _CHECKSUM in self._buffers and self._table_buffers():
+            self._buffers[_CHECKSUM].copy_(checksum(self._table_buffers()))
 
     def _rows(self, inputs: Tensor) -> Scales:
         """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample."""
@@ -138,6 +193,8 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 "it has no scales yet",
                 'Calibrate the model: mtq.quantize with a forward_loop and algorithm {"method": "tdq"}',
             )
+        if not torch.compiler.is_compiling():
+            self.require_usable()
         # ModelOpt places quantizers on the first device of a model that is spread over several
         device = inputs.device
         scales = self.scales.map(lambda value: value.to(device))
@@ -159,6 +216,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
 
     @amax.setter
     def amax(self, value: Tensor | float) -> None:
+        self._require_settable()
         value = torch.as_tensor(value)
         if value.numel() != 1:
             raise TdqError(
@@ -171,13 +229,16 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         scale = torch.where(scale == 0, 1.0, scale)  # nothing but zeros was seen
         self.set_rows(torch.zeros_like(scale), scale)
 
+    def _require_settable(self) -> None:
+        """Raise if a scale that is set would be undone."""
+
     def _get_amax(self, inputs: Tensor) -> Tensor:
         amax = self.amax
         return super()._get_amax(inputs) if amax is None else amax
 
     def reset_amax(self) -> None:
         """Forget the table, as ModelOpt's quantizers forget their amax."""
-        for name in _TABLE_BUFFERS:
+        for name in (*_TABLE_BUFFERS, _CHECKSUM):
             self._buffers.pop(name, None)
         super().reset_amax()
 

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.inputs import FIXED, fixed_arguments
 from modelopt_tdq.model.call import named_arguments, tensor_leaves
+from modelopt_tdq.pipeline.guard import StandIn
 
 __all__ = ["EngineDenoiser"]
 
 
-class EngineDenoiser(nn.Module):
+class EngineDenoiser(StandIn):
     """Looks like the denoiser of a pipeline, and computes with a session.
 
-    Everything but the computation - ``config``, ``dtype``, submodules that pipelines look at - is the original's.
+    Everything but the computation - ``config``, its class, submodules that pipelines look at - is the original's; what
+    would change the original's computation is refused, see :class:`~modelopt_tdq.pipeline.guard.StandIn`.
 
     Args:
         session: From names of graph inputs to arrays or tensors, to outputs by name; it has ``inputs``, the dtype of
@@ -36,20 +38,13 @@ class EngineDenoiser(nn.Module):
     def __init__(
         self, session: Any, original: nn.Module, timestep: str = "timestep", table: Mapping[str, Any] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(original)
         self.session = session
         self.table = dict(table or {})
         self._timestep = timestep
         device = next((p.device for p in original.parameters()), torch.device("cpu"))
         # follows the pipeline to another device or dtype, as weights would
         self.register_buffer("_place", torch.empty(0, dtype=getattr(original, "dtype", None), device=device), False)
-        object.__setattr__(self, "_original", original)  # not a submodule: its weights are not this module's
-
-    @property
-    def original(self) -> nn.Module:
-        """The torch denoiser that this one stands for."""
-        found: nn.Module = self._original
-        return found
 
     @property
     def device(self) -> torch.device:
@@ -62,12 +57,6 @@ class EngineDenoiser(nn.Module):
         """Of the tensors that the pipeline passes; the session converts them to those of the graph."""
         place: Tensor = self._place
         return place.dtype
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_original"), name)
 
     @functools.cached_property
     def _output_class(self) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""``swap_denoiser``: let a pipeline run on an engine instead of its torch denoiser."""
+"""``swap_denoiser``: let a pipeline run on an engine instead of its torch denoiser; ``restore_denoiser``: and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelopt_tdq.pipeline.engine_denoiser import EngineDenoiser
 from modelopt_tdq.runtime.build.options import BUILDERS
 from modelopt_tdq.runtime.sessions.open_session import open_session
 
-__all__ = ["swap_denoiser"]
+__all__ = ["restore_denoiser", "swap_denoiser"]
 
 
 def swap_denoiser(
@@ -31,6 +31,9 @@ def swap_denoiser(
     free: bool = False,
 ) -> Any:
     """Put a session where the denoiser of a pipeline was, so that ``pipeline(prompt)`` runs on it.
+
+    From then on, what would change the torch denoiser (``load_lora_weights``, ``enable_freeu``, ...) is refused, since
+    it would not change the engine; :func:`restore_denoiser` puts the torch denoiser back.
 
     Args:
         pipeline: From diffusers.
@@ -71,6 +74,35 @@ def swap_denoiser(
     if free:
         original.to("meta")
     setattr(pipeline, name, swapped)
+    return pipeline
+
+
+def restore_denoiser(pipeline: Any, *, component: str | None = None, timestep: str = "timestep") -> Any:
+    """Put the torch denoiser back where :func:`swap_denoiser` put a session.
+
+    Args:
+        pipeline: From diffusers.
+        component: Name of the denoiser, where several components take a time.
+        timestep: The argument of its forward that holds the time.
+
+    Returns:
+        ``pipeline``.
+
+    Raises:
+        TdqError: There is no denoiser, no session in its place, or its weights were dropped (``free=True``).
+    """
+    name = denoiser_name(pipeline, component, timestep)
+    swapped = getattr(pipeline, name)
+    if not isinstance(swapped, EngineDenoiser):
+        raise TdqError("component", name, "it is the torch denoiser", "Nothing is to be done")
+    if any(parameter.is_meta for parameter in swapped.original.parameters()):
+        raise TdqError(
+            "component",
+            name,
+            "the weights of the torch denoiser were dropped, by swap_denoiser(free=True)",
+            f"Load it again, and set it: pipeline.{name} = model",
+        )
+    setattr(pipeline, name, swapped.original)
     return pipeline
 
 

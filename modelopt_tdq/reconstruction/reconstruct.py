@@ -20,6 +20,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.select import activation_quantizers
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.model.timestep import deliver_timestep, find_timestep
+from modelopt_tdq.model.weight_fit import remember_weight
 from modelopt_tdq.reconstruction.blocks import Block, find_blocks
 from modelopt_tdq.reconstruction.cache import BlockCache
 from modelopt_tdq.reconstruction.columns import block_columns
@@ -139,6 +140,7 @@ def _reconstruct(
         # nothing above touched a weight; from here on, nothing can fail that has not been done before
         for weight, quantizer in rounded:
             quantizer.fold(weight)
+            remember_weight(weight, quantizer)
     vars(learned)[_REPORT] = results
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.intact import Intact, averaged_bits, checksum
 from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.temporal_features.feature import Feature
 from modelopt_tdq.temporal_features.lookup import Outside, Rows, is_row, look_up
@@ -34,7 +35,8 @@ class TemporalFeatures(nn.Module):
     Args:
         description: Everything but the numbers, as JSON knows it: ``timestep_argument``, ``outside``, ``rows`` (K),
             ``metadata``, ``features`` (a list of ``name``, ``shape`` per sample, ``dtype`` of what is stored,
-            ``num_bits``, ``offset``: whether there is one), ``superseded`` (shape per sample, by name) and ``freed``.
+            ``num_bits``, ``offset``: whether there is one), ``superseded`` (shape per sample, by name), ``freed``, and
+            ``checksum``: whether there is one that tells when somebody has computed with the integers.
 
     Attributes:
         proofs: Of further kinds of calls, which were looked at since.
@@ -53,9 +55,13 @@ class TemporalFeatures(nn.Module):
                 self._register(f"scale_{index}", (rows,), torch.float32)
             if entry["offset"]:
                 self._register(f"offset_{index}", (rows,), torch.float32)
+        if self.description.get("checksum"):
+            self.register_buffer("checksum", checksum(self._numbers()))
+        self._intact = Intact()
         self._timestep: CurrentTimestep | None = None
         self._decided: tuple[Tensor, bool] | None = None
         self.proofs: list[Proof] = []
+        self._checked_at: Tensor | None = None
 
     def _register(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         stored, value = _STORED[dtype]
@@ -68,6 +74,18 @@ class TemporalFeatures(nn.Module):
             for name, value in zip(("data", "scale", "offset"), feature.rows, strict=True):
                 if value is not None:
                     self._set(f"{name}_{index}", value)
+
+        if self.description.get("checksum"):
+            cast("Tensor", self._buffers["checksum"]).copy_(checksum(self._numbers()))
+
+    def _numbers(self) -> list[Tensor]:
+        return [cast("Tensor", buffer) for name, buffer in self._buffers.items() if name != "checksum"]
+
+    def _require_intact(self) -> None:
+        expected = self._buffers.get("checksum")
+        if expected is not None and not self._intact(self._numbers(), expected) and not self.awaits_state:
+            cure = "put in the right ones: modelopt_tdq.set_feature_table(averaged, modelopt_tdq.feature_table(model))"
+            raise averaged_bits("model", FEATURES, "its temporal features", cure)
 
     def _set(self, name: str, value: Tensor) -> None:
         buffer = cast("Tensor", self._buffers[name])
@@ -92,20 +110,24 @@ class TemporalFeatures(nn.Module):
     @property
     def awaits_state(self) -> bool:
         """Whether it was restored, and the state dict is still to be loaded."""
-        arrays = [self._floats(name) for name in self._buffers]
+        arrays = [self._floats(name) for name in self._buffers if name != "checksum"]
         return any(a is not None and (a.is_meta or (a.is_floating_point() and bool(a.isnan().any()))) for a in arrays)
 
     def time(self, device: torch.device) -> Tensor:
         """[1] or [B] float32: the time of the call in progress.
 
         Raises:
-            TdqError: The model was never called.
+            TdqError: The model was never called, or somebody has computed with the bits of the features.
         """
         if self._timestep is None:
             raise TdqError(
                 "timestep", None, "nothing delivers the time to the features", "Call install_features on the model"
             )
-        return self._timestep.require().to(device)
+        time = self._timestep.require()
+        if not torch.compiler.is_compiling() and self._checked_at is not self._timestep.value:
+            self._require_intact()
+            self._checked_at = self._timestep.value
+        return time.to(device)
 
     def covers(self, time: Tensor) -> bool:
         """Whether every time of the call is a row; looked at once per call."""
@@ -117,7 +139,7 @@ class TemporalFeatures(nn.Module):
         return self._decided[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decided": None}
+        return {**self.__dict__, "_decided": None, "_checked_at": None}
 
     def look_up(self, index: int, time: Tensor) -> Tensor:
         """[T, ...] float32: one feature at times [T]."""
@@ -128,7 +150,7 @@ class TemporalFeatures(nn.Module):
         """The features, copied to the CPU.
 
         Raises:
-            TdqError: The module was restored, and its state was not loaded.
+            TdqError: The module was restored, and its state was not loaded; or somebody has computed with its bits.
         """
         if self.awaits_state:
             raise TdqError(
@@ -137,6 +159,7 @@ class TemporalFeatures(nn.Module):
                 "its temporal features were restored, but their values were not loaded",
                 "Load the state dict that was saved with the ModelOpt state",
             )
+        self._require_intact()
         features = {}
         for index, entry in enumerate(self.description["features"]):
             data, scale, offset = self.rows(index)
@@ -174,6 +197,7 @@ def describe(table: FeatureTable, superseded: Mapping[str, tuple[int, ...]], tim
         ],
         "superseded": {name: list(shape) for name, shape in superseded.items()},
         "freed": False,
+        "checksum": True,
     }
     try:
         json.dumps(description)

@@ -118,7 +118,7 @@ def switch_on(
         ):
             quantizer.reset_amax()  # it may be of another shape
             quantizer.set_from_attribute_config({**_PLAIN, "num_bits": num_bits, "axis": along})
-        quantizer = TemporalQuantizer.from_tensor_quantizer(layer.input_quantizer, timestep)
+        quantizer = TemporalQuantizer.from_tensor_quantizer(layer.input_quantizer, timestep, f"{name}.input_quantizer")
         quantizer.set_rows(times, *scales(inputs[name]))
     calibrate_weights(nn.ModuleList(layers.values()), "mse" if weights == "keep" else weights)
     return layers

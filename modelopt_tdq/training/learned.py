@@ -13,11 +13,23 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.build import build_source
 from modelopt_tdq.intervals.dynamic import DYNAMIC
 from modelopt_tdq.model.timestep import INTERVALS, CurrentTimestep, find_timestep
+from modelopt_tdq.model.weight_fit import remember_weights
 from modelopt_tdq.training.attention import leave_attention
 from modelopt_tdq.training.quantizer import DynamicQuantizer, LearnedQuantizer
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
-__all__ = ["LearnedIntervals", "learned_intervals", "learned_quantizers", "materialize", "stop_noise"]
+__all__ = [
+    "LearnedIntervals",
+    "learned_intervals",
+    "learned_quantizers",
+    "materialize",
+    "stop_learning",
+    "stop_noise",
+]
+
+#: In place of the bits of the parameters that the tables were made from, where they were made from none: not yet made,
+#: or set by hand. As bits, both are NaN, which no parameter is.
+_NOT_YET, _BY_HAND = -1, -2
 
 
 def learned_quantizers(model: nn.Module) -> dict[str, LearnedQuantizer]:
@@ -49,7 +61,7 @@ class LearnedIntervals(nn.Module):
         # travels in the state dict, as bytes, so that a checkpoint of other settings is recognised
         self.register_buffer("settings", _encoded(_settings(description)))
         # bits of the parameters that the table was made from, so that a loaded table is used as it is
-        nothing_yet = None if self.source is None else torch.full_like(_bits(self.source.last_parameters()), -1)
+        nothing_yet = None if self.source is None else torch.full_like(_bits(self.source.last_parameters()), _NOT_YET)
         self.register_buffer("made_from", nothing_yet)
         self._learned_since = False
 
@@ -65,6 +77,14 @@ class LearnedIntervals(nn.Module):
                     next(self.source.parameters()).dtype,
                     "the intervals were loaded in this type, and learn in float32 only",
                     "Load the model in float32, and train with autocast",
+                )
+            if not self._learned_since and self._are_tables_by_hand:
+                raise TdqError(
+                    "set_scale_table",
+                    type(root).__name__,
+                    "training would undo the table that was set",
+                    "Call modelopt_tdq.materialize(model) to go on from the learned scales, or "
+                    "modelopt_tdq.stop_learning(model) to keep the table and train the weights alone",
                 )
             timestep.learned(self.source(timestep.require().to(self.rows.device)))
             self._learned_since = True
@@ -85,12 +105,24 @@ class LearnedIntervals(nn.Module):
         """Whether the source was loaded in less than float32, as ``from_pretrained(torch_dtype=...)`` does."""
         return self.source is not None and any(p.dtype != torch.float32 for p in self.source.parameters())
 
+    @property
+    def _are_tables_by_hand(self) -> bool:
+        return bool((self.made_from == _BY_HAND).all())
+
+    def keep_tables(self) -> None:
+        """The tables were set by hand: they stay until :meth:`materialize`, also when the model is saved and loaded."""
+        if self.source is not None:
+            self.made_from.fill_(_BY_HAND)
+        self._learned_since = False
+
     def refresh(self, root: nn.Module) -> None:
         """Make the tables anew if the source has changed since they were made."""
         if self.source is None or self.rows.is_meta or self._is_rounded:
             return  # a table that was loaded with a rounded source is better than what that would make
-        if not self._learned_since and torch.equal(_bits(self.source.last_parameters()), self.made_from):
-            return
+        if not self._learned_since:
+            made_from_these = torch.equal(_bits(self.source.last_parameters()), self.made_from)
+            if made_from_these or self._are_tables_by_hand:
+                return
         if not any(q.awaits_state for q in learned_quantizers(root).values()):
             self.materialize(root)
 
@@ -210,6 +242,29 @@ def learned_intervals(model: nn.Module) -> LearnedIntervals:
 def materialize(model: nn.Module) -> None:
     """Make the tables of a model that learns from its source, now; eval mode does so by itself."""
     learned_intervals(model).materialize(model)
+
+
+def stop_learning(model: nn.Module) -> None:
+    """Turn the learned quantizers of ``model`` back into calibrated ones, in place; their scales stay as they are now.
+
+    From then on its table is what :func:`~modelopt_tdq.set_scale_table` says, and the scales of its weights are what
+    :func:`~modelopt_tdq.recalibrate_weights` says. The weights can be trained on; to learn scales again, quantize the
+    model again.
+
+    Raises:
+        TdqError: It does not learn, or its scales are measured while it runs: there are none that could stay.
+    """
+    learned = learned_intervals(model)
+    if learned.source is None:
+        raise TdqError(
+            "intervals",
+            learned.description["intervals"],
+            DynamicQuantizer.no_table,
+            "Calibrate the model again: mtq.quantize(model, modelopt_tdq.TDQ_CONFIG, forward_loop)",
+        )
+    learned.refresh(model)
+    learned.unlearn(model)
+    remember_weights(model)
 
 
 def stop_noise(model: nn.Module) -> None:

@@ -74,6 +74,14 @@ class LearnedQuantizer(TemporalQuantizer):
         """What becomes of intervals of any shape."""
         return SCHEMES[self._scheme].deployed(interval, self._zero, self._num_bits, self.further)
 
+    def _require_settable(self) -> None:
+        raise TdqError(
+            "amax",
+            self._quantizer_name,
+            "its scale is learned, and training would undo what is set",
+            "Call modelopt_tdq.stop_learning(model) first",
+        )
+
     def _fake_quantize(self, inputs: Tensor) -> Tensor:
         if not self.training:
             return super()._fake_quantize(inputs)
