@@ -20,6 +20,8 @@ from modelopt_tdq.calibration.protect import Columns, install, prediction_error
 from modelopt_tdq.config import TdqCalibConfig, make_config
 from modelopt_tdq.core.metrics import decibels
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.wrapped import unwrapped
 
 __all__ = ["Analysis", "analyze"]
 
@@ -116,6 +118,8 @@ def analyze(
             "algorithm", algorithm, "not the tdq algorithm", "Use a config of modelopt_tdq, such as TDQ_CONFIG"
         )
     settings = TdqCalibConfig(**{**algorithm, "progress": progress})
+    model = unwrapped(model)
+    require_weights(model, "be analyzed")
     copied = copy.deepcopy(model).eval()
     mtq.quantize(copied, {"quant_cfg": config["quant_cfg"], "algorithm": None})
     calibration = collect(copied, forward_loop, settings)
@@ -130,11 +134,10 @@ def analyze(
         "temporal": {name: columns(evidence, settings, True) for name, evidence in calibration.evidence.items()},
     }
     rows = torch.tensor(times)
-    device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     references: dict[int, torch.Tensor] = {}
     sqnr_db = {}
     for name, variant in variants.items():
-        install(quantizers, rows, variant, device)
+        install(copied, quantizers, rows, variant)
         noise = prediction_error(copied, calibration.replay, times, references, f"{name} scales", progress)
         sqnr_db[name] = tuple(
             decibels(float(references[row].double().square().sum()), float(error.sum())) for row, error in noise.items()
@@ -145,7 +148,7 @@ def analyze(
     if probes:
         probe = Probe(copied, [call for row, call in calibration.replay.batches(times) if row in chosen])
         for name in ("static", "temporal"):
-            install(quantizers, rows, variants[name], device)
+            install(copied, quantizers, rows, variants[name])
             found[name] = sensitivity(probe, progress, f"sensitivity, {name}", found.get("static", []))
             if target is not None:
                 proposals[name] = propose(probe, found[name], target)

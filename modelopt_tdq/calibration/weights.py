@@ -6,6 +6,7 @@ from modelopt.torch.quantization.model_calib import max_calibrate, mse_calibrate
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
+from modelopt_tdq.model.place import readable_for_modelopt
 from modelopt_tdq.model.select import weight_quantizers
 
 __all__ = ["calibrate_weights"]
@@ -17,7 +18,8 @@ def calibrate_weights(model: nn.Module, method: str) -> None:
         return
     weights = [m for q in weight_quantizers(model) for m in q.modules() if isinstance(m, TensorQuantizer)]
     calibrators = [quantizer._calibrator for quantizer in weights]
-    {"max": max_calibrate, "mse": mse_calibrate}[method](model, forward_loop=None)
+    with readable_for_modelopt(model):
+        {"max": max_calibrate, "mse": mse_calibrate}[method](model, forward_loop=None)
     # ModelOpt's mse leaves spent calibrators behind, which the next calibration would trip over
     for quantizer, calibrator in zip(weights, calibrators, strict=True):
         quantizer._calibrator = calibrator

@@ -18,6 +18,7 @@ from modelopt_tdq.core.fake_quant import dequantize, quantize
 from modelopt_tdq.errors import require
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.model_table import temporal_quantizers
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 
 __all__ = ["OUTPUT", "call_model", "session_runner", "torch_runner"]
@@ -110,7 +111,7 @@ def call_model(
             :func:`~modelopt_tdq.compare.layers.given_codes`.
     """
     arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (fixed or {}).items()}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = execution_device(model)
     for name, value in feeds.items():
         outer, _, inner = name.partition(".")
         tensor = torch.as_tensor(np.asarray(value)).to(device)

@@ -27,6 +27,8 @@ from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
 from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, require_table_input
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
+from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.wrapped import unwrapped
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +58,7 @@ def export_onnx(
     ONNX's checker.
 
     Args:
-        model: The module that ``mtq.quantize`` was called with.
+        model: The module that ``mtq.quantize`` was called with, or what ``torch.compile`` and the like made of it.
         path: Of the file to write.
         sample_inputs: Arguments of the model's ``forward`` by name. Tensors become graph inputs of the same
             name (``outer.inner`` inside a mapping), everything else becomes part of the graph. The time may be
@@ -131,6 +133,8 @@ def marker_graph(
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> MarkerGraph:
     """The first half of :func:`export_onnx`, with its arguments and errors."""
+    model = unwrapped(model)
+    require_weights(model, "be exported")
     spec = read_quantization(model)
     if not spec.activations and not spec.weights and not spec.folded and spec.features is None:
         raise TdqError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.call import named_arguments
+from modelopt_tdq.model.place import execution_device
 
 __all__ = ["EngineDenoiser"]
 
@@ -39,7 +40,7 @@ class EngineDenoiser(nn.Module):
         self.session = session
         self.table = dict(table or {})
         self._timestep = timestep
-        device = next((p.device for p in original.parameters()), torch.device("cpu"))
+        device = execution_device(original)
         # follows the pipeline to another device or dtype, as weights would
         self.register_buffer("_place", torch.empty(0, dtype=getattr(original, "dtype", None), device=device), False)
         object.__setattr__(self, "_original", original)  # not a submodule: its weights are not this module's

@@ -11,6 +11,7 @@ from torch import nn
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.recording import recorded_calls
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
@@ -33,6 +34,7 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
             as it was.
     """
     config = TdqTemporalConfig(**{name: v for name, v in fields.items() if name in TdqTemporalConfig.model_fields})
+    require_weights(model, "have its temporal block found")
     with restored_on_error(model):
         if has_features(model):
             uninstall_features(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import release
 from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.temporal_features.feature import Feature
 from modelopt_tdq.temporal_features.lookup import Outside, Rows, is_row, look_up
@@ -70,6 +71,9 @@ class TemporalFeatures(nn.Module):
 
     def _floats(self, name: str) -> Tensor | None:
         bits = self._buffers.get(name)
+        if bits is not None and bits.is_meta:
+            release(self)
+            bits = self._buffers[name]
         if bits is None or bits.dtype == torch.int8:
             return bits
         return bits.view(torch.float16 if bits.dtype == torch.int16 else torch.float32)
