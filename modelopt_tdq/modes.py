@@ -20,9 +20,13 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from modelopt_tdq.config import CalibrationFields, TdqCalibConfig
+from modelopt_tdq.model.model_table import temporal_quantizers
+from modelopt_tdq.model.place import execution_device, put_hooks_around_quantizers, require_tensors_on_hand
 from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.saving import no_checkpoint
 from modelopt_tdq.model.timestep import INTERVALS, deliver_timestep
 from modelopt_tdq.model.weight_fit import settle_weights, watch_training
+from modelopt_tdq.model.wrapped import eager, register_wrappers
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
 from modelopt_tdq.training.config import TdqQatConfig
@@ -33,11 +37,22 @@ __all__ = ["TdqMode", "register", "saved_name"]
 _INTERVALS = "tdq_learning"
 
 _ForwardLoop = Callable[[nn.Module], Any]
+_Algorithm = Callable[..., None]
 
 
 def saved_name(method: str) -> str:
     """The name of an algorithm's mode in saved states."""
     return f"{method}_calibrate (run `import modelopt_tdq` before restoring)"
+
+
+def _saving(update: UpdateEntrypoint) -> UpdateEntrypoint:
+    """``update``, where what follows writes the tensors of the model to a file."""
+
+    def updated(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
+        require_tensors_on_hand(model, "be saved")
+        update(model, config, metadata)
+
+    return updated
 
 
 def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[str, Any]) -> None:
@@ -53,6 +68,7 @@ def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[st
 
 def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
     """Make the saved quantizers what they were, before ModelOpt fills them."""
+    require_tensors_on_hand(model, "be restored")
     states = metadata.get("quantizer_state", {})
     timestep = deliver_timestep(model, config.timestep_argument)
     watch_training(model)
@@ -71,6 +87,10 @@ def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, An
 
             module.__class__ = LearnedWeightQuantizer
     restored: nn.Module = restore_quantizer_state(model, config, metadata)
+    for name, quantizer in temporal_quantizers(restored).items():
+        # ModelOpt puts all of them on the first device of a model that is spread over several
+        if not any(tensor.is_meta for tensor in (*quantizer.parameters(), *quantizer.buffers())):
+            quantizer.to(execution_device(restored.get_submodule(name.rpartition(".")[0])))
     if _INTERVALS in metadata:
         from modelopt_tdq.training.attach import install_intervals
 
@@ -121,17 +141,23 @@ class TdqMode(BaseCalibrateModeDescriptor):  # type: ignore[misc]
 
     @property
     def update_for_save(self) -> UpdateEntrypoint:
-        """See :func:`_update`."""
-        return _update
+        """See :func:`_saving`."""
+        return _saving(self.update_for_new_mode)
 
     @property
     def update_for_new_mode(self) -> UpdateEntrypoint:
-        """The same before another algorithm follows."""
-        return self.update_for_save
+        """See :func:`_update`."""
+        return _update
 
     def __str__(self) -> str:
         """The name that ModelOpt saves."""
         return saved_name(self._config().method)
+
+
+def _run(algorithm: _Algorithm, model: nn.Module, forward_loop: _ForwardLoop | None, fields: dict[str, Any]) -> None:
+    put_hooks_around_quantizers(model)
+    with eager():
+        algorithm(model, forward_loop, **fields)
 
 
 class _Tdq(TdqMode):
@@ -140,7 +166,7 @@ class _Tdq(TdqMode):
     def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
         from modelopt_tdq.calibration.calibrate import tdq_calibrate
 
-        tdq_calibrate(model, forward_loop, **fields)
+        _run(tdq_calibrate, model, forward_loop, fields)
 
 
 class _TdqQat(TdqMode):
@@ -149,7 +175,7 @@ class _TdqQat(TdqMode):
     def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
         from modelopt_tdq.training.attach import tdq_qat
 
-        tdq_qat(model, forward_loop, **fields)
+        _run(tdq_qat, model, forward_loop, fields)
 
 
 class _TdqReconstruct(TdqMode):
@@ -158,7 +184,7 @@ class _TdqReconstruct(TdqMode):
     def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
         from modelopt_tdq.reconstruction.reconstruct import tdq_reconstruct
 
-        tdq_reconstruct(model, forward_loop, **fields)
+        _run(tdq_reconstruct, model, forward_loop, fields)
 
 
 class _TdqTemporal(TdqMode):
@@ -167,7 +193,7 @@ class _TdqTemporal(TdqMode):
     def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
         from modelopt_tdq.temporal_features.algorithm import tdq_temporal
 
-        tdq_temporal(model, forward_loop, **fields)
+        _run(tdq_temporal, model, forward_loop, fields)
 
     @property
     def convert(self) -> ConvertEntrypoint:
@@ -187,7 +213,7 @@ class _TdqTemporal(TdqMode):
         return _restore_features
 
     @property
-    def update_for_save(self) -> UpdateEntrypoint:
+    def update_for_new_mode(self) -> UpdateEntrypoint:
         """See :func:`_update_features`."""
         return _update_features
 
@@ -197,8 +223,27 @@ def _found_by_saved_name(mode: type[TdqMode]) -> type[TdqMode]:
     return type(f"{mode.__name__}Saved", (mode,), {"name": property(str), "__module__": __name__})
 
 
+def _is_temporal(module: nn.Module) -> bool:
+    return any(isinstance(part, TemporalQuantizer) for part in module.modules())
+
+
+def _refuse_checkpoint(name: str, module: nn.Module, context: Any) -> None:
+    """Handler of ``export_hf_checkpoint``, which comes to the root of a model before it changes anything."""
+    raise no_checkpoint()
+
+
+def _register_refusal() -> None:
+    try:
+        from modelopt.torch.export.registry import ExportModuleRegistry
+    except ImportError:  # it has dependencies of its own; without it there is nothing to refuse
+        return
+    ExportModuleRegistry.register(predicate=_is_temporal, prepend=True)(_refuse_checkpoint)
+
+
 def register() -> None:
     """Register all modes with ModelOpt; harmless when done before."""
+    register_wrappers()
+    _register_refusal()
     for mode in (_Tdq, _TdqQat, _TdqReconstruct, _TdqTemporal):
         for descriptor in (mode, _found_by_saved_name(mode)):
             if not CalibrateModeRegistry.contained_in_any(descriptor().name):

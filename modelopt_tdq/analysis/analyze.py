@@ -23,6 +23,8 @@ from modelopt_tdq.config import TdqCalibConfig, make_config
 from modelopt_tdq.core.metrics import decibels
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.wrapped import unwrapped
 
 __all__ = ["Analysis", "analyze"]
 
@@ -119,6 +121,8 @@ def analyze(
             "algorithm", algorithm, "not the tdq algorithm", "Use a config of modelopt_tdq, such as TDQ_CONFIG"
         )
     settings = TdqCalibConfig(**{**algorithm, "progress": progress})
+    model = unwrapped(model)
+    require_weights(model, "be analyzed")
     with together("analyze"):
         return _analyzed(_copy(model), forward_loop, config["quant_cfg"], settings, target, probes)
 
@@ -157,11 +161,10 @@ def _analyzed(
         "temporal": {name: columns(evidence, settings, True) for name, evidence in calibration.evidence.items()},
     }
     rows = torch.tensor(times)
-    device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     references: dict[int, torch.Tensor] = {}
     sqnr_db = {}
     for name, variant in variants.items():
-        install(quantizers, rows, variant, device)
+        install(copied, quantizers, rows, variant)
         noise = prediction_error(copied, calibration.replay, times, references, f"{name} scales", progress)
         powers = [sums.sum(0).tolist() for sums in noise.values()]
         sqnr_db[name] = tuple(decibels(signal, error) for error, signal in powers)
@@ -171,7 +174,7 @@ def _analyzed(
     if probes:
         probe = Probe(copied, [batch for batch in calibration.replay.batches(times) if batch.row in chosen], chosen)
         for name in ("static", "temporal"):
-            install(quantizers, rows, variants[name], device)
+            install(copied, quantizers, rows, variants[name])
             found[name] = sensitivity(probe, progress, f"sensitivity, {name}", found.get("static", []))
             if target is not None:
                 proposals[name] = propose(probe, found[name], target)

@@ -63,6 +63,5 @@ def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | N
             temporal, _ = protected_rows(
                 model, calibration.quantizers, calibration.replay, calibration.times, temporal, static, config.progress
             )
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        install(calibration.quantizers, torch.tensor(calibration.times), temporal, device)
+        install(model, calibration.quantizers, torch.tensor(calibration.times), temporal)
     warn_of_unquantized_layers(model)

@@ -24,12 +24,14 @@ from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.place import release, require_unattended
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import activation_quantizers, temporal_names
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
 from modelopt_tdq.model.unquantized import forget_left_out, leave_out
 from modelopt_tdq.model.weight_fit import require_own_weights
+from modelopt_tdq.model.wrapped import require_plain_parts
 
 __all__ = ["Calibration", "collect"]
 
@@ -114,6 +116,11 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
             "forward_loop", None, "time-dependent scales need calibration data", "Pass a forward_loop to mtq.quantize"
         )
     forget_left_out(model)
+    require_unattended(model, "be calibrated")
+    require_plain_parts(model)
+    for module in model.modules():
+        if isinstance(module, TensorQuantizer):
+            release(module)
     per_tensor, others = activation_quantizers(model)
     _require_the_same(model, config)
     follow = temporal_names(config.temporal, list(per_tensor))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.replay_ranks import all_samples
@@ -27,9 +28,10 @@ __all__ = ["Columns", "install", "prediction_error", "protected_rows"]
 Columns = dict[str, tuple[Tensor, "Tensor | None"]]
 
 
-def install(quantizers: dict[str, TemporalQuantizer], times: Tensor, columns: Columns, device: torch.device) -> None:
-    """Give each quantizer its column."""
+def install(model: nn.Module, quantizers: dict[str, TemporalQuantizer], times: Tensor, columns: Columns) -> None:
+    """Give each quantizer its column, where its layer computes."""
     for name, (scale, offset) in columns.items():
+        device = execution_device(model.get_submodule(name.rpartition(".")[0]))
         quantizers[name].set_rows(times.to(device), scale.to(device), None if offset is None else offset.to(device))
 
 
@@ -87,11 +89,10 @@ def protected_rows(
         The columns, and [K] bool: the rows that were replaced.
     """
     rows = torch.tensor(times, dtype=torch.float32)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     references: dict[int, Tensor] = {}
     errors = []
     for columns, description in ((static, "static scales"), (temporal, "scales over time")):
-        install(quantizers, rows, columns, device)
+        install(model, quantizers, rows, columns)
         errors.append(prediction_error(model, replay, times, references, description, progress))
     worse = ~_convincing(errors[0], errors[1], len(times))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from modelopt_tdq.core.fake_quant import FP8_E4M3
+from modelopt_tdq.model.place import readable_for_modelopt
 from modelopt_tdq.model.select import weight_quantizers
 from modelopt_tdq.model.weight_fit import remember_weights
 
@@ -90,12 +91,13 @@ def _calibrate(model: nn.Module, method: str) -> None:
     # ModelOpt takes the processes of a layer for copies of each other, unless a plugin of it tells otherwise, and would
     # mix the scales of the channels that DTensors spread over them
     spread = is_dtensor_sharded(model)
-    max_calibrate(model, forward_loop=None, distributed_sync=not spread)
+    with readable_for_modelopt(model):
+        max_calibrate(model, forward_loop=None, distributed_sync=not spread)
     formats = {quantizer.num_bits for quantizer in weights if quantizer.is_enabled} if method == "mse" else set()
     for num_bits in sorted(formats, key=repr):
         grid = _grid(num_bits)
         if grid is not None:
-            with _alone([q for q in weights if q.num_bits == num_bits], weights):
+            with _alone([q for q in weights if q.num_bits == num_bits], weights), readable_for_modelopt(model):
                 mse_calibrate(
                     model,
                     forward_loop=None,

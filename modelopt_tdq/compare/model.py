@@ -26,6 +26,7 @@ from modelopt_tdq.export.inputs import flatten_inputs
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.timestep import find_timestep
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 __all__ = ["REFERENCE", "compare_model"]
@@ -80,6 +81,7 @@ def compare_model(
     calls = list(inputs)
     if not calls:
         raise TdqError("inputs", calls, "empty", "Pass the arguments of one call per time step")
+    model = unwrapped(model)
     warn_of_changed_weights(model)
     delivery = find_timestep(model)
     argument = None if delivery is None else delivery.argument

@@ -18,6 +18,7 @@ from modelopt_tdq.core.fake_quant import dequantize, quantize
 from modelopt_tdq.errors import require
 from modelopt_tdq.model.call import first_output, tensor_leaves, walk
 from modelopt_tdq.model.model_table import temporal_quantizers
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 
 __all__ = ["OUTPUT", "call_model", "session_runner", "torch_runner"]
@@ -109,7 +110,7 @@ def call_model(
         given: Codes that quantizers pass on in place of their own (which are still what is returned), from
             :func:`~modelopt_tdq.compare.layers.given_codes`.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = execution_device(model)
     tensors = {name: torch.as_tensor(np.asarray(value)).to(device) for name, value in feeds.items()}
     nested = set(tensor_leaves(fixed or {}))
     arguments = walk(dict(fixed or {}), tensors.get)

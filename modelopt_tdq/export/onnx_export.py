@@ -28,8 +28,10 @@ from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
 from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, require_table_input
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
+from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.unquantized import unquantized_layers
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.temporal_features.guard import require_proven
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def export_onnx(
     any more, are warned of.
 
     Args:
-        model: The module that ``mtq.quantize`` was called with.
+        model: The module that ``mtq.quantize`` was called with, or what ``torch.compile`` and the like made of it.
         path: Of the file to write.
         sample_inputs: Arguments of the model's ``forward`` by name. Tensors become graph inputs of the same
             name, those inside mappings, lists and dataclasses with their path (``added_cond_kwargs.text_embeds``,
@@ -141,6 +143,8 @@ def marker_graph(
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> MarkerGraph:
     """The first half of :func:`export_onnx`, with its arguments and errors."""
+    model = unwrapped(model)
+    require_weights(model, "be exported")
     spec = read_quantization(model)
     if not spec.activations and not spec.weights and not spec.folded and spec.features is None:
         raise TdqError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.lab.denoising import sample_labels
 from modelopt_tdq.lab.trajectories import noise, sample_shape
+from modelopt_tdq.model.place import execution_device
 
 __all__ = ["example_call"]
 
@@ -25,7 +26,7 @@ def example_call(model: nn.Module, samples: int = 2, time: Tensor | None = None)
     Raises:
         TdqError: The model's config does not say how large its samples are.
     """
-    device = next(model.parameters()).device
+    device = execution_device(model)
     names = list(inspect.signature(model.forward).parameters)
     arguments: dict[str, Any] = {
         names[0]: noise(samples, sample_shape(model), 0).to(device),

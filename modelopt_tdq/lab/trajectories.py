@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.lab.denoising import predict, sample_labels
+from modelopt_tdq.model.place import execution_device
 
 __all__ = ["calibration_loop", "is_unconditional", "load_scheduler", "noise", "sample", "sample_shape"]
 
@@ -121,6 +122,6 @@ def calibration_loop(scheduler: Any, samples: int, steps: int, seed: int) -> Cal
 
     def forward_loop(model: nn.Module) -> None:
         start = noise(math.ceil(samples / steps), sample_shape(model), seed)
-        sample(model, scheduler, start.to(next(model.parameters()).device), steps)
+        sample(model, scheduler, start.to(execution_device(model)), steps)
 
     return forward_loop

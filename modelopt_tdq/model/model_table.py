@@ -8,14 +8,17 @@ from torch import Tensor, nn
 from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.learning import find_learning
+from modelopt_tdq.model.place import execution_device, require_tensors_on_hand, require_unattended
 from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.wrapped import unwrapped
 
 __all__ = ["scale_table", "set_scale_table", "temporal_quantizers"]
 
 
 def temporal_quantizers(model: nn.Module) -> dict[str, TemporalQuantizer]:
     """The enabled temporal quantizers of ``model``, by name, in module order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, TemporalQuantizer) and m.is_enabled}
+    modules = unwrapped(model).named_modules()
+    return {n: m for n, m in modules if isinstance(m, TemporalQuantizer) and m.is_enabled}
 
 
 def _require_temporal_quantizers(model: nn.Module) -> dict[str, TemporalQuantizer]:
@@ -40,8 +43,10 @@ def scale_table(model: nn.Module) -> ScaleTable:
     """The scales of all enabled temporal quantizers of ``model``, copied to the CPU.
 
     Raises:
-        TdqError: The model has none, or they are not calibrated, or their state is not loaded.
+        TdqError: The model has none, or they are not calibrated, or their state is not loaded or on disk.
     """
+    model = unwrapped(model)
+    require_tensors_on_hand(model, "show its scales", scales_only=True)
     quantizers = _require_temporal_quantizers(model)
     _require_tables(quantizers)
     learning = find_learning(model)
@@ -100,8 +105,11 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
 
     Raises:
         TdqError: The names in the table are not those of the model's quantizers, the table was made for
-            other number formats, or the quantizers measure their scales and use no table. Nothing is changed then.
+            other number formats, the quantizers measure their scales and use no table, or hooks around its layers would
+            not know the new scales. Nothing is changed then.
     """
+    model = unwrapped(model)
+    require_unattended(model, "be given scales")
     quantizers = _require_temporal_quantizers(model)
     _require_tables(quantizers)
     unknown, missing = set(table.names) - set(quantizers), set(quantizers) - set(table.names)
@@ -125,7 +133,7 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
             )
     for column, name in enumerate(table.names):
         layer = model.get_submodule(name.rpartition(".")[0])
-        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+        device = execution_device(layer)
         scales = table.column(column).map(lambda value, device=device: value.to(device))  # type: ignore[misc]
         quantizers[name].set_rows(table.timesteps.to(device), *scales)
     learning = find_learning(model)

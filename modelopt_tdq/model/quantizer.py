@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,8 @@ from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import Intact, averaged_bits, checksum
+from modelopt_tdq.model.place import release
+from modelopt_tdq.model.saving import SAVING, no_checkpoint
 from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
 
 __all__ = ["TemporalQuantizer"]
@@ -73,19 +76,26 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         """Whether the quantizer is calibrated."""
         return all(name in self._buffers for name in ("_timesteps_bits", "_scale_bits"))
 
+    def _read(self, name: str) -> Tensor:
+        """[K] float32: what a buffer holds, wherever it is kept."""
+        bits: Tensor = getattr(self, name)
+        if bits.is_meta:
+            release(self)
+            bits = getattr(self, name)
+        return _floats(bits)
+
     @property
     def _timesteps(self) -> Tensor:
         """[K] float32, ascending, in the model's own time units."""
-        return _floats(self._timesteps_bits)
+        return self._read("_timesteps_bits")
 
     @property
     def _scale(self) -> Tensor:
         """[K] float32."""
-        return _floats(self._scale_bits)
+        return self._read("_scale_bits")
 
     def _optional(self, name: str) -> Tensor | None:
-        bits: Tensor | None = self._buffers.get(name)
-        return None if bits is None else _floats(bits)
+        return self._read(name) if name in self._buffers else None
 
     @property
     def offset(self) -> Tensor | None:
@@ -124,9 +134,9 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
             dequant_scale: [K] float32, positive, or None where scale and offset turn codes back too.
             dequant_offset: [K] float32 or None (0), of use only with ``dequant_scale``.
 
-        The rows stay on the device of those that they replace, if any.
+        The rows stay on the device of those that they replace, if any, and never on ``meta``.
         """
-        device = self._scale.device if self.has_table else None
+        device = self._scale.device if self.has_table and not self._scale.is_meta else None
         for name in (*_TABLE_BUFFERS, _CHECKSUM, "_amax"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
@@ -175,6 +185,23 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         if not self.is_intact and not any(bool((bits == _NAN_BITS).any()) for bits in self._table_buffers()):
             cure = "put in the right ones: modelopt_tdq.set_scale_table(averaged, modelopt_tdq.scale_table(model))"
             raise averaged_bits("quantizer", name, "its scales", cure)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemporalQuantizer:
+        """As ``nn.Module._apply``, but not into types in which ModelOpt's scales beside this quantizer would be lost.
+
+        Raises:
+            TdqError: ``fn`` converts to a type of 8 bits, as diffusers' layerwise casting does.
+        """
+        dtype = fn(torch.empty(0)).dtype
+        if dtype.itemsize < 2:
+            raise TdqError(
+                "dtype",
+                dtype,
+                "the scales of the quantized weights would be rounded to it along with the weights",
+                "Load the model again without layerwise casting; enable_group_offload and accelerate's cpu_offload "
+                "save memory and change no number",
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
         super()._reset_pytorch_state_from_metadata(metadata)
@@ -225,6 +252,14 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 "a time-dependent quantizer has one scale per time, not one per channel",
                 'Run the per-channel method first: algorithm = ["smoothquant", {"method": "tdq"}]',
             )
+        if self.has_table and self._scale.numel() > 1:
+            # export_hf_checkpoint would do so to the layers of an attention, in the model itself
+            raise TdqError(
+                "amax",
+                float(value),
+                f"it would replace the quantizer's {self._scale.numel()} scales over time by one",
+                f"Set scales with modelopt_tdq.set_scale_table, or forget them first with reset_amax(). {SAVING}",
+            )
         scale = value.detach().to(torch.float32).reshape(1) / code_range(self._num_bits)[1]
         scale = torch.where(scale == 0, 1.0, scale)  # nothing but zeros was seen
         self.set_rows(torch.zeros_like(scale), scale)
@@ -232,9 +267,26 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     def _require_settable(self) -> None:
         """Raise if a scale that is set would be undone."""
 
+    def export_amax(self) -> Tensor:
+        """Refused: what ModelOpt asks every quantizer for when it writes a checkpoint of its own.
+
+        Raises:
+            TdqError: Always.
+        """
+        raise no_checkpoint()
+
     def _get_amax(self, inputs: Tensor) -> Tensor:
         amax = self.amax
         return super()._get_amax(inputs) if amax is None else amax
+
+    def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
+        """A calibration by ModelOpt's own algorithms replaces the table by one scale."""
+        table = {n: self._buffers.pop(n) for n in (*_TABLE_BUFFERS, _CHECKSUM) if n in self._buffers}
+        try:
+            super().load_calib_amax(*args, **kwargs)
+        except BaseException:
+            self._buffers.update(table)
+            raise
 
     def reset_amax(self) -> None:
         """Forget the table, as ModelOpt's quantizers forget their amax."""

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model import threads
+from modelopt_tdq.model.saving import NotPickled
 
 __all__ = ["INTERVALS", "CurrentTimestep", "deliver_timestep", "find_timestep", "per_sample", "without_delivery"]
 
@@ -206,8 +207,8 @@ def per_sample(value: Tensor, inputs: Tensor) -> Tensor:
     return value.repeat_interleave(batch // samples).reshape(batch, *(1,) * (inputs.dim() - 1))
 
 
-class _DeliveryHook:
-    """The pre-hook: a class rather than a closure, so that models stay picklable."""
+class _DeliveryHook(NotPickled):
+    """The pre-hook: a class rather than a closure, so that models can be copied."""
 
     def __init__(self, timestep: CurrentTimestep) -> None:
         self.timestep = timestep

@@ -1,4 +1,4 @@
-"""Which component of a pipeline is the denoiser: the one whose forward takes the time."""
+"""Which component of a pipeline is the denoiser: the one whose forward takes the time; and how it is exchanged."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.pipeline.engine_denoiser import EngineDenoiser
 
-__all__ = ["denoiser_name"]
+__all__ = ["denoiser", "denoiser_name", "put_denoiser"]
 
 
 def _components(pipeline: Any) -> dict[str, Any]:
@@ -28,7 +29,8 @@ def denoiser_name(pipeline: Any, component: str | None, timestep: str) -> str:
 
     Args:
         pipeline: From diffusers.
-        component: Its name, if the caller knows it.
+        component: Its name, if the caller knows it; or that of a module inside a component, as ``controlnet.nets.0`` of
+            several ControlNets.
         timestep: The argument of its forward that holds the time.
 
     Raises:
@@ -37,8 +39,12 @@ def denoiser_name(pipeline: Any, component: str | None, timestep: str) -> str:
     components = _components(pipeline)
     models = {name: value for name, value in components.items() if isinstance(value, nn.Module)}
     if component is not None:
-        if component not in models:
+        name, _, inner = component.partition(".")
+        if name not in models:
             raise TdqError("component", component, "the pipeline has no such model", f"It has {', '.join(models)}")
+        inside = [path for path, _ in unwrapped(models[name]).named_modules()]
+        if inner not in inside:
+            raise TdqError("component", component, "no such module", f"There are, for example, {inside[1:6]}")
         return component
     found = [name for name, model in models.items() if timestep in _arguments(model)]
     if not found:
@@ -55,5 +61,22 @@ def denoiser_name(pipeline: Any, component: str | None, timestep: str) -> str:
 
 def _arguments(model: nn.Module) -> Iterable[str]:
     """Of the model's forward; an engine in its place is called like the original."""
-    original = model.original if isinstance(model, EngineDenoiser) else model
+    original = model.original if isinstance(model, EngineDenoiser) else unwrapped(model)
     return inspect.signature(original.forward).parameters
+
+
+def denoiser(pipeline: Any, name: str) -> nn.Module:
+    """The model with a name from :func:`denoiser_name`, without what ``torch.compile`` and the like put around it."""
+    component, _, inner = name.partition(".")
+    outer: nn.Module = unwrapped(getattr(pipeline, component))
+    return unwrapped(outer.get_submodule(inner))
+
+
+def put_denoiser(pipeline: Any, name: str, model: nn.Module) -> None:
+    """Put another model in the place of that one, wrappers included."""
+    component, _, inner = name.partition(".")
+    if not inner:
+        setattr(pipeline, component, model)
+        return
+    parent, _, child = inner.rpartition(".")
+    unwrapped(getattr(pipeline, component)).get_submodule(parent).add_module(child, model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.inputs import FIXED, fixed_arguments
 from modelopt_tdq.model.call import named_arguments, tensor_leaves
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.pipeline.guard import StandIn
 
 __all__ = ["EngineDenoiser"]
@@ -42,7 +43,7 @@ class EngineDenoiser(StandIn):
         self.session = session
         self.table = dict(table or {})
         self._timestep = timestep
-        device = next((p.device for p in original.parameters()), torch.device("cpu"))
+        device = execution_device(original)
         # follows the pipeline to another device or dtype, as weights would
         self.register_buffer("_place", torch.empty(0, dtype=getattr(original, "dtype", None), device=device), False)
 

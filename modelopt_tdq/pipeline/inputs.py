@@ -8,8 +8,9 @@ from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.recording import recorded_calls
+from modelopt_tdq.model.wrapped import eager
 from modelopt_tdq.pipeline.calls import call_arguments, quiet
-from modelopt_tdq.pipeline.component import denoiser_name
+from modelopt_tdq.pipeline.component import denoiser, denoiser_name
 
 __all__ = ["sample_inputs", "trajectory_inputs"]
 
@@ -21,7 +22,7 @@ def sample_inputs(
 
     Args:
         pipeline: From diffusers.
-        component: Name of the denoiser, where several components take a time.
+        component: Name of the denoiser, where several components take a time, or of a module inside a component.
         timestep: The argument of its forward that holds the time.
         **call: Keyword arguments of the pipeline; ``num_inference_steps`` is 2 unless given.
 
@@ -44,7 +45,7 @@ def trajectory_inputs(
 
     Args:
         pipeline: From diffusers.
-        component: Name of the denoiser, where several components take a time.
+        component: Name of the denoiser, where several components take a time, or of a module inside a component.
         timestep: The argument of its forward that holds the time.
         **call: Keyword arguments of the pipeline; ``num_inference_steps`` is 2 unless given.
 
@@ -61,9 +62,9 @@ def trajectory_inputs(
 def _recorded(
     pipeline: Any, component: str | None, timestep: str, call: dict[str, Any], most: int | None
 ) -> list[dict[str, Any]]:
-    denoiser = getattr(pipeline, denoiser_name(pipeline, component, timestep))
+    model = denoiser(pipeline, denoiser_name(pipeline, component, timestep))
     arguments = next(call_arguments(pipeline, None, [call], 2, 0))
-    with recorded_calls(denoiser, most) as calls, quiet(pipeline):
+    with eager(), recorded_calls(model, most) as calls, quiet(pipeline):
         pipeline(**arguments)
     if not calls:
         raise TdqError("call", sorted(call), "the pipeline did not run its denoiser", "Pass the arguments of a call")

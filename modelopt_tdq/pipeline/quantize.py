@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from modelopt_tdq.model.wrapped import eager
 from modelopt_tdq.pipeline.calls import call_arguments, quiet
-from modelopt_tdq.pipeline.component import denoiser_name
+from modelopt_tdq.pipeline.component import denoiser, denoiser_name
 
 __all__ = ["quantize_pipeline"]
 
@@ -32,7 +33,9 @@ def quantize_pipeline(
 
     Args:
         pipeline: From diffusers. Its denoiser may hold the quantizers already, uncalibrated, as
-            ``from_pretrained(..., quantization_config=...)`` leaves them.
+            ``from_pretrained(..., quantization_config=...)`` leaves them; and it may be compiled, which it stays:
+            calibration runs it as it was written. (With ``fullgraph=True`` it will not run afterwards, as ModelOpt's
+            attention breaks the graph, and its weight quantizers do until ``mtq.fold_weight``.)
         config: For ``mtq.quantize``, as :data:`modelopt_tdq.TDQ_CONFIG`.
         prompts: One pipeline call each.
         calls: Instead of prompts, or further ones: keyword arguments of the pipeline, for one call each
@@ -40,7 +43,8 @@ def quantize_pipeline(
         steps: Sampling steps of a call that does not say; the table keeps its own times, so any number of steps can
             be sampled with afterwards.
         seed: Of the noise; call i starts from ``seed + i``.
-        component: Name of the denoiser, where several components take a time. Several names, as
+        component: Name of the denoiser, where several components take a time, or of a module inside a component, as
+            ``controlnet.nets.0`` of several ControlNets. Several names, as
             ``("transformer", "transformer_2")`` of Wan 2.2, are quantized one after the other: each has a table of
             its own, over the times at which the pipeline calls it.
         progress: Show a bar over the calls, with the time left.
@@ -63,9 +67,9 @@ def quantize_pipeline(
         for arguments in tqdm(every, "sample", unit="image", disable=not progress):
             pipeline(**arguments)
 
-    with quiet(pipeline):
+    with eager(), quiet(pipeline):
         for name in names:
-            mtq.quantize(getattr(pipeline, name), dict(config), forward_loop)
+            mtq.quantize(denoiser(pipeline, name), dict(config), forward_loop)
     return pipeline
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.table_input import EDGES_INPUT, TABLE_INPUT, engine_table
-from modelopt_tdq.pipeline.component import denoiser_name
+from modelopt_tdq.pipeline.component import denoiser, denoiser_name, put_denoiser
 from modelopt_tdq.pipeline.engine_denoiser import EngineDenoiser
 from modelopt_tdq.runtime.build.options import BUILDERS
 from modelopt_tdq.runtime.sessions.open_session import open_session
@@ -39,7 +39,7 @@ def swap_denoiser(
         pipeline: From diffusers.
         engine: A session; or an ONNX file, or an engine with its manifest, for ``backend``. For CUDA graphs, pass a
             :class:`~modelopt_tdq.runtime.sessions.tensorrt.TensorRTSession`.
-        component: Name of the denoiser, where several components take a time.
+        component: Name of the denoiser, where several components take a time, or of a module inside a component.
         timestep: The argument of its forward that holds the time.
         backend: ``onnxruntime`` or ``openvino`` for an ONNX file, ``tensorrt`` or ``tensorrt_rtx`` for an engine.
         table: For a file exported with ``table_input=True``: what :func:`~modelopt_tdq.engine_table` gives.
@@ -53,7 +53,7 @@ def swap_denoiser(
         TdqError: There is no denoiser, no such file, or the session does not take what the denoiser takes.
     """
     name = denoiser_name(pipeline, component, timestep)
-    original = getattr(pipeline, name)
+    original = denoiser(pipeline, name)
     if isinstance(original, EngineDenoiser):
         original = original.original
     session = _session(engine, backend, table) if isinstance(engine, (str, os.PathLike)) else engine
@@ -73,7 +73,7 @@ def swap_denoiser(
     swapped = EngineDenoiser(session, original, timestep, table)
     if free:
         original.to("meta")
-    setattr(pipeline, name, swapped)
+    put_denoiser(pipeline, name, swapped)
     return pipeline
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.reconstruction import files
 from modelopt_tdq.reconstruction.observe import BlockIO, observed
 from modelopt_tdq.reconstruction.samples import Samples
@@ -83,6 +84,7 @@ class BlockCache:
         folder: Path | None,
     ) -> None:
         self._model, self._name, self.io, self._samples = model, name, io, samples
+        self._device = execution_device(model.get_submodule(name))
         self._batch, self._qdrop, self._folder = min(batch_size, len(samples)), qdrop, folder
         each = io.bytes_per_sample(2 if qdrop else 1)
         most = memory_limit // each - self._batch
@@ -123,7 +125,7 @@ class BlockCache:
                 tensors = {f"{k}.{i}": v for k, values in lists.items() for i, v in enumerate(values)}
                 files.write(stem, {"times": chunk.times, **tensors}, {"block": self._name, "chunk": number})
             return chunk
-        tensors, _ = files.read(stem, next(self._model.parameters()).device)
+        tensors, _ = files.read(stem, self._device)
 
         def listed(kind: str) -> list[Tensor]:
             return [tensors[f"{kind}.{i}"] for i in range(sum(k.startswith(f"{kind}.") for k in tensors))]
@@ -131,7 +133,7 @@ class BlockCache:
         return Chunk(tensors["times"], listed("inputs"), listed("full"), listed("targets"))
 
     def _record(self, chosen: list[int]) -> Chunk:
-        device = next(self._model.parameters()).device
+        device = self._device
         io, place = self.io, {number: i for i, number in enumerate(chosen)}
 
         def empty(shapes: list[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from modelopt_tdq.calibration.calibrate import tdq_calibrate
 from modelopt_tdq.core.distributed import processes
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.select import activation_quantizers
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.model.timestep import deliver_timestep, find_timestep
@@ -59,6 +60,7 @@ def tdq_reconstruct(model: nn.Module, forward_loop: Callable[[nn.Module], Any] |
         raise TdqError(
             "method", config.method, "it runs in one process", "Run it before torch.distributed is initialised"
         )
+    require_weights(model, "be reconstructed")
     # tensors made in inference mode cannot be learned on
     with torch.inference_mode(False), restored_on_error(model), torch.no_grad():
         _reconstruct(model, forward_loop, config)

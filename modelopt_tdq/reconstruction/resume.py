@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.reconstruction import files, fingerprint
 from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.reconstruction.learn import BlockParts
@@ -145,7 +146,7 @@ class Progress:
         stem = self._stem(number)
         if not files.is_complete(stem):
             return None
-        tensors, description = files.read(stem, next(parts.module.parameters()).device)
+        tensors, description = files.read(stem, execution_device(parts.module))
 
         def under(kind: str) -> dict[str, Tensor]:
             return {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}

@@ -14,6 +14,7 @@ from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import broadcast, gather
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.recording import recorded_calls
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
@@ -36,6 +37,7 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
             as it was.
     """
     config = TdqTemporalConfig(**{name: v for name, v in fields.items() if name in TdqTemporalConfig.model_fields})
+    require_weights(model, "have its temporal block found")
     with restored_on_error(model), together("tdq_temporal"):
         if is_dtensor_sharded(model):
             raise TdqError(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.timestep import INTERVALS, find_timestep
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.temporal_features.proof import Proof
 from modelopt_tdq.temporal_features.search import search
 from modelopt_tdq.temporal_features.tape import Tape
@@ -197,8 +199,11 @@ def find_temporal_block(
             one, in a batch like that of the call, so that every matrix product has the call's own shape.
 
     Raises:
-        TdqError: There is no such argument, or nothing with weights depends on the time alone.
+        TdqError: Hooks keep its weights elsewhere between calls; there is no such argument; or nothing with weights
+            depends on the time alone.
     """
+    model = unwrapped(model)
+    require_weights(model, "have its temporal block found")
     if arguments.get(timestep) is None:
         raise TdqError("timestep", timestep, "not among the arguments of the call", f"Given: {', '.join(arguments)}")
     with _at_rest(model):

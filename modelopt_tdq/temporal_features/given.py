@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.temporal_features.checksum import block_checksum
 from modelopt_tdq.temporal_features.runtime import feature_table, has_features, install_features, temporal_features
 from modelopt_tdq.temporal_features.saved_state import describe_in_state
@@ -23,6 +24,7 @@ def set_feature_table(model: nn.Module, table: FeatureTable) -> None:
     Raises:
         TdqError: The table is for other layers, or for other weights. Nothing is changed then.
     """
+    model = unwrapped(model)
     metadata = table.metadata
     missing_facts = [key for key in ("layers", "superseded", "checksum", "timestep_argument") if key not in metadata]
     if missing_facts:

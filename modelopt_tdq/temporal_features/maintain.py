@@ -13,6 +13,7 @@ from tqdm import tqdm
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.model_table import scale_table, set_scale_table
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.timestep import INTERVALS
 from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
 from modelopt_tdq.temporal_features.checksum import block_checksum
@@ -51,7 +52,7 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
         TdqError: The model has no temporal block, or a glob matches nothing of it.
     """
     times = _share_rows(model, config.times)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = execution_device(model)
     called = find_temporal_block(model, arguments, config.timestep_argument, None)
     called = called.only(_wanted(called, config.features))
     block = find_temporal_block(model, arguments, config.timestep_argument, len(times))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import Intact, averaged_bits, checksum
+from modelopt_tdq.model.place import release
 from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.temporal_features.feature import Feature
 from modelopt_tdq.temporal_features.lookup import Outside, Rows, is_row, look_up
@@ -93,6 +94,9 @@ class TemporalFeatures(nn.Module):
 
     def _floats(self, name: str) -> Tensor | None:
         bits = self._buffers.get(name)
+        if bits is not None and bits.is_meta:
+            release(self)
+            bits = self._buffers[name]
         if bits is None or bits.dtype == torch.int8:
             return bits
         return bits.view(torch.float16 if bits.dtype == torch.int16 else torch.float32)

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from modelopt_tdq.core.metrics import db_text
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.temporal_features.block import TemporalBlock, named
 from modelopt_tdq.temporal_features.runtime import feature_table
 
@@ -196,6 +197,7 @@ def temporal_report(model: nn.Module) -> TemporalReport:
     Raises:
         TdqError: The model has no temporal features, they were not loaded, or they were not made by that algorithm.
     """
+    model = unwrapped(model)
     table = feature_table(model)
     metadata = table.metadata
     wanted = ("strategy", "relative_squared_error", "cosine_similarity", "superseded")

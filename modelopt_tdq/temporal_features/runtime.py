@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import drop_bound_forward, execution_device
 from modelopt_tdq.model.timestep import deliver_timestep
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.temporal_features.guard import guard_calls, unguard_calls
 from modelopt_tdq.temporal_features.looked_up import LookedUp, Superseded, swap_in, swap_out
 from modelopt_tdq.temporal_features.module import FEATURES, TemporalFeatures, describe
@@ -39,7 +40,7 @@ __all__ = [
 
 def has_features(model: nn.Module) -> bool:
     """Whether layers of ``model`` look their outputs up."""
-    return isinstance(model._modules.get(FEATURES), TemporalFeatures)
+    return isinstance(unwrapped(model)._modules.get(FEATURES), TemporalFeatures)
 
 
 def temporal_features(model: nn.Module) -> TemporalFeatures:
@@ -48,7 +49,7 @@ def temporal_features(model: nn.Module) -> TemporalFeatures:
     Raises:
         TdqError: There is none.
     """
-    found = model._modules.get(FEATURES)
+    found = unwrapped(model)._modules.get(FEATURES)
     if not isinstance(found, TemporalFeatures):
         raise TdqError(
             "model",
@@ -127,6 +128,7 @@ def _require_layers(model: nn.Module, description: Mapping[str, Any]) -> None:
         layer = modules.get(name)
         if layer is None or layer is model:
             raise TdqError("features", name, "the model has no such layer", "Use a table made for this model")
+        drop_bound_forward(layer)
         if "forward" in layer.__dict__:
             raise TdqError(
                 "features", name, "its forward was replaced by a function", "Install the features before such hooks"
@@ -143,7 +145,7 @@ def _install(model: nn.Module, description: Mapping[str, Any]) -> TemporalFeatur
     features = TemporalFeatures(description)
     if has_features(model):
         _remove(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = execution_device(model)
     model.add_module(FEATURES, features.to(device).train(model.training))
     features._timestep = timestep
     for index, entry in enumerate(features.description["features"]):
@@ -180,6 +182,7 @@ def remove_features(model: nn.Module) -> None:
     Raises:
         TdqError: The model has no features, or its layers' parameters were dropped.
     """
+    model = unwrapped(model)
     uninstall_features(model)
     describe_in_state(model, None)
 
@@ -209,6 +212,7 @@ def free_modules(model: nn.Module) -> int:
     Raises:
         TdqError: The model has no features, or the policy is "exact", which needs the layers.
     """
+    model = unwrapped(model)
     dropped = drop_parameters(model)
     describe_in_state(model, temporal_features(model).description)
     return dropped

@@ -11,6 +11,7 @@ from torch import nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.model.wrapped import unwrapped
 
 __all__ = ["checkpoint"]
 
@@ -25,7 +26,7 @@ def checkpoint(model: nn.Module) -> Callable[..., Any]:
     Raises:
         TdqError: The model is not quantized with scales that follow time.
     """
-    timestep = find_timestep(model)
+    timestep = find_timestep(unwrapped(model))
     if timestep is None:
         raise TdqError("model", type(model).__name__, "it does not receive its time", "Quantize it first")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep
+from modelopt_tdq.model.wrapped import unwrapped
 
 __all__ = ["require_finite", "require_finite_quantizers"]
 
@@ -40,6 +41,7 @@ def require_finite_quantizers(model: nn.Module) -> Iterator[None]:
     Raises:
         TdqError: With the quantizer and the times of the samples in question.
     """
+    model = unwrapped(model)
     timestep = find_timestep(model)
     handles = []
 

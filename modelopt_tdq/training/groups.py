@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.training.learned import learned_intervals, learned_quantizers
 from modelopt_tdq.training.schemes import SCHEMES
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
@@ -35,9 +36,10 @@ def parameter_groups(
         Three groups, named ``"model"``, ``"interval_mlp"`` and ``"scales"``; empty ones are left out.
 
     Raises:
-        TdqError: The model does not learn its intervals.
+        TdqError: The model does not learn its intervals; or weights that would be trained are kept elsewhere by
+            accelerate.
     """
-    learned = learned_intervals(model)
+    learned, model = learned_intervals(model), unwrapped(model)
     scales: list[nn.Parameter] = [] if learned.source is None else list(learned.source.static_parameters())
     mlp: list[nn.Parameter] = [] if learned.source is None else list(learned.source.parameters())
     for module in model.modules():
@@ -49,6 +51,13 @@ def parameter_groups(
     is_scale = {id(p) for p in scales}
     is_mlp = {id(p) for p in mlp} - is_scale
     trained = [p for p in model.parameters() if p.requires_grad]
+    if any(p.is_meta for p in trained):
+        raise TdqError(
+            "model",
+            [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta][:3],
+            "these parameters are on `meta` between calls, where nothing trains them",
+            "Call accelerate.hooks.remove_hook_from_submodules(model), or requires_grad_(False) on what is to stay",
+        )
     groups: list[dict[str, Any]] = [
         {
             "name": "model",
@@ -81,7 +90,7 @@ def interval_penalty(model: nn.Module) -> Tensor:
         TdqError: The model does not learn, or was not called in training mode.
     """
     learned = learned_intervals(model)
-    timestep = find_timestep(model)
+    timestep = find_timestep(unwrapped(model))
     if learned.source is None:
         return torch.zeros((), device=learned.rows.device)
     if timestep is None or timestep.last_intervals is None:

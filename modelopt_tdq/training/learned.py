@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.build import build_source
 from modelopt_tdq.intervals.dynamic import DYNAMIC
+from modelopt_tdq.model.place import release
 from modelopt_tdq.model.timestep import INTERVALS, CurrentTimestep, find_timestep
 from modelopt_tdq.model.weight_fit import remember_weights
+from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.training.attention import leave_attention
 from modelopt_tdq.training.quantizer import DynamicQuantizer, LearnedQuantizer
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
@@ -34,7 +36,8 @@ _NOT_YET, _BY_HAND = -1, -2
 
 def learned_quantizers(model: nn.Module) -> dict[str, LearnedQuantizer]:
     """The enabled quantizers of ``model`` that learn, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LearnedQuantizer) and m.is_enabled}
+    modules = unwrapped(model).named_modules()
+    return {n: m for n, m in modules if isinstance(m, LearnedQuantizer) and m.is_enabled}
 
 
 class LearnedIntervals(nn.Module):
@@ -70,6 +73,7 @@ class LearnedIntervals(nn.Module):
         timestep.learned(None)
         if self.source is None:
             return
+        self._release()
         if self.training:
             if self._is_rounded:
                 raise TdqError(
@@ -115,8 +119,14 @@ class LearnedIntervals(nn.Module):
             self.made_from.fill_(_BY_HAND)
         self._learned_since = False
 
+    def _release(self) -> None:
+        """Take the source back from who keeps it elsewhere."""
+        if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+            release(self)
+
     def refresh(self, root: nn.Module) -> None:
         """Make the tables anew if the source has changed since they were made."""
+        self._release()
         if self.source is None or self.rows.is_meta or self._is_rounded:
             return  # a table that was loaded with a rounded source is better than what that would make
         if not self._learned_since:
@@ -140,6 +150,7 @@ class LearnedIntervals(nn.Module):
                 DynamicQuantizer.no_table,
                 'Train "mlp", "thin", "table" or "static" intervals to deploy a model',
             )
+        self._release()
         training = self.source.training
         self.source.eval()
         try:
@@ -228,7 +239,7 @@ def learned_intervals(model: nn.Module) -> LearnedIntervals:
     Raises:
         TdqError: It does not learn.
     """
-    found = model._modules.get(INTERVALS)
+    found = unwrapped(model)._modules.get(INTERVALS)
     if not isinstance(found, LearnedIntervals):
         raise TdqError(
             "model",
@@ -241,7 +252,7 @@ def learned_intervals(model: nn.Module) -> LearnedIntervals:
 
 def materialize(model: nn.Module) -> None:
     """Make the tables of a model that learns from its source, now; eval mode does so by itself."""
-    learned_intervals(model).materialize(model)
+    learned_intervals(model).materialize(unwrapped(model))
 
 
 def stop_learning(model: nn.Module) -> None:

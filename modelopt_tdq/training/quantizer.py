@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.dynamic import DynamicIntervals
+from modelopt_tdq.model.place import release
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import per_sample
 from modelopt_tdq.training.schemes import SCHEMES, Deployed
@@ -62,6 +63,8 @@ class LearnedQuantizer(TemporalQuantizer):
     @property
     def further(self) -> dict[str, Tensor]:
         """The scheme's further learned parameters, by its names for them."""
+        if any(p is not None and p.is_meta for p in self._parameters.values()):
+            release(self)
         found = {n.removeprefix(_PREFIX): p for n, p in self._parameters.items() if n.startswith(_PREFIX)}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 

@@ -117,7 +117,10 @@ def test_setting_an_amax_makes_it_static_and_refuses_channels() -> None:
     quantizer = tdq.temporal_quantizers(model)["conv1.input_quantizer"]
     with pytest.raises(TdqError, match="smoothquant"):
         quantizer.amax = torch.ones(8)
+    with pytest.raises(TdqError, match=r"would replace the quantizer's 4 scales over time by one.*reset_amax"):
+        quantizer.amax = torch.tensor(12.7)
     assert quantizer._scale.shape == (4,)
+    quantizer.reset_amax()
     quantizer.amax = torch.tensor(12.7)
     assert quantizer._scale.tolist() == [pytest.approx(0.1)]
     quantizer.amax = 0.0

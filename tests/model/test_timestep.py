@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -134,26 +133,6 @@ def test_changing_a_copy_leaves_the_original(model: nn.Module) -> None:
     copied = copy.deepcopy(model)
     tdq.set_scale_table(copied, tdq.ScaleTable(before.timesteps, before.scale * 2, before.names))
     assert torch.equal(tdq.scale_table(model).scale, before.scale)
-
-
-def test_what_delivers_the_time_can_be_pickled(model: nn.Module) -> None:
-    """The hook and what it shares; ModelOpt's own layers are classes made at run time, which pickle cannot find."""
-    model(noise(1, 3, 8, 8), TIMES[0])
-    plain = TinyDenoiser()
-    deliver_timestep(plain, "timestep")
-    plain(noise(1, 3, 8, 8), TIMES[0])
-    file = io.BytesIO()
-    torch.save(plain, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    timestep = find_timestep(loaded)
-    assert timestep is not None
-    assert (timestep.argument, timestep.position, timestep.value) == ("timestep", 1, None)
-    seen = []
-    loaded.conv1.register_forward_hook(lambda m, a, o: seen.append(timestep.require().tolist()))
-    loaded(noise(1, 3, 8, 8), 7)
-    assert seen == [[7.0]]
-    assert timestep.value is None
 
 
 class _Wrapped(nn.Module):

@@ -14,6 +14,7 @@ from modelopt_tdq.calibration.collect import collect
 from modelopt_tdq.calibration.statistics import BINS, ActivationStatistics
 from modelopt_tdq.config import TdqCalibConfig, make_config
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
+from modelopt_tdq.model.place import execution_device
 
 __all__ = ["Density", "LayerActivation", "distinct_inputs", "measure_activations", "most_and_least", "ratio_over_time"]
 
@@ -105,7 +106,7 @@ def measure_activations(
 
     copied = copy.deepcopy(model).eval()
     mtq.quantize(copied, {"quant_cfg": make_config()["quant_cfg"], "algorithm": None})
-    start = noise(samples, sample_shape(model), seed).to(next(model.parameters()).device)
+    start = noise(samples, sample_shape(model), seed).to(execution_device(model))
     settings = TdqCalibConfig(statistic="max", weights="keep", progress=progress, expected_calls=steps)
     found = collect(copied, lambda quantized: sample(quantized, scheduler, start, steps), settings)
     times = torch.tensor(found.times)

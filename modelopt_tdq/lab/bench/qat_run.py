@@ -22,6 +22,7 @@ from modelopt_tdq.lab.denoising import class_count, noise_loss, noisy_batch
 from modelopt_tdq.lab.judge import Reference, judge, reference
 from modelopt_tdq.lab.trajectories import calibration_loop
 from modelopt_tdq.model.model_table import scale_table
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.training.finite import require_finite
 from modelopt_tdq.training.groups import interval_penalty, parameter_groups
 from modelopt_tdq.training.learned import learned_intervals, stop_noise
@@ -91,7 +92,7 @@ def _test_loss(model: nn.Module, data: Data, images: int) -> float:
     """Mean squared error of the noise prediction over test images, at fixed noises and times."""
     generator, total, done = torch.Generator().manual_seed(_LOSS_SEED), 0.0, 0
     labels = data.test[1] if class_count(model) else None
-    device = next(model.parameters()).device
+    device = execution_device(model)
     with torch.no_grad():
         while done < images:
             batch = noisy_batch(data.test[0], labels, data.scheduler, min(64, images - done), generator)
@@ -152,7 +153,7 @@ def train_qat(model: nn.Module, sampler: Any, data: Data, run: QatRun, budget: B
     generator = torch.Generator().manual_seed(run.seed + 1)
     torch.manual_seed(run.seed)
     labels = data.train[1] if class_count(model) else None
-    device = next(model.parameters()).device
+    device = execution_device(model)
     for step in range(budget.steps):
         if run.options.get("scheme") == "nipq" and step == round(_NOISE_PART * budget.steps):
             stop_noise(student)

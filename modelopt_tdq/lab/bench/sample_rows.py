@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modelopt_tdq.core.metrics import psnr_db
 from modelopt_tdq.lab.demo.variants import quantized, variant_config, variant_label
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
+from modelopt_tdq.model.place import execution_device
 
 __all__ = ["SHOWN_RECIPES", "SampleRow", "SampleSettings", "full_precision_images", "quantized_images"]
 
@@ -59,7 +60,7 @@ class SampleRow:
 
 
 def _noise(model: nn.Module, samples: int, seed: int) -> Tensor:
-    return noise(samples, sample_shape(model), seed).to(next(model.parameters()).device)
+    return noise(samples, sample_shape(model), seed).to(execution_device(model))
 
 
 def full_precision_images(model: nn.Module, scheduler: Any, settings: SampleSettings) -> SampleRow:
