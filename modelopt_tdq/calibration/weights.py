@@ -36,7 +36,7 @@ _GRIDS: dict[Any, _Grid] = {
     7: _Grid(0.9, 0.025),
     6: _Grid(0.8, 0.025),
     5: _Grid(0.6, 0.04),
-    4: _Grid(0.4, 0.05),
+    4: _Grid(0.4, 0.02),
     3: _Grid(0.2, 0.05),
     2: _Grid(0.2, 0.05),
     # the error of a float format repeats, nearly, whenever the scale doubles; nothing clips on the way up
