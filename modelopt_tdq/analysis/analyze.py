@@ -135,8 +135,8 @@ def _copy(model: nn.Module) -> nn.Module:
             "its parameters are spread over processes, and such a model cannot be copied",
             "Analyze it before `fully_shard`",
         )
-    copied: nn.Module = copy.deepcopy(unwrap_model(model, force_unwrap=True)).eval()
-    return copied
+    copied: nn.Module = copy.deepcopy(unwrap_model(model, force_unwrap=True))
+    return copied.eval()
 
 
 def _analyzed(

@@ -68,7 +68,7 @@ def _convincing(static: dict[int, Tensor], temporal: dict[int, Tensor], rows: in
     """[K] bool: the mean error falls by more than its standard error over the samples."""
     convincing = torch.zeros(rows, dtype=torch.bool)
     for row, error in static.items():
-        gain = error[:, 0] - temporal[row][:, 0]
+        gain = error - temporal[row]
         variance = (gain.square().mean() - gain.mean().square()).clamp(min=0.0)
         convincing[row] = gain.mean() > (variance / max(len(gain) - 1, 1)).sqrt()
     return convincing
@@ -93,7 +93,8 @@ def protected_rows(
     errors = []
     for columns, description in ((static, "static scales"), (temporal, "scales over time")):
         install(model, quantizers, rows, columns)
-        errors.append(prediction_error(model, replay, times, references, description, progress))
+        found = prediction_error(model, replay, times, references, description, progress)
+        errors.append({row: powers[:, 0] for row, powers in found.items()})
     worse = ~_convincing(errors[0], errors[1], len(times))
 
     def merged(new: Tensor | None, old: Tensor | None) -> Tensor | None:

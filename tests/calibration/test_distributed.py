@@ -16,8 +16,7 @@ from support.processes import results
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import modelopt_tdq as tdq
@@ -192,17 +191,32 @@ def _sharded(rank: int, first: bool, data: Callable[[int], Data] = _in_step) -> 
     return {**_columns(model), "output": model(noise(2, 3, 8, 8), torch.tensor(TIMES[1]))}
 
 
-def _tensor_parallel(rank: int, style: Callable[[], ParallelStyle]) -> dict[str, Any]:
-    """One layer is spread over the processes; the data is the same."""
+class Pair(nn.Module):
+    """Half of what the first layer makes depends on small inputs alone, the other half on large ones alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.first.weight.data[:16, 8:] = 0
+        self.first.weight.data[16:, :8] = 0
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        scale = torch.ones(16)
+        scale[8:] = 1 + 9 * timestep / 1000
+        return self.second(torch.nn.functional.silu(self.first(sample * scale)))
+
+
+def _tensor_parallel(rank: int) -> dict[str, Any]:
+    """Each process has half of the channels between the layers; the data is the same."""
     torch.manual_seed(0)
-    model = TinyDenoiser().eval()
+    model = Pair().eval()
     if rank >= 0:
-        parallelize_module(model, init_device_mesh("cpu", (2,)), {"mix": style()})
-    quantized(model, calls(6), **_OUTPUT)
-    amax = model.mix.weight_quantizer.amax
-    if isinstance(style(), ColwiseParallel):
-        amax = torch.cat(gather(amax))  # each process has its own channels
-    return {**_columns(model), "amax": amax, "output": model(noise(2, 3, 8, 8), torch.tensor(TIMES[1]))}
+        plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+        parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    data = [(noise(6, 16, seed=i), torch.tensor(time)) for i, time in enumerate(TIMES)]
+    quantized(model, data, **_OUTPUT)
+    first, second = (layer.weight_quantizer.amax for layer in (model.first, model.second))
+    return {**_columns(model), "first": torch.cat(gather(first)), "second": second}
 
 
 _SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -219,12 +233,7 @@ _SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "temporal features": _temporal,
     "data parallel": _parallel,
     "sharded, then quantized": functools.partial(_sharded, first=True),
-    "columns in both": functools.partial(
-        _tensor_parallel, style=functools.partial(ColwiseParallel, output_layouts=Replicate())
-    ),
-    "rows in both": functools.partial(
-        _tensor_parallel, style=functools.partial(RowwiseParallel, input_layouts=Replicate())
-    ),
+    "tensor parallel": _tensor_parallel,
     "quantized, then sharded": functools.partial(_sharded, first=False),
 }
 
