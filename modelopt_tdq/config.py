@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 #: Layers whose weights ModelOpt can quantize per channel, by its registry's names; weight axis per kind.
-_LAYERS = {
-    **{f"nn.{name}": 0 for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")},
-    **{f"nn.ConvTranspose{n}d": 1 for n in (1, 2, 3)},
-}
+_LAYERS = {f"nn.{name}": 0 for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")}
+
+#: Of transposed convolutions, which only some backends compute in low precision.
+_CONV_TRANSPOSE = {f"nn.ConvTranspose{n}d": 1 for n in (1, 2, 3)}
 
 #: Kept in high precision by every preset (TDQ, section 4.1: time embedding, first and last layer; and the
 #: modulation of adaptive norms, which is a temporal feature). Globs over quantizer names, which begin with the name of
@@ -53,6 +53,7 @@ HIGH_PRECISION = (
     "*time_step*",
     "*time_in.*",
     "*time_token.*",
+    "time_mlp.*",
     "*time_mod_proj.*",
     "*timestep_proj.*",
     "*timestep_embed.*",
@@ -123,6 +124,7 @@ HIGH_PRECISION = (
     "proj_to_clip_embeddings.*",
     "*final_layer.*",
     "final_linear.*",
+    "out_block.*",
     "out_layer.*",
     "*_out_layer.out_layer.*",
     "head.head.*",
@@ -259,6 +261,7 @@ def make_config(
     activation_bits: NumBits = 8,
     *,
     high_precision: Sequence[str] = HIGH_PRECISION,
+    conv_transpose: bool = False,
     method: str = "tdq",
     **algorithm: Any,
 ) -> dict[str, Any]:
@@ -268,6 +271,9 @@ def make_config(
         weight_bits: Bits of an integer, or ``(4, 3)`` for FP8 E4M3.
         activation_bits: Likewise.
         high_precision: Globs of quantizers to leave alone.
+        conv_transpose: Quantize transposed convolutions as well. TensorRT-RTX has no low-precision kernel for them, and
+            :func:`modelopt_tdq.build_engine` refuses what is quantized and runs in float; OpenVINO has INT8 kernels,
+            where there is no offset; ONNX Runtime computes all convolutions in float.
         method: The algorithm: ``"tdq"`` calibrates, ``"tdq_qat"`` and ``"tdq_reconstruct"`` learn.
         **algorithm: Fields of its config: :class:`TdqCalibConfig` and its kin.
 
@@ -282,7 +288,7 @@ def make_config(
         raise TdqError("method", method, "no algorithm of this package", f"Use one of {sorted(ALGORITHMS)}")
     ALGORITHMS[method](method=method, **algorithm)
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for layer, axis in _LAYERS.items():
+    for layer, axis in {**_LAYERS, **(_CONV_TRANSPOSE if conv_transpose else {})}.items():
         weights = {"num_bits": weight_bits, "axis": axis}
         activations = {"num_bits": activation_bits, "axis": None}
         rules.append({"quantizer_name": "*weight_quantizer", "parent_class": layer, "cfg": weights})
@@ -312,7 +318,7 @@ def recipe(name: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise TdqError("recipe", name, "not a mapping", "See modelopt_tdq/recipes for the form")
     algorithm = arguments.pop("algorithm", None) or {}
-    known = {"weight_bits", "activation_bits", "high_precision"}
+    known = {"weight_bits", "activation_bits", "high_precision", "conv_transpose"}
     if unknown := set(arguments) - known:
         raise TdqError("recipe", sorted(unknown), "unknown keys", f"Known: {', '.join(sorted(known | {'algorithm'}))}")
     return copy.deepcopy(make_config(**arguments, **algorithm))
