@@ -33,38 +33,103 @@ __all__ = [
 ]
 
 #: Layers whose weights ModelOpt can quantize per channel, by its registry's names; weight axis per kind.
-_LAYERS = {
-    **{f"nn.{name}": 0 for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")},
-    **{f"nn.ConvTranspose{n}d": 1 for n in (1, 2, 3)},
-}
+_LAYERS = {f"nn.{name}": 0 for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")}
+
+#: Of transposed convolutions, which only some backends compute in low precision.
+_CONV_TRANSPOSE = {f"nn.ConvTranspose{n}d": 1 for n in (1, 2, 3)}
 
 #: Kept in high precision by every preset (TDQ, section 4.1: time embedding, first and last layer; and the
-#: modulation of adaptive norms, which is a temporal feature). Globs over quantizer names.
+#: modulation of adaptive norms, which is a temporal feature). Globs over quantizer names, which begin with the name of
+#: the layer. A ``*`` matches dots as well, so a glob that ends in one takes whatever is inside: an embedder may hold
+#: whole transformer blocks (the text refiner of HunyuanVideo), which are to be quantized.
 HIGH_PRECISION = (
+    # what is computed from the time, the class and pooled conditions
     "*time_emb*",
     "*timestep_embedder*",
     "*time_text_embed*",
+    "*time_*embed.*",
+    "*time_*emb.*",
     "*time_proj*",
     "*time_step*",
-    "*_embedder*",
-    "*add_embedding*",
-    "*class_embedding*",
+    "*time_in.*",
+    "*time_token.*",
+    "time_mlp.*",
+    "*time_mod_proj.*",
+    "*timestep_proj.*",
+    "*timestep_embed.*",
+    "t_block.*",
+    "*global_proj.*",
+    "add_time_condition.*",
+    "distilled_guidance_layer.*",
+    # embedders: a layer itself, or a small perceptron
+    "*_embedder.input_quantizer",
+    "*_embedder.weight_quantizer",
+    "*_embedder.base_layer.*",
+    "*_embedder.lora_*",
+    "*_embedder.[0-9]*",
+    "*_embedder.linear*",
+    "*_embedder.mlp.*",
+    "*_embedder.proj*",
+    "*_embedder.*_proj.*",
+    "*_embedder.image_embedder.*",
+    "*_embedder_[0-9].linear*",
+    "*_embedders.*",
+    "*_embedding.*",
+    "*_embeddings.in_layer.*",
+    "to_*_embed.*",
+    "img_emb.*",
+    # conditions on their way in
     "*caption_projection*",
-    "*adaln_single*",
-    "*pos_embed*",
-    "*patch_embed*",
+    "*cross_attention_proj.*",
+    "encoder_hid_proj.*",
+    "encoder_hidden_states_proj.*",
+    "llm_cond_proj.*",
+    "text_proj*",
+    "txt_in.*",
+    "clip_*mapper.*",
+    "image_projector.*",
+    "glyph_projector.*",
+    # modulation of adaptive norms and of residual blocks
+    "*adaln*",
     "*norm*.linear.*",
+    "*norm[0-9]*.linear_*",
+    "*norm_out*",
     "*modulation*",
     "*_mod.*",
-    "*norm_out*",
+    "*context_mlp*",
+    "*.mapper*",
+    "*_scale_shift.linear.*",
+    "av_cross_attn_*_gate.linear.*",
+    # first layers
+    "*pos_embed*",
+    "*patch_embed*",
+    "patch_*",
     "conv_in.*",
-    "conv_out.*",
+    "*_conv_in.*",
+    "img_in.*",
+    "input_proj.*",
+    "proj.*",
     "proj_in.*",
+    "proj_in_conv.*",
+    "audio_proj_in.*",
+    "embedding_proj.*",
+    "embedding.[0-9]*",
+    "preprocess_conv.*",
+    # last layers
+    "conv_out.*",
+    "*_conv_out.*",
     "proj_out.*",
     "proj_out_*",
-    "img_in.*",
-    "txt_in.*",
-    "final_layer.*",
+    "audio_proj_out.*",
+    "proj_to_clip_embeddings.*",
+    "*final_layer.*",
+    "final_linear.*",
+    "out_block.*",
+    "out_layer.*",
+    "*_out_layer.out_layer.*",
+    "head.head.*",
+    "clf.*",
+    "postprocess_conv.*",
 )
 
 
@@ -196,6 +261,7 @@ def make_config(
     activation_bits: NumBits = 8,
     *,
     high_precision: Sequence[str] = HIGH_PRECISION,
+    conv_transpose: bool = False,
     method: str = "tdq",
     **algorithm: Any,
 ) -> dict[str, Any]:
@@ -205,6 +271,9 @@ def make_config(
         weight_bits: Bits of an integer, or ``(4, 3)`` for FP8 E4M3.
         activation_bits: Likewise.
         high_precision: Globs of quantizers to leave alone.
+        conv_transpose: Quantize transposed convolutions as well. TensorRT-RTX has no low-precision kernel for them, and
+            :func:`modelopt_tdq.build_engine` refuses what is quantized and runs in float; OpenVINO has INT8 kernels,
+            where there is no offset; ONNX Runtime computes all convolutions in float.
         method: The algorithm: ``"tdq"`` calibrates, ``"tdq_qat"`` and ``"tdq_reconstruct"`` learn.
         **algorithm: Fields of its config: :class:`TdqCalibConfig` and its kin.
 
@@ -219,7 +288,7 @@ def make_config(
         raise TdqError("method", method, "no algorithm of this package", f"Use one of {sorted(ALGORITHMS)}")
     ALGORITHMS[method](method=method, **algorithm)
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for layer, axis in _LAYERS.items():
+    for layer, axis in {**_LAYERS, **(_CONV_TRANSPOSE if conv_transpose else {})}.items():
         weights = {"num_bits": weight_bits, "axis": axis}
         activations = {"num_bits": activation_bits, "axis": None}
         rules.append({"quantizer_name": "*weight_quantizer", "parent_class": layer, "cfg": weights})
@@ -249,7 +318,7 @@ def recipe(name: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise TdqError("recipe", name, "not a mapping", "See modelopt_tdq/recipes for the form")
     algorithm = arguments.pop("algorithm", None) or {}
-    known = {"weight_bits", "activation_bits", "high_precision"}
+    known = {"weight_bits", "activation_bits", "high_precision", "conv_transpose"}
     if unknown := set(arguments) - known:
         raise TdqError("recipe", sorted(unknown), "unknown keys", f"Known: {', '.join(sorted(known | {'algorithm'}))}")
     return copy.deepcopy(make_config(**arguments, **algorithm))

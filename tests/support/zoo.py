@@ -84,7 +84,7 @@ def quantized_zoo(dtype: torch.dtype = torch.float32, algorithm: Any = None, **f
     """A calibrated Zoo: all layers, and the products of both attentions but for the softmax."""
     torch.manual_seed(0)
     model = Zoo().eval().to(dtype)
-    fast = {"statistic": "max", "weights": "max", "protect_steps": False, "progress": False}
+    fast = {"statistic": "max", "weights": "max", "protect_steps": False, "progress": False, "conv_transpose": True}
     config = tdq.make_config(**{**fast, **fields})
     config["quant_cfg"] += [
         {"quantizer_name": f"*{name}.{operand}_bmm_quantizer", "cfg": {"num_bits": 8, "axis": None}}
