@@ -83,7 +83,7 @@ def test_sizes_axes_and_indices_are_told_apart_in_the_exact_number_only(what: st
     assert one.exact != other.exact
 
 
-def test_a_copy_of_a_constant_is_the_same_and_what_was_made_before_keeps_its_number() -> None:
+def test_what_an_earlier_run_made_keeps_its_number_and_rows_do_not_count() -> None:
     kept: list[Any] = []
 
     def body(time: Tensor) -> Tensor:
@@ -94,7 +94,5 @@ def test_a_copy_of_a_constant_is_the_same_and_what_was_made_before_keeps_its_num
 
     first, second = numbers(body, body)
     assert first == second
-    one, other = numbers(lambda t: t + TABLE, lambda t: t + TABLE.clone())
-    assert one.exact == other.exact or one.alike != other.alike
     one, other = numbers(lambda t: t + 1, lambda t: t + 1, rows=5)
-    assert one == other
+    assert one.alike == other.alike
