@@ -20,6 +20,7 @@ from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
 from modelopt_tdq.export.open_sizes import open_sizes
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
+from modelopt_tdq.export.portable import portable
 from modelopt_tdq.export.ratio import lower_ratio
 from modelopt_tdq.export.reference import lower_reference
 from modelopt_tdq.export.report import ExportReport, report_of
@@ -52,8 +53,8 @@ def export_onnx(
 ) -> ExportReport:
     """Write a quantized model as an ONNX file: standard operators only, but for ``lowering="plugin"``.
 
-    The opset is 21, or 22 for bfloat16. The model is not changed. The file appears when it is complete and has passed
-    ONNX's checker.
+    The opset is 20, or 21 with packed weights, or 22 for bfloat16. The model is not changed. The file appears when it
+    is complete and has passed ONNX's checker.
 
     Args:
         model: The module that ``mtq.quantize`` was called with.
@@ -168,6 +169,7 @@ def lower(
     context = LoweringContext(editor, graph.spec, lookup, weights, graph.shapes, graph.samples, graph.batch)
     lower_features(context, gather_int8=lowering == "reference")
     _LOWERINGS[lowering](context)
+    portable(graph.model, editor)
     _finish(graph.model, lowering)
     return context
 

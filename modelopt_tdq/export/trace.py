@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["OPSET", "trace"]
 
-#: The first opset with FP8 and 4-bit tensors, and QuantizeLinear with a scale that is computed.
-OPSET = 21
+#: The last opset that no ONNX Runtime refuses after its own optimizations, see :mod:`modelopt_tdq.export.portable`.
+#: From 19 on there are FP8 tensors, and QuantizeLinear with a scale that is computed.
+OPSET = 20
 
 #: The first one whose convolutions take bfloat16.
 OPSET_BFLOAT16 = 22

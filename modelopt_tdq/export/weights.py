@@ -89,12 +89,18 @@ def _is_packed(spec: WeightSpec, users: set[str], pack: PackWeights) -> bool:
 def _dequantized(
     editor: GraphEditor, anchor: ir.Node, spec: WeightSpec, transpose: bool, pack: PackWeights
 ) -> ir.Value:
-    """The weight in float32; ``pack`` is "none" unless the codes go into an INT4 tensor."""
+    """The weight in float32; ``pack`` is "none" unless the codes go into an INT4 tensor.
+
+    The channels of a matrix [in, out] are on axis -1, and an integer one has a scale for each: ONNX Runtime would
+    multiply by a single scale, or by one per channel of axis 1, in a kernel that quantizes the other operand too.
+    """
     types = editor.ir.DataType
     codes = np.ascontiguousarray(spec.codes.T) if transpose else spec.codes
     codes = codes.view(types.FLOAT8E4M3FN.numpy()) if spec.is_fp8 else codes
-    axis = spec.axis if spec.axis is None or not transpose else 1 - spec.axis
-    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+    axis, scale = spec.axis if spec.axis is None or not transpose else 1 - spec.axis, spec.scale
+    if codes.ndim == 2 and axis is None and not spec.is_fp8:
+        axis, scale = 1, np.full(codes.shape[1], scale)
+    attributes: dict[str, Any] = {} if axis is None else {"axis": -1 if codes.ndim == 2 and axis == 1 else axis}
     stored = codes if pack == "none" else codes.astype(types.INT4.numpy())
     value = editor.constant(f"{spec.name}/codes", stored)
     if pack == "cast":
@@ -102,8 +108,8 @@ def _dequantized(
     dtype = stored.dtype if pack == "direct" else codes.dtype
     inputs = [
         value,
-        editor.constant(f"{spec.name}/scale", spec.scale),
-        editor.constant("zero_point", np.zeros(spec.scale.shape, dtype=dtype)),
+        editor.constant(f"{spec.name}/scale", scale),
+        editor.constant("zero_point", np.zeros(scale.shape, dtype=dtype)),
     ]
     return cast(
         "ir.Value",

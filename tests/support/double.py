@@ -30,7 +30,7 @@ def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
                 _convert(attribute.t)
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.DOUBLE
-        if "Normalization" in node.op_type:
+        if node.op_type in ("LayerNormalization", "GroupNormalization"):
             kept = [attribute for attribute in node.attribute if attribute.name != "stash_type"]
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("stash_type", int(TensorProto.DOUBLE))])

@@ -1,0 +1,194 @@
+"""Forms of the graph that runtimes leave right: the last step of every lowering.
+
+ONNX Runtime's optimizer knows patterns around QuantizeLinear and DequantizeLinear, and some of its rewrites change
+numbers, or make a graph that it then refuses. Seen in 1.31 and 1.32, and avoided here:
+
+- From "basic" on, the bias [C] of a Conv or Gemm of codes whose result is quantized again is rounded to a multiple of
+  the product of the scales, and a weight that is not quantized there becomes INT8. A bias of another rank stops both; a
+  convolution, whose bias cannot have another, gets an Add. A MatMul with an Add of [C] becomes such a Gemm, between
+  Reshapes; with [1, 1, C] it stays.
+- From "extended" on, a MatMul whose only dequantized operand is a constant becomes MatMulNBits, which quantizes the
+  other operand as well. It looks for channels on axis 1, and finds none on axis -1, which is the same axis of a matrix:
+  see :mod:`modelopt_tdq.export.weights`.
+- From "extended" on, a MatMul or Gemm of FP8 codes becomes a kernel that takes integers only, and is refused; a Flatten
+  of the weight, which is flat already, hides it. (Of two activations, as in attention, there is no such way: load those
+  at "basic".)
+- From "extended" on, a Relu in front of QuantizeLinear to FP8 is left out, as if there were no negative codes: Max.
+- From "extended" on, on x86 processors, QuantizeLinear is repeated behind an operator that moves the dequantized values
+  around, with its type twice: refused from opset 21 on. So the opset is 20 where nothing needs more; where something
+  does, the codes are moved around, and dequantized behind it. (Not in all graphs: OpenVINO then computes the products
+  of attention in float.)
+
+TensorRT-RTX and OpenVINO have the same kernels with and without, but for the last.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from modelopt_tdq.export.graph import GraphEditor
+from modelopt_tdq.export.product import CONVOLUTIONS, LAYOUT, constant_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["OPSET_INT4", "OPSET_REPEATED", "portable"]
+
+#: The first opset with INT4 tensors.
+OPSET_INT4 = 21
+
+#: The first one in which ONNX Runtime refuses the QuantizeLinear that it repeats behind a layout operator.
+OPSET_REPEATED = 21
+
+#: What may stand between a product and the QuantizeLinear that ONNX Runtime finds behind it.
+_PASSED = (*LAYOUT, "Slice", "MaxPool", "Relu", "Clip")
+
+#: Behind these ONNX Runtime repeats QuantizeLinear.
+_REPEATED_BEHIND = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "MaxPool")
+
+
+def portable(model: ir.Model, editor: GraphEditor) -> None:
+    """Bring a lowered graph into these forms, in place, and choose its opset. No number changes."""
+    types = editor.ir.DataType
+    integers = (types.INT8, types.INT4)
+    if any(value.dtype == types.INT4 for value in editor.graph.initializers.values()):
+        model.opset_imports[""] = max(model.opset_imports[""], OPSET_INT4)
+    for node in list(editor.graph):
+        if node.op_type in (*CONVOLUTIONS, "Gemm") and _codes(node.inputs[0]) is not None:
+            weight = _codes(node.inputs[1])
+            _keep_bias(editor, node, always=weight is None or weight.dtype not in integers)
+        elif node.op_type == "Add":
+            _keep_added_bias(editor, node)
+    for node in list(editor.graph):
+        if node.op_type == "DequantizeLinear":
+            _hide_matrix(editor, node)
+        elif node.op_type == "Relu" and types.FLOAT8E4M3FN in _quantized_again(node.outputs[0]):
+            _keep_relu(editor, node)
+    if model.opset_imports[""] >= OPSET_REPEATED:
+        _dequantize_behind_layout(editor)
+
+
+def _codes(value: ir.Value | None) -> ir.Value | None:
+    """The codes that the value was dequantized from, perhaps before it was moved around."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in _REPEATED_BEHIND:
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    return node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _quantized_again(value: ir.Value) -> set[Any]:
+    """The types of codes that it becomes, perhaps after it was moved around or clipped."""
+    found: set[Any] = set()
+    for node, index in value.uses():
+        if node.op_type == "QuantizeLinear":
+            found.add(node.outputs[0].dtype)
+        elif node.op_type in _PASSED and index == 0:
+            found |= _quantized_again(node.outputs[0])
+    return found
+
+
+def _keep_bias(editor: GraphEditor, product: ir.Node, always: bool) -> None:
+    """``always``: with a bias of zeros if need be, because nothing but a bias protects the weight."""
+    output = product.outputs[0]
+    if output.shape is None or output.dtype is None or not _quantized_again(output):
+        return
+    bias = product.inputs[2] if len(product.inputs) > 2 else None
+    values, name = constant_of(bias), "" if bias is None else str(bias.name)
+    if bias is None and always:
+        values, name = np.zeros(output.shape[1], dtype=output.dtype.numpy()), f"{output.name}/bias"
+    if values is None or values.ndim != 1:
+        return
+    rank = len(output.shape)
+
+    def channels(name: str, values: Any) -> ir.Value:
+        return editor.constant(f"{name}/rank{rank}", values.reshape([1, -1] + [1] * (rank - 2)))
+
+    if product.op_type == "Gemm" and bias is not None:
+        product.replace_input_with(2, channels(name, values))
+        return
+    inputs = [*product.inputs[:2], *([channels(name, values)] if product.op_type == "Gemm" else [])]
+    form: dict[str, Any] = {"dtype": output.dtype, "shape": output.shape}
+    attributes: dict[str, Any] = dict(product.attributes)
+    new = editor.before(product, product.op_type, inputs, f"{name}/product", **form, **attributes)
+    new.producer().name = product.name
+    if product.op_type != "Gemm":
+        operator, shaped = "Add", channels(name, values)
+        if always:  # an Add would become the bias of a convolution with a constant weight, ahead of all else
+            operator, shaped = "Sub", channels(f"{name}/negative", -values)
+        new = editor.before(product, operator, [new, shaped], f"{name}/added", **form)
+    editor.replace(output, new)
+    editor.graph.remove(product, safe=True)
+
+
+def _hide_matrix(editor: GraphEditor, node: ir.Node) -> None:
+    matrix, codes = node.outputs[0], node.inputs[0]
+    values = constant_of(codes)
+    if codes is None or codes.dtype != editor.ir.DataType.FLOAT8E4M3FN or values is None or values.ndim != 2:
+        return
+    for user, index in list(matrix.uses()):
+        if user.op_type in ("MatMul", "Gemm"):
+            flat = editor.before(
+                user, "Flatten", [matrix], f"{matrix.name}/flat", dtype=matrix.dtype, shape=matrix.shape
+            )
+            user.replace_input_with(index, flat)
+
+
+def _keep_relu(editor: GraphEditor, relu: ir.Node) -> None:
+    (value,), output = relu.inputs, relu.outputs[0]
+    if value is None or value.dtype is None:
+        return
+    inputs = [value, editor.constant("none_negative", np.zeros((), dtype=value.dtype.numpy()))]
+    new = editor.before(relu, "Max", inputs, f"{output.name}/not_negative", dtype=output.dtype, shape=output.shape)
+    editor.replace(output, new)
+    editor.graph.remove(relu, safe=True)
+
+
+def _keep_added_bias(editor: GraphEditor, add: ir.Node) -> None:
+    for index, value in enumerate(add.inputs):
+        other, rank = add.inputs[1 - index], len(add.outputs[0].shape or ())
+        product = None if other is None else other.producer()
+        bias = constant_of(value)
+        if value is None or product is None or product.op_type != "MatMul" or bias is None or bias.ndim != 1:
+            continue
+        if any(_codes(operand) is not None for operand in product.inputs):
+            shaped = bias.reshape([1] * max(rank - 1, 0) + [-1])
+            add.replace_input_with(index, editor.constant(f"{value.name}/rank{rank}", shaped))
+
+
+def _dequantize_behind_layout(editor: GraphEditor) -> None:
+    waiting = [node for node in editor.graph if node.op_type == "DequantizeLinear"]
+    while waiting:
+        node = waiting.pop()
+        output, codes, scale, zero_point = node.outputs[0], *node.inputs
+        if codes is None or codes.dtype != editor.ir.DataType.INT8:
+            continue  # other codes are not what it repeats; nor can it move FP8 around
+        if scale is None or scale.shape is None or len(scale.shape):
+            continue  # nor a scale per channel
+        for mover, index in list(output.uses()):
+            if mover.op_type not in _REPEATED_BEHIND or index != 0:
+                continue
+            moved, attributes = mover.outputs[0], cast("dict[str, Any]", dict(mover.attributes))
+            value = editor.before(
+                mover,
+                mover.op_type,
+                [codes, *mover.inputs[1:]],
+                f"{moved.name}/codes",
+                dtype=codes.dtype,
+                shape=moved.shape,
+                **attributes,
+            )
+            new = editor.before(
+                mover,
+                "DequantizeLinear",
+                [value, scale, zero_point],
+                f"{moved.name}/dequantized",
+                dtype=output.dtype,
+                shape=moved.shape,
+            )
+            editor.replace(moved, new)
+            editor.graph.remove(mover, safe=True)
+            waiting.append(new.producer())
+        if not list(output.uses()) and not output.is_graph_output():
+            editor.graph.remove(node, safe=True)
