@@ -13,6 +13,7 @@ numbers, or make a graph that it then refuses. Seen in 1.31 and 1.32, and avoide
 - From "extended" on, a MatMul or Gemm of FP8 codes becomes a kernel that takes integers only, and is refused; a Flatten
   of the weight, which is flat already, hides it. (Of two activations, as in attention, there is no such way: load those
   at "basic".)
+- From "extended" on, a Relu in front of QuantizeLinear to FP8 is left out, as if there were no negative codes: Max.
 - From "extended" on, on x86 processors, QuantizeLinear is repeated behind an operator that moves the dequantized values
   around, with its type twice: refused from opset 21 on. So the opset is 20 where nothing needs more; where something
   does, the codes are moved around, and dequantized behind it. (Not in all graphs: OpenVINO then computes the products
@@ -63,6 +64,8 @@ def portable(model: ir.Model, editor: GraphEditor) -> None:
     for node in list(editor.graph):
         if node.op_type == "DequantizeLinear":
             _hide_matrix(editor, node)
+        elif node.op_type == "Relu" and types.FLOAT8E4M3FN in _quantized_again(node.outputs[0]):
+            _keep_relu(editor, node)
     if model.opset_imports[""] >= OPSET_REPEATED:
         _dequantize_behind_layout(editor)
 
@@ -75,18 +78,21 @@ def _codes(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
 
 
-def _is_quantized_again(value: ir.Value) -> bool:
-    return any(
-        node.op_type == "QuantizeLinear" or (node.op_type in _PASSED and _is_quantized_again(node.outputs[0]))
-        for node, index in value.uses()
-        if index == 0
-    )
+def _quantized_again(value: ir.Value) -> set[Any]:
+    """The types of codes that it becomes, perhaps after it was moved around or clipped."""
+    found: set[Any] = set()
+    for node, index in value.uses():
+        if node.op_type == "QuantizeLinear":
+            found.add(node.outputs[0].dtype)
+        elif node.op_type in _PASSED and index == 0:
+            found |= _quantized_again(node.outputs[0])
+    return found
 
 
 def _keep_bias(editor: GraphEditor, product: ir.Node, always: bool) -> None:
     """``always``: with a bias of zeros if need be, because nothing but a bias protects the weight."""
     output = product.outputs[0]
-    if output.shape is None or output.dtype is None or not _is_quantized_again(output):
+    if output.shape is None or output.dtype is None or not _quantized_again(output):
         return
     bias = product.inputs[2] if len(product.inputs) > 2 else None
     values, name = constant_of(bias), "" if bias is None else str(bias.name)
@@ -95,17 +101,23 @@ def _keep_bias(editor: GraphEditor, product: ir.Node, always: bool) -> None:
     if values is None or values.ndim != 1:
         return
     rank = len(output.shape)
-    shaped = editor.constant(f"{name}/rank{rank}", values.reshape([1, -1] + [1] * (rank - 2)))
+
+    def channels(name: str, values: Any) -> ir.Value:
+        return editor.constant(f"{name}/rank{rank}", values.reshape([1, -1] + [1] * (rank - 2)))
+
     if product.op_type == "Gemm" and bias is not None:
-        product.replace_input_with(2, shaped)
+        product.replace_input_with(2, channels(name, values))
         return
-    inputs = [*product.inputs[:2], *([shaped] if product.op_type == "Gemm" else [])]
+    inputs = [*product.inputs[:2], *([channels(name, values)] if product.op_type == "Gemm" else [])]
     form: dict[str, Any] = {"dtype": output.dtype, "shape": output.shape}
     attributes: dict[str, Any] = dict(product.attributes)
     new = editor.before(product, product.op_type, inputs, f"{name}/product", **form, **attributes)
     new.producer().name = product.name
     if product.op_type != "Gemm":
-        new = editor.before(product, "Add", [new, shaped], f"{name}/added", **form)
+        operator, shaped = "Add", channels(name, values)
+        if always:  # an Add would become the bias of a convolution with a constant weight, ahead of all else
+            operator, shaped = "Sub", channels(f"{name}/negative", -values)
+        new = editor.before(product, operator, [new, shaped], f"{name}/added", **form)
     editor.replace(output, new)
     editor.graph.remove(product, safe=True)
 
@@ -121,6 +133,16 @@ def _hide_matrix(editor: GraphEditor, node: ir.Node) -> None:
                 user, "Flatten", [matrix], f"{matrix.name}/flat", dtype=matrix.dtype, shape=matrix.shape
             )
             user.replace_input_with(index, flat)
+
+
+def _keep_relu(editor: GraphEditor, relu: ir.Node) -> None:
+    (value,), output = relu.inputs, relu.outputs[0]
+    if value is None or value.dtype is None:
+        return
+    inputs = [value, editor.constant("none_negative", np.zeros((), dtype=value.dtype.numpy()))]
+    new = editor.before(relu, "Max", inputs, f"{output.name}/not_negative", dtype=output.dtype, shape=output.shape)
+    editor.replace(output, new)
+    editor.graph.remove(relu, safe=True)
 
 
 def _keep_added_bias(editor: GraphEditor, add: ir.Node) -> None:

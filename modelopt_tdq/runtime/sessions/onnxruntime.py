@@ -56,9 +56,10 @@ class OnnxRuntimeSession:
         codes: Return the codes of all activation quantizers too.
         num_threads: 1 for a single thread; None for ONNX Runtime's own choice.
         optimization: Graph optimizations. "none" runs every node as it stands in the file, which is what a
-            yardstick should do. "basic" gave the same codes on the bundled model. From "extended" on, ONNX
-            Runtime replaces products with quantized weights by kernels of its own (MatMulNBits for a scale
-            that is looked up, which rounds differently: one code in six of the bundled model differed).
+            yardstick should do. ONNX Runtime's own default is "all". An exported graph gives the same codes at every
+            level, up to rounding: from "extended" on, products are multiplied as integers where both operands are
+            codes. (Processors of x86 without VNNI saturate sums of two such products at 16 bits, which ONNX Runtime
+            documents; use "basic" there.)
 
     Raises:
         TdqError: The file is missing, or ONNX Runtime cannot load the graph.
@@ -92,9 +93,12 @@ class OnnxRuntimeSession:
         try:
             self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise TdqError(
-                "model", str(model)[:80], f"ONNX Runtime cannot load it ({error})", "Export it with modelopt_tdq"
-            ) from error
+            cure = "Export it with modelopt_tdq"
+            if optimization != "none":
+                cure += '; if it did, use optimization="none"'
+            if "float8" in str(error):
+                cure = 'Use optimization="basic", or ONNX Runtime 1.32 or later, whose optimizer takes FP8'
+            raise TdqError("model", str(model)[:80], f"ONNX Runtime cannot load it ({error})", cure) from error
         self.inputs = {v.name: _numpy_dtype(v.type) for v in self._session.get_inputs()}
         self.shapes = {v.name: tuple(v.shape) for v in self._session.get_inputs()}
         self.outputs = [v.name for v in self._session.get_outputs()]

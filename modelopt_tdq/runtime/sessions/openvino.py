@@ -18,8 +18,9 @@ __all__ = ["OpenVinoSession"]
 class OpenVinoSession:
     """Compiles a graph for the CPU and runs it: arrays by input name in, arrays by output name out.
 
-    What is not quantized computes in float32: OpenVINO would otherwise choose bfloat16 or float16 by
-    itself where the processor has it.
+    What is not quantized computes in float32, and nothing is quantized that the graph does not quantize: OpenVINO
+    would otherwise choose bfloat16 or float16 by itself where the processor has it, and quantize the activations of
+    layers of which only the weights are quantized (or whose scale is looked up, as in the reference lowering).
 
     Args:
         path: Of an ONNX file.
@@ -34,7 +35,11 @@ class OpenVinoSession:
         openvino = require("openvino", "openvino")
         if not Path(path).is_file():
             raise TdqError("path", str(path), "no such file", "Export it first with modelopt_tdq.export_onnx")
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
         if num_threads is not None:
             config["INFERENCE_NUM_THREADS"] = num_threads
         try:
