@@ -1,7 +1,7 @@
-"""Floats kept as the bits of integers: arithmetic on those gives other numbers, which a checksum tells.
+"""Buffers that nobody may compute with: a checksum tells when somebody has.
 
-Casts leave integers alone, so the scales stay exact. But whoever averages all buffers of a model, as
-``AveragedModel(use_buffers=True)`` does, averages bits.
+Scales are kept as the bits of integers, which casts leave alone, so that they stay exact. But whoever averages all
+buffers of a model, as ``AveragedModel(use_buffers=True)`` does, averages bits and indices, and rounds what is constant.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["Intact", "averaged_bits", "checksum"]
+__all__ = ["Intact", "averaged", "checksum"]
 
 #: Odd 64-bit numbers, for mixing.
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
@@ -24,10 +24,11 @@ _BITS = (1 << 24) - 1
 
 
 def checksum(buffers: Sequence[Tensor]) -> Tensor:
-    """[1] int64, on the device of ``buffers``: of the bits of integer tensors; that of an average is another."""
+    """[1] int64, on the device of ``buffers``: of integers, or of the bits of float32. An average has another one."""
     total = torch.zeros(1, dtype=torch.int64, device=buffers[0].device)
     for number, buffer in enumerate(buffers):
-        values = buffer.detach().reshape(-1).to(torch.int64)
+        integers = buffer.detach().view(torch.int32) if buffer.dtype == torch.float32 else buffer.detach()
+        values = integers.reshape(-1).to(torch.int64)
         mixed = (values + torch.arange(number, number + len(values), device=values.device) * _MIX[0]) * _MIX[1]
         mixed = (mixed ^ (mixed >> 29)) * _MIX[2]
         total = total * _MIX[1] + (mixed ^ (mixed >> 31)).sum()
@@ -66,19 +67,19 @@ class Intact:
         return True
 
 
-def averaged_bits(field: str, value: Any, what: str, cure: str) -> TdqError:
+def averaged(field: str, value: Any, what: str) -> TdqError:
     """The error for buffers that are not intact.
 
     Args:
         field: What they belong to.
         value: Its name, or names.
         what: They are.
-        cure: How to get the right ones.
     """
     return TdqError(
         field,
         value,
-        f"{what} are kept as the bits of integers, and somebody has computed with those, as "
-        "AveragedModel(use_buffers=True) does",
-        f"Average with use_buffers=False, which copies the buffers; or {cure}",
+        f"somebody has computed with the buffers that hold {what}, as AveragedModel(use_buffers=True) does; they are "
+        "bits, which have no average",
+        "Average with use_buffers=False, or copy the buffers of the trained model when it is done: "
+        "for mine, its in zip(averaged.module.buffers(), model.buffers()): mine.copy_(its)",
     )

@@ -13,7 +13,7 @@ from modelopt_tdq.core.fake_quant import NumBits, code_range, fake_quantize
 from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.intact import Intact, averaged_bits, checksum
+from modelopt_tdq.model.intact import Intact, averaged, checksum
 from modelopt_tdq.model.place import release
 from modelopt_tdq.model.saving import SAVING, no_checkpoint
 from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
@@ -183,8 +183,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 "Calibrate again: mtq.quantize(model, config with this format, forward_loop)",
             )
         if not self.is_intact and not any(bool((bits == _NAN_BITS).any()) for bits in self._table_buffers()):
-            cure = "put in the right ones: modelopt_tdq.set_scale_table(averaged, modelopt_tdq.scale_table(model))"
-            raise averaged_bits("quantizer", name, "its scales", cure)
+            raise averaged("quantizer", name, "its scales")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemporalQuantizer:
         """As ``nn.Module._apply``, but not into types in which ModelOpt's scales beside this quantizer would be lost.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.intact import Intact, averaged_bits, checksum
+from modelopt_tdq.model.intact import Intact, averaged, checksum
 from modelopt_tdq.model.place import release
 from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.temporal_features.feature import Feature
@@ -85,8 +85,7 @@ class TemporalFeatures(nn.Module):
     def _require_intact(self) -> None:
         expected = self._buffers.get("checksum")
         if expected is not None and not self._intact(self._numbers(), expected) and not self.awaits_state:
-            cure = "put in the right ones: modelopt_tdq.set_feature_table(averaged, modelopt_tdq.feature_table(model))"
-            raise averaged_bits("model", FEATURES, "its temporal features", cure)
+            raise averaged("model", FEATURES, "its temporal features")
 
     def _set(self, name: str, value: Tensor) -> None:
         buffer = cast("Tensor", self._buffers[name])

@@ -116,6 +116,7 @@ def learn_scales(model: nn.Module, config: LearningFields) -> None:
         "rows": _rows(config, timesteps),
         "initial": torch.stack(initial, 1).tolist(),
         "bins": torch.stack(bins, 1).tolist(),
+        "checksum": True,
     }
     install_intervals(model, description)
     if config.learn_weights:

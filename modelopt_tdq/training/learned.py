@@ -13,6 +13,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.build import build_source
 from modelopt_tdq.intervals.dynamic import DYNAMIC
 from modelopt_tdq.model.place import release
+from modelopt_tdq.model.intact import Intact, averaged, checksum
 from modelopt_tdq.model.timestep import INTERVALS, CurrentTimestep, find_timestep
 from modelopt_tdq.model.weight_fit import remember_weights
 from modelopt_tdq.model.wrapped import unwrapped
@@ -48,8 +49,9 @@ class LearnedIntervals(nn.Module):
     checkpoint, after an EMA was copied in.
 
     Args:
-        description: See :func:`modelopt_tdq.intervals.build.build_source`; further ``scheme``, and ``rows``, the
-            times of the table.
+        description: See :func:`modelopt_tdq.intervals.build.build_source`; further ``scheme``; ``rows``, the times of
+            the table; and ``checksum``: whether there is one that tells when somebody has computed with what is
+            constant.
     """
 
     rows: Tensor
@@ -66,7 +68,18 @@ class LearnedIntervals(nn.Module):
         # bits of the parameters that the table was made from, so that a loaded table is used as it is
         nothing_yet = None if self.source is None else torch.full_like(_bits(self.source.last_parameters()), _NOT_YET)
         self.register_buffer("made_from", nothing_yet)
+        if description.get("checksum"):
+            self.register_buffer("checksum", checksum(self._constants()))
+        self._intact = Intact()
         self._learned_since = False
+
+    def _constants(self) -> list[Tensor]:
+        return [buffer for name, buffer in self.named_buffers() if name not in ("made_from", "checksum")]
+
+    def _require_intact(self) -> None:
+        expected = self._buffers.get("checksum")
+        if expected is not None and not self._is_rounded and not self._intact(self._constants(), expected):
+            raise averaged("model", INTERVALS, "what its intervals are made with")
 
     def begin(self, root: nn.Module, timestep: CurrentTimestep) -> None:
         """A call of the root begins: make its intervals, or see that the table is up to date."""
@@ -74,6 +87,8 @@ class LearnedIntervals(nn.Module):
         if self.source is None:
             return
         self._release()
+        if not torch.compiler.is_compiling():
+            self._require_intact()
         if self.training:
             if self._is_rounded:
                 raise TdqError(
@@ -129,6 +144,7 @@ class LearnedIntervals(nn.Module):
         self._release()
         if self.source is None or self.rows.is_meta or self._is_rounded:
             return  # a table that was loaded with a rounded source is better than what that would make
+        self._require_intact()
         if not self._learned_since:
             made_from_these = torch.equal(_bits(self.source.last_parameters()), self.made_from)
             if made_from_these or self._are_tables_by_hand:
@@ -222,7 +238,10 @@ class SameSettings:
         learned, saved = module._modules.get(INTERVALS), state.get(f"{prefix}{INTERVALS}.settings")
         if not isinstance(learned, LearnedIntervals) or saved is None or saved.is_meta:
             return
-        was, now = json.loads(bytes(saved.tolist())), _settings(learned.description)
+        try:
+            was, now = json.loads(bytes(saved.tolist())), _settings(learned.description)
+        except ValueError as error:
+            raise averaged("state_dict", f"{prefix}{INTERVALS}.settings", "the settings of its intervals") from error
         for name in _SETTINGS:
             if was.get(name) != now[name]:
                 raise TdqError(

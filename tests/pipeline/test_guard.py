@@ -1,0 +1,161 @@
+"""A swapped denoiser: nobody changes the torch model behind it unnoticed, and there is a way back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ModelMixin
+from diffusers.models.attention_processor import AttnProcessor
+from support.models import FAMILIES as MODELS
+from support.pipelines import FAMILIES
+
+import modelopt_tdq as tdq
+from modelopt_tdq import TdqError
+
+FAMILY = FAMILIES["stable_diffusion"]
+
+
+class _Zeros:
+    inputs: ClassVar[dict[str, Any]] = {"sample": np.float32, "timestep": np.float32}
+    outputs = ("output",)
+
+    def __init__(self, *further: str) -> None:
+        self.inputs = {**self.inputs, **dict.fromkeys(further, np.float32)}
+
+    def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        return {"output": np.zeros_like(np.asarray(feeds["sample"]))}
+
+
+@pytest.fixture
+def swapped() -> Any:
+    return tdq.swap_denoiser(FAMILY.tiny(), _Zeros("encoder_hidden_states"))
+
+
+def _run(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(**FAMILY.tiny_call(0), num_inference_steps=2, output_type="latent")
+
+
+#: What pipelines and users do to a denoiser.
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "enable_freeu": lambda p: p.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "disable_freeu": lambda p: p.disable_freeu(),
+    "fuse_qkv_projections": lambda p: p.fuse_qkv_projections(),
+    "set_attention_slice": lambda p: p.enable_attention_slicing(),
+    "set_attn_processor": lambda p: p.unet.set_attn_processor(AttnProcessor()),
+    "set_default_attn_processor": lambda p: p.unet.set_default_attn_processor(),
+    "enable_gradient_checkpointing": lambda p: p.unet.enable_gradient_checkpointing(),
+    "load_state_dict": lambda p: p.unet.load_state_dict(p.unet.original.state_dict()),
+    "load_state_dict, loosely": lambda p: p.unet.load_state_dict({}, strict=False),
+    "conv_in": lambda p: setattr(p.unet, "conv_in", torch.nn.Identity()),
+    "add_adapter": lambda p: p.unet.add_adapter(None),
+    "load_lora_adapter": lambda p: p.unet.load_lora_adapter({}),
+    "fuse_lora": lambda p: p.unet.fuse_lora(),
+}
+
+
+def _state(model: torch.nn.Module) -> dict[str, Any]:
+    return {name: (id(m), type(m), repr(sorted(vars(m), key=str))) for name, m in model.named_modules()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_would_change_the_model_is_refused_and_changes_nothing(swapped: Any, change: str) -> None:
+    original = swapped.unet.original
+    before, weights = _state(original), copy.deepcopy(original.state_dict())
+    with pytest.raises(TdqError, match=r"restore_denoiser\(pipeline\)") as raised:
+        CHANGES[change](swapped)
+    assert raised.value.field == change.partition(",")[0]
+    assert raised.value.value == "UNet2DConditionModel"
+    assert _state(original) == before
+    assert all(torch.equal(value, weights[name]) for name, value in original.state_dict().items())
+    _run(swapped)
+
+
+def test_a_transformer_refuses_forward_chunking_and_other_attention() -> None:
+    family = FAMILIES["sd3"]
+    pipeline = family.tiny()
+    tdq.swap_denoiser(
+        pipeline, type("Session", (_Zeros,), {"inputs": {"hidden_states": np.float32, "timestep": np.float32}})()
+    )
+    for change in (
+        lambda: pipeline.transformer.enable_forward_chunking(1, 1),
+        lambda: pipeline.transformer.set_attn_processor(AttnProcessor()),
+        pipeline.transformer.fuse_qkv_projections,
+    ):
+        with pytest.raises(TdqError, match="would not change with it"):
+            change()
+
+
+def test_the_setting_of_an_attention_processor_is_noticed_at_the_next_call(swapped: Any) -> None:
+    """`set_ip_adapter_scale` changes the processors one by one, past every method of the model."""
+    attention = swapped.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
+    attention.processor.scale = [1.0]
+    pipeline = tdq.swap_denoiser(swapped, _Zeros("encoder_hidden_states"))
+    _run(pipeline)
+    next(p for p in pipeline.unet.attn_processors.values() if hasattr(p, "scale")).scale[0] = 0.3
+    with pytest.raises(TdqError, match=r"attn1\.processor.*would not change with it"):
+        _run(pipeline)
+
+
+def test_it_can_be_asked_for_everything_that_changes_nothing(swapped: Any, tmp_path: Path) -> None:
+    unet, original = swapped.unet, swapped.unet.original
+    assert isinstance(unet, ModelMixin)
+    assert isinstance(unet, tdq.EngineDenoiser)
+    assert type(copy.deepcopy(unet)) is tdq.EngineDenoiser
+    assert unet.config is original.config
+    assert unet.conv_in is original.conv_in
+    assert unet.num_parameters() == original.num_parameters()
+    assert unet.load_config is not None  # a class method
+    assert not hasattr(unet, "no_such_method")
+    for dtype in (torch.float16, torch.float32):
+        swapped.to(dtype)
+        assert swapped.unet.dtype == dtype
+    unet.save_pretrained(tmp_path / "unet")
+    loaded = type(original).from_pretrained(tmp_path / "unet")
+    assert torch.equal(loaded.conv_in.weight, original.conv_in.weight)
+
+
+def test_a_swapped_pipeline_is_saved_with_its_torch_denoiser(tmp_path: Path) -> None:
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    pipeline = DDIMPipeline(MODELS["unet"].make().eval(), DDIMScheduler())
+    original = pipeline.unet
+    tdq.swap_denoiser(pipeline, _Zeros()).save_pretrained(tmp_path)
+    loaded = DDIMPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.unet.conv_in.weight, original.conv_in.weight)
+
+
+def test_context_managers_work() -> None:
+    family = FAMILIES["wan"]
+    pipeline = family.tiny()
+    inputs = {"hidden_states": np.float32, "timestep": np.float32, "encoder_hidden_states": np.float32}
+    tdq.swap_denoiser(pipeline, type("Session", (_Zeros,), {"inputs": inputs})())
+    with pipeline.transformer.cache_context("cond"):
+        pass
+    pipeline.transformer._reset_stateful_cache()
+
+
+def test_the_way_back(swapped: Any) -> None:
+    original, expected = swapped.unet.original, _run(FAMILY.tiny())[0]
+    assert _run(swapped)[0].abs().max() != expected.abs().max()
+    assert tdq.restore_denoiser(swapped) is swapped
+    assert swapped.unet is original
+    assert torch.equal(_run(swapped)[0], expected)
+    swapped.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert not torch.equal(_run(swapped)[0], expected)
+    with pytest.raises(TdqError, match="it is the torch denoiser"):
+        tdq.restore_denoiser(swapped)
+
+
+def test_weights_that_were_dropped_do_not_come_back() -> None:
+    pipeline = tdq.swap_denoiser(FAMILY.tiny(), _Zeros("encoder_hidden_states"), free=True)
+    with pytest.raises(TdqError, match=r"were dropped.*pipeline\.unet = model"):
+        tdq.restore_denoiser(pipeline)
+    pipeline.unet = FAMILY.tiny().unet
+    assert torch.equal(_run(pipeline)[0], _run(FAMILY.tiny())[0])
