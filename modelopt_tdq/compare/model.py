@@ -19,7 +19,7 @@ from modelopt_tdq.compare.backends import COMPARED, TORCH, WITHOUT_ENGINE, Deplo
 from modelopt_tdq.compare.layers import codes_by_quantizer, given_codes, returning_codes, with_given_codes
 from modelopt_tdq.compare.metrics import codes_difference, output_difference
 from modelopt_tdq.compare.results import LayerResult, ModelComparison, StepResult
-from modelopt_tdq.compare.runners import OUTPUT, call_model, session_runner, torch_runner
+from modelopt_tdq.compare.runners import call_model, session_runner, torch_runner
 from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.errors import TdqError, TdqWarning, require
 from modelopt_tdq.export.inputs import flatten_inputs
@@ -146,13 +146,14 @@ def _exported(model: nn.Module, sample: Mapping[str, Any], folder: Path, lowerin
 def _compare_outputs(run: _Run, feeds: list[_Arrays], backends: Sequence[str], times: list[float]) -> list[StepResult]:
     """All steps in all backends, by Polygraphy's own Comparator."""
     with full_precision(run.model):
-        exact = [call_model(run.model, feed, run.fixed)[OUTPUT] for feed in feeds]
+        exact = [call_model(run.model, feed, run.fixed) for feed in feeds]
+    output = next(iter(exact[0]))
     runners = [session_runner(REFERENCE, OnnxRuntimeSession(run.reference), feeds[0])]
     runners += [run.runner(backend, feeds[0]) for backend in backends]
     logger = require("polygraphy.logger", "compare").G_LOGGER
     with logger.verbosity(logger.CRITICAL):
         results = dict(require("polygraphy.comparator", "compare").Comparator.run(runners, data_loader=feeds))
-    comparator = StepComparator(exact, OUTPUT)
+    comparator = StepComparator([found[output] for found in exact], output)
     return [
         StepResult(backend, step, times[step], comparator.output_at(step, reference, results[backend][step]))
         for step, reference in enumerate(results[REFERENCE])
@@ -168,6 +169,7 @@ def _compare_layers(
         return [], {}, [], {}
     graph = require("onnx", "onnx").load(str(run.reference))
     reference = OnnxRuntimeSession(returning_codes(graph))
+    output = reference.outputs[0]
     answers = {backend: _layer_by_layer(run, graph, backend) for backend in backends}
     found, counts, names, missing = [], dict.fromkeys(backends, 0), dict[str, None](), {}
     progress_bar = tqdm(feeds, desc="comparing layers", disable=not progress)
@@ -187,9 +189,9 @@ def _compare_layers(
                 counts[backend] += difference.count
                 if difference.differing:
                     found.append(LayerResult(backend, step, time, name, difference))
-            behind = output_difference(results[OUTPUT], answer[OUTPUT], None)
+            behind = output_difference(results[output], answer[output], None)
             if not behind:
-                found.append(LayerResult(backend, step, time, OUTPUT, behind))
+                found.append(LayerResult(backend, step, time, output, behind))
     return found, counts, list(names), missing
 
 

@@ -16,15 +16,13 @@ from modelopt_tdq.compare.backends import Session
 from modelopt_tdq.compare.layers import GIVEN
 from modelopt_tdq.core.fake_quant import dequantize, quantize
 from modelopt_tdq.errors import require
-from modelopt_tdq.model.call import first_output, tensor_leaves, walk
+from modelopt_tdq.export.outputs import flatten_outputs
+from modelopt_tdq.model.call import tensor_leaves, walk
 from modelopt_tdq.model.model_table import temporal_quantizers
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 
-__all__ = ["OUTPUT", "call_model", "session_runner", "torch_runner"]
-
-#: What an exported graph calls the first output of the model.
-OUTPUT = "output"
+__all__ = ["call_model", "session_runner", "torch_runner"]
 
 Feeds = Mapping[str, Any]
 
@@ -99,7 +97,7 @@ def call_model(
     codes: bool = False,
     given: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """One call of a torch model.
+    """One call of a torch model: its first output, by the name that an exported graph has for it.
 
     Args:
         model: Called without gradients.
@@ -117,8 +115,8 @@ def call_model(
     arguments.update({name: tensor for name, tensor in tensors.items() if name not in nested})
     found: dict[str, np.ndarray[Any, Any]] = {}
     with torch.no_grad(), _tapped(model, found, given or {}) if codes or given else torch.no_grad():
-        output = first_output(model(**arguments))
-    return {OUTPUT: output.float().cpu().numpy(), **found}
+        name, output = next(iter(flatten_outputs(model(**arguments), feeds).items()))
+    return {name: output.float().cpu().numpy(), **found}
 
 
 @contextmanager

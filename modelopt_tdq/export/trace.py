@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.inputs import Inputs
 from modelopt_tdq.export.markers import Marker
 from modelopt_tdq.export.open_sizes import OpenSizes
+from modelopt_tdq.export.outputs import flatten_outputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,18 +40,11 @@ class _Positional(nn.Module):
         self.inputs = inputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs = _tensors(self.model(**self.inputs.arguments(tensors)))
-        return tuple(outputs)
+        return tuple(self.outputs(tensors).values())
 
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
+    def outputs(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """By name."""
+        return flatten_outputs(self.model(**self.inputs.arguments(tensors)), self.inputs.names)
 
 
 def _opset(model: nn.Module, inputs: Inputs) -> int:
@@ -58,9 +52,10 @@ def _opset(model: nn.Module, inputs: Inputs) -> int:
     return OPSET_BFLOAT16 if any(tensor.dtype == torch.bfloat16 for tensor in tensors) else OPSET
 
 
-def _run(module: _Positional, inputs: Inputs) -> list[Tensor]:
+def _run(module: _Positional, inputs: Inputs) -> list[str]:
+    """Names of the outputs."""
     try:
-        outputs = list(module(*inputs.tensors))
+        outputs = list(module.outputs(tuple(inputs.tensors)))
     except TdqError:
         raise
     except Exception as error:
@@ -106,7 +101,7 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model,
                     dynamo=True,
                     opset_version=_opset(model, inputs),
                     input_names=inputs.names,
-                    output_names=["output"] + [f"output_{i}" for i in range(1, len(outputs))],
+                    output_names=outputs,
                     optimize=True,
                     verbose=False,
                 )

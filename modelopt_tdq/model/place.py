@@ -90,8 +90,8 @@ def drop_bound_forward(module: nn.Module) -> None:
 def put_hooks_around_quantizers(model: nn.Module) -> None:
     """Let hooks that diffusers put on a layer before ModelOpt quantized it be around the quantized layer.
 
-    ModelOpt puts its ``forward`` around theirs. Such a hook, removed, puts back the ``forward`` that it found:
-    that of the layer without its input quantizer. Harmless when done before.
+    ModelOpt puts its ``forward`` around theirs. A hook that is removed puts back the ``forward`` that it found: that of
+    the layer without its input quantizer. Harmless when done before.
     """
     for module in model.modules():
         hooked, registry = vars(module).get("_forward_pre_dm"), vars(module).get("_diffusers_hook")

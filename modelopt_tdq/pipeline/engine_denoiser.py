@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from modelopt_tdq.export.inputs import FIXED, fixed_arguments
 from modelopt_tdq.model.call import named_arguments, tensor_leaves
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.pipeline.guard import StandIn
+from modelopt_tdq.pipeline.outputs import assembled, output_class
 
 __all__ = ["EngineDenoiser"]
 
@@ -60,8 +60,8 @@ class EngineDenoiser(StandIn):
         return place.dtype
 
     @functools.cached_property
-    def _output_class(self) -> Callable[..., Any]:
-        return _output_class(type(self.original))
+    def _output_class(self) -> type[Any]:
+        return output_class(type(self.original))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's.
@@ -77,10 +77,8 @@ class EngineDenoiser(StandIn):
         feeds = self._feeds(tensors, arguments)
         self._require_fixed(arguments)
         results = self.session(feeds)
-        outputs = [torch.as_tensor(results[name]).to(like.device, like.dtype) for name in self.session.outputs]
-        if not return_dict:
-            return tuple(outputs)
-        return self._output_class(*outputs)
+        outputs = {name: torch.as_tensor(results[name]).to(like.device, like.dtype) for name in self.session.outputs}
+        return assembled(self._output_class, outputs, return_dict)
 
     def _feeds(self, tensors: dict[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
         wanted = [name for name in self.session.inputs if name not in self.table]
@@ -151,16 +149,3 @@ class EngineDenoiser(StandIn):
                 "Export at this size, or with dynamic_batch=True where only the batch differs",
             )
         return value
-
-
-def _output_class(denoiser: type[nn.Module]) -> Callable[..., Any]:
-    """The class of a denoiser's outputs, from the annotation of its forward."""
-    from diffusers.utils.outputs import BaseOutput
-
-    hints = typing.get_type_hints(denoiser.forward).get("return")
-    for kind in typing.get_args(hints) or (hints,):
-        if inspect.isclass(kind) and issubclass(kind, BaseOutput):
-            return kind
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.build import build_source
 from modelopt_tdq.intervals.dynamic import DYNAMIC
-from modelopt_tdq.model.place import release
 from modelopt_tdq.model.intact import Intact, averaged, checksum
+from modelopt_tdq.model.place import release
 from modelopt_tdq.model.timestep import INTERVALS, CurrentTimestep, find_timestep
 from modelopt_tdq.model.weight_fit import remember_weights
 from modelopt_tdq.model.wrapped import unwrapped

@@ -30,9 +30,10 @@ from modelopt_tdq.compare import (
     session_runner,
     torch_runner,
 )
-from modelopt_tdq.compare.runners import OUTPUT, call_model
+from modelopt_tdq.compare.runners import call_model
 from modelopt_tdq.export import export_onnx
 from modelopt_tdq.export.onnx_export import MarkerGraph
+from modelopt_tdq.export.outputs import OUTPUT
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 DATA = FAMILIES["plain"].data()

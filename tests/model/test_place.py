@@ -24,6 +24,8 @@ _Place = Callable[[nn.Module], None]
 
 PLACES = {**OFFLOADED, **GROUPED}
 every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+_SOME = ("cpu, buffers", "first on disk", "leaves")
+some_places = pytest.mark.parametrize("place", [PLACES[name] for name in _SOME], ids=_SOME)
 offloaded = pytest.mark.parametrize("place", OFFLOADED.values(), ids=OFFLOADED)
 
 #: Everything that looks at weights or runs parts of the model.
@@ -124,7 +126,7 @@ def test_calibration_leaves_the_offloading_as_it_was(place: _Place) -> None:
     assert all(not q._scale.is_meta for q in tdq.temporal_quantizers(model).values())
 
 
-@every_place
+@some_places
 @pytest.mark.parametrize("first", [True, False], ids=["placed first", "placed later"])
 def test_learned_scales(place: _Place, first: bool) -> None:
     config = _config("tdq_qat", learn_weights=True)
@@ -135,7 +137,7 @@ def test_learned_scales(place: _Place, first: bool) -> None:
     _same_table(model, expected)
 
 
-@every_place
+@some_places
 def test_scales_learn_while_weights_are_elsewhere(place: _Place) -> None:
     """And a table made from scales that have learned is made anew, wherever those are by then."""
     config = _config("tdq_qat")
@@ -173,13 +175,13 @@ def _exported(model: nn.Module, folder: Path) -> Any:
     return tdq.OnnxRuntimeSession(path)({name: value.numpy() for name, value in _INPUTS.items()})["output"]
 
 
-_WEIGHTS = pytest.mark.parametrize(
-    "place", [OFFLOADED["cpu, buffers"], OFFLOADED["disk"], GROUPED["leaves"]], ids=["cpu, buffers", "disk", "groups"]
-)
+@pytest.fixture(scope="module")
+def exported(plain: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return _exported(plain, tmp_path_factory.mktemp("plain"))
 
 
-@_WEIGHTS
-def test_an_export_asks_for_the_weights(plain: nn.Module, place: _Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [OFFLOADED["cpu, buffers"], GROUPED["leaves"]], ids=["cpu, buffers", "leaves"])
+def test_an_export_asks_for_the_weights(exported: Any, place: _Place, tmp_path: Path) -> None:
     model = _quantized()
     place(model)
     with pytest.raises(TdqError, match=r"cannot be exported while .*remove_hook"):
@@ -188,18 +190,18 @@ def test_an_export_asks_for_the_weights(plain: nn.Module, place: _Place, tmp_pat
     with pytest.raises(TdqError, match=r"cannot be analyzed while"):
         tdq.analyze(_model(place), loop(calls()), probes=0, progress=False)
     back(model)
-    assert (_exported(model, tmp_path) == _exported(plain, tmp_path)).all()
+    assert (_exported(model, tmp_path) == exported).all()
 
 
-def test_hooks_that_keep_nothing_do_not_matter(plain: nn.Module, tmp_path: Path) -> None:
+def test_hooks_that_keep_nothing_do_not_matter(exported: Any, tmp_path: Path) -> None:
     from accelerate import dispatch_model
 
     model = _quantized()
     dispatch_model(model, {name: "cpu" for name, _ in model.named_children()}, main_device="cpu", force_hooks=True)
-    assert (_exported(model, tmp_path) == _exported(plain, tmp_path)).all()
+    assert (_exported(model, tmp_path) == exported).all()
 
 
-@_WEIGHTS
+@some_places
 @pytest.mark.parametrize("method", ["tdq_reconstruct", "tdq_temporal"])
 def test_what_changes_weights_asks_for_them(place: _Place, method: str) -> None:
     further = {"iterations": 3, "samples": 16} if method == "tdq_reconstruct" else {"maintenance": "cache"}
@@ -295,7 +297,7 @@ def test_layerwise_casting_is_refused_before_and_after() -> None:
     _same_table(half, _quantized())
 
 
-def test_blocks_that_are_offloaded_as_a_whole_are_refused() -> None:
+def test_blocks_that_are_offloaded_as_a_whole_are_refused(tmp_path: Path) -> None:
     from accelerate import dispatch_model
 
     def place(model: nn.Module) -> None:
@@ -305,7 +307,7 @@ def test_blocks_that_are_offloaded_as_a_whole_are_refused() -> None:
             model,
             where,
             "cpu",
-            offload_dir="unused",
+            offload_dir=tmp_path,
             preload_module_classes=["Sequential"],
             state_dict={f"body.0.{name}": value for name, value in model.conv1.state_dict().items()},
             force_hooks=True,
