@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,15 @@ from modelopt_tdq.model.timestep import without_delivery
 from modelopt_tdq.model.weight_fit import require_own_weight
 from modelopt_tdq.temporal_features.looked_up import LookedUp, output_dtype, own_output
 
-__all__ = ["ACTIVATION_MARKER", "DOMAIN", "FEATURE_MARKER", "WEIGHT_MARKER", "Marker", "with_markers"]
+__all__ = [
+    "ACTIVATION_MARKER",
+    "DOMAIN",
+    "FEATURE_MARKER",
+    "WEIGHT_MARKER",
+    "Marker",
+    "with_markers",
+    "without_markers",
+]
 
 DOMAIN = "tdq"
 ACTIVATION_MARKER = "FakeQuantize"
@@ -106,6 +115,20 @@ class _Disabled:
 def _smoothed(quantizer: Any, x: Tensor) -> Tensor:
     scale: Tensor | None = getattr(quantizer, "pre_quant_scale", None)
     return x if scale is None else x * scale
+
+
+@contextmanager
+def without_markers(model: nn.Module) -> Iterator[None]:
+    """A model of :func:`with_markers` in full precision meanwhile: its quantizers pass their inputs on."""
+    quantizers = [m for m in model.modules() if isinstance(m, Marker) and isinstance(m, TensorQuantizer)]
+    kinds = [type(quantizer) for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.__class__ = type(_Disabled.__name__, (_Disabled, type(quantizer).__bases__[1]), {})
+    try:
+        yield
+    finally:
+        for quantizer, kind in zip(quantizers, kinds, strict=True):
+            quantizer.__class__ = kind
 
 
 def _put_in_front(quantizer: nn.Module, behaviour: type, **attributes: Any) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from modelopt_tdq.core.installed import outdated
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.export.exact_constants import keep_constants
 from modelopt_tdq.export.inputs import Inputs
-from modelopt_tdq.export.markers import Marker
+from modelopt_tdq.export.markers import Marker, without_markers
 from modelopt_tdq.export.open_sizes import OpenSizes
 from modelopt_tdq.export.outputs import flatten_outputs
 
@@ -93,7 +95,7 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model,
                     f"{type(model).__name__} cannot be exported with it: {_first_line(error)}",
                     f"Export without {field}, at the sizes that will be used",
                 ) from error
-            raise _cannot_export(model, error, None) from error
+            raise _cannot_export(model, error, None, lambda: _plain_fails(model, inputs)) from error
         try:
             with _quiet():
                 exported = torch.onnx.export(
@@ -102,11 +104,14 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model,
                     opset_version=_opset(model, inputs),
                     input_names=inputs.names,
                     output_names=outputs,
-                    optimize=True,
+                    optimize=False,
                     verbose=False,
                 )
+                if exported is not None:
+                    keep_constants(exported.model)
+                    exported.optimize()
         except Exception as error:
-            raise _cannot_export(model, error, program) from error
+            raise _cannot_export(model, error, program, lambda: _plain_fails(model, inputs)) from error
     if exported is None:
         raise TdqError("model", type(model).__name__, "torch.onnx.export returned nothing", "Report this")
     graph: ir.Model = exported.model
@@ -116,6 +121,18 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model,
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
     return graph, shapes
+
+
+def _plain_fails(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the model cannot be exported without markers either."""
+    with without_markers(model):
+        try:
+            program = torch.export.export(_Positional(model, inputs).eval(), tuple(inputs.tensors), strict=False)
+            with _quiet():
+                torch.onnx.export(program, dynamo=True, opset_version=_opset(model, inputs), verbose=False)
+        except Exception:  # whatever it is: the question is whether it works
+            return True
+    return False
 
 
 def _drop_idle_squeezes(model: ir.Model) -> None:
@@ -151,30 +168,49 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else repr(error)
 
 
-def _cannot_export(model: nn.Module, error: BaseException, program: Any) -> TdqError:
-    """Name the operator and where in the model it is, as far as torch tells."""
+def _failed_operator(text: str, program: Any) -> tuple[str, str]:
+    """The operator that an error of the exporter is about, and the path of its layer; "" for what is not known."""
+    found = re.search(r"OpOverload\(op='([\w.:]+)'(?:, overload='(\w+)')?\)", text)
+    if found is None:
+        return "", ""
+    operator, overload = found.group(1).replace("::", "."), found.group(2)
+    nodes = [] if program is None else [node for node in program.graph.nodes if node.op == "call_function"]
+    targets = {node: str(node.target).split(".") for node in nodes}
+    wanted = [*operator.split("."), *([overload] if overload else [])]
+    exact = [node for node, target in targets.items() if target[: len(wanted)] == wanted]
+    same = [node for node, target in targets.items() if target[:2] == wanted[:2]]
+    # what torch reports may be the part of a decomposition: prims.zeta of aten.special_zeta
+    whole = [node for node, target in targets.items() if len(target) > 1 and target[1].endswith(f"_{wanted[1]}")]
+    for node in [*exact, *same, *whole][:1]:
+        stack = node.meta.get("nn_module_stack") or {}
+        paths = [str(entry[0]).replace("L['self'].", "").removeprefix("model.") for entry in stack.values()]
+        return str(node.target), next((path for path in reversed(paths) if path), "")
+    return operator, ""
+
+
+def _cannot_export(model: nn.Module, error: BaseException, program: Any, plain_fails: Callable[[], bool]) -> TdqError:
+    """Name the operator and where in the model it is, as far as torch tells; and whether quantization is to blame.
+
+    Args:
+        model: With markers.
+        error: Of the exporter.
+        program: What torch.export made; None if it failed.
+        plain_fails: Whether the model cannot be exported without any quantizer either.
+    """
     cause, text = error, str(error)
     while cause.__cause__ is not None:
         cause = cause.__cause__
         text += f"\n{cause}"
-    found = re.search(r"OpOverload\(op='([\w.:]+)'(?:, overload='(\w+)')?\)", text)
-    operator = found.group(1).replace("::", ".") if found else ""
-    path = ""
-    if operator and program is not None:
-        for node in program.graph.nodes:
-            # the name that torch reports may be that of a decomposition, prims.x for aten.special_x
-            if node.op == "call_function" and operator.rpartition(".")[2] in str(node.target):
-                stack = node.meta.get("nn_module_stack") or {}
-                paths = [str(entry[0]).replace("L['self'].", "").removeprefix("model.") for entry in stack.values()]
-                path = next((p for p in reversed(paths) if p), "")
-                operator = str(node.target)
-                break
+    operator, path = _failed_operator(text, program)
     what = f"operator {operator} in '{path or type(model).__name__}'" if operator else "the model"
-    rule = f"{{'quantizer_name': '{path or '<layer>'}*', 'enable': False}}"
-    return TdqError(
-        "model",
-        type(model).__name__,
-        f"{what} cannot be exported to ONNX: {_first_line(cause)}",
-        f"If quantization brings it in, leave the layer out with the quant_cfg rule {rule}; "
-        "otherwise replace the operator in the model",
-    )
+    problem = f"{what} cannot be exported to ONNX: {_first_line(cause)}"
+    old = outdated("onnx")
+    if old:
+        cure = f"Install versions that this package takes: {', '.join(old)}"
+    elif plain_fails():
+        problem += "; nor can the model in full precision, so quantization has nothing to do with it"
+        cure = "Replace the operator in the model, or try another version of torch and onnxscript"
+    else:
+        rule = f"{{'quantizer_name': '{path or '<layer>'}*', 'enable': False}}"
+        cure = f"In full precision the model can be exported: leave the layer out with the quant_cfg rule {rule}"
+    return TdqError("model", type(model).__name__, problem, cure)

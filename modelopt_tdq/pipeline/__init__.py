@@ -1,6 +1,6 @@
 """Whole diffusers pipelines: quantize their denoiser in place, and run them on an engine.
 
-Read ``quantize`` first, then ``swap``, ``engine_denoiser`` and ``guard``.
+Read ``quantize`` first, then ``swap``, ``engine_denoiser`` and ``outputs``.
 """
 
 from modelopt_tdq.pipeline.diffusers_config import diffusers_config

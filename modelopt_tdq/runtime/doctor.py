@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from modelopt_tdq.core.installed import DISTRIBUTION, installed_version
 from modelopt_tdq.runtime.build.options import OLDEST_TENSORRT
 
 if TYPE_CHECKING:
@@ -215,9 +216,6 @@ def render(diagnosis: Diagnosis) -> RenderableType:
     return Group(machine, extras, backends, *notes)
 
 
-DISTRIBUTION = "modelopt-tdq"
-
-
 @dataclass(frozen=True)
 class BackendStatus:
     """What a deployment backend can do here.
@@ -235,14 +233,6 @@ class BackendStatus:
     run: bool
     remark: str
     cure: str = ""
-
-
-def installed_version(name: str) -> str | None:
-    """Of a distribution; None if it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def import_problem(module: str) -> str | None:
