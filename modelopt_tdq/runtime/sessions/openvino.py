@@ -50,7 +50,9 @@ class OpenVinoSession:
                 "path", str(path), f"OpenVINO cannot compile it ({error})", "Export it with modelopt_tdq.export_onnx"
             ) from error
         self._request = self._compiled.create_infer_request()
-        self.inputs = {port.get_any_name(): port.get_element_type().to_dtype() for port in self._compiled.inputs}
+        self._types = openvino.Type
+        self._tensor = openvino.Tensor
+        self.inputs = {port.get_any_name(): self._dtype(port) for port in self._compiled.inputs}
         self.shapes = {
             port.get_any_name(): tuple(d.get_length() if d.is_static else str(d) for d in port.get_partial_shape())
             for port in self._compiled.inputs
@@ -61,8 +63,28 @@ class OpenVinoSession:
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name."""
-        results = self._request.infer(as_feeds(inputs, self.inputs))
-        return {name: np.array(results[port]) for name, port in zip(self.outputs, self._compiled.outputs, strict=True)}
+        feeds: dict[str, Any] = as_feeds(inputs, self.inputs)
+        for name, array in feeds.items():
+            if array.dtype.name == "bfloat16":
+                feeds[name] = self._tensor(array.view(np.uint16), list(array.shape), self._types.bf16)
+        results = self._request.infer(feeds)
+        ports = zip(self.outputs, self._compiled.outputs, strict=True)
+        return {name: self._values(port, np.array(results[port])) for name, port in ports}
+
+    def _dtype(self, port: Any) -> np.dtype[Any]:
+        """OpenVINO's own answer for bfloat16 is float16, which has other bits."""
+        kind = port.get_element_type()
+        name = require("ml_dtypes", "onnx").bfloat16 if kind == self._types.bf16 else kind.to_dtype()
+        dtype: np.dtype[Any] = np.dtype(name)
+        return dtype
+
+    def _values(self, port: Any, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """bfloat16 results as float32, which holds every one of them."""
+        if port.get_element_type() != self._types.bf16:
+            return array
+        bits = array.view(np.uint16).astype(np.uint32) << 16
+        values: np.ndarray[Any, Any] = bits.view(np.float32)
+        return values
 
     def executed_precisions(self) -> dict[str, str]:
         """Run-time precision of each node after OpenVINO's own fusions, by its name: "i8", "f32", ..."""
