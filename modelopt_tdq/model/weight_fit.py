@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize
@@ -115,15 +116,19 @@ def _decibels(noise: float) -> str:
 def plain_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, TensorQuantizer]]:
     """The weights that have a scale per tensor or per channel, each as (name of quantizer, layer, weight, quantizer).
 
-    Weights whose values are elsewhere (on ``meta``, or compressed) are left out.
+    Weights whose values are elsewhere (on ``meta``, spread over processes as a DTensor, or compressed) are left out.
     """
     names = {id(module): name for name, module in model.named_modules()}
     for layer in model.modules():
         if not isinstance(layer, QuantModule):
             continue
         for weight, quantizer in layer.iter_weights_for_calibration():
-            if _is_plain(quantizer) and not weight.is_meta and _is_per_channel(quantizer.amax, weight):
+            if _is_plain(quantizer) and _is_here(weight) and _is_per_channel(quantizer.amax, weight):
                 yield names[id(quantizer)], layer, weight, quantizer
+
+
+def _is_here(weight: Tensor) -> bool:
+    return not weight.is_meta and not isinstance(weight, DTensor)
 
 
 def _is_plain(quantizer: Any) -> bool:
@@ -250,7 +255,7 @@ def require_own_weights(model: nn.Module) -> Iterator[None]:
     for layer in model.modules():
         if isinstance(layer, QuantModule):
             pairs = layer.iter_weights_for_calibration()
-            handles += [watch(weight, q) for weight, q in pairs if q.is_enabled and not weight.is_meta]
+            handles += [watch(weight, q) for weight, q in pairs if q.is_enabled and _is_here(weight)]
     try:
         yield
     finally:

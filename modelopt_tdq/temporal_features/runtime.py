@@ -145,7 +145,8 @@ def _install(model: nn.Module, description: Mapping[str, Any]) -> TemporalFeatur
     features = TemporalFeatures(description)
     if has_features(model):
         _remove(model)
-    device = execution_device(model)
+    # a model that is wholly on meta, as while it is being restored, gets its buffers there
+    device = execution_device(model, otherwise="cpu" if next(model.parameters(), None) is None else "meta")
     model.add_module(FEATURES, features.to(device).train(model.training))
     features._timestep = timestep
     for index, entry in enumerate(features.description["features"]):

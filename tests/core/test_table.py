@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.damage import as_pair, edit, read
 from torch import Tensor
 
 import modelopt_tdq as tdq
@@ -130,12 +131,12 @@ def test_round_trip(tmp_path: Path, name: str, full: bool) -> None:
     for field in ("timesteps", "scale", "offset", "dequant_scale", "dequant_offset"):
         assert _same(getattr(loaded, field), getattr(table, field)), field
     assert (loaded.names, dict(loaded.metadata)) == (table.names, dict(table.metadata))
-    assert len(list(written.parent.iterdir())) == 2
+    assert len(list(written.parent.iterdir())) == 1
 
 
 def test_only_a_file_with_the_new_array_needs_the_new_schema(tmp_path: Path) -> None:
     def version(**arrays: Tensor) -> int:
-        return int(json.loads(_table(**arrays).save(tmp_path / "t").with_suffix(".json").read_text())["schema_version"])
+        return int(read(_table(**arrays).save(tmp_path / "t"))[1]["schema_version"])
 
     assert SCHEMA_VERSION == 2
     assert version() == version(offset=torch.ones(3, 2), dequant_scale=torch.ones(3, 2)) == 1
@@ -143,58 +144,50 @@ def test_only_a_file_with_the_new_array_needs_the_new_schema(tmp_path: Path) -> 
     assert ScaleTable.load(tmp_path / "t").dequant_offset is not None
 
 
-def _edit(sidecar: Path, **changes: Any) -> None:
-    description = json.loads(sidecar.read_text())
-    sidecar.write_text(json.dumps({**description, **changes}))
+@pytest.mark.parametrize("name", ["scales", "scales.safetensors", "scales.json"])
+def test_the_two_files_of_earlier_versions(tmp_path: Path, name: str) -> None:
+    table = _table(offset=torch.randn(3, 2), metadata={"steps": 3})
+    arrays = table.save(tmp_path / "scales")
+    sidecar = as_pair(arrays)
+    loaded = ScaleTable.load(tmp_path / name)
+    assert _same(loaded.scale, table.scale)
+    assert _same(loaded.offset, table.offset)
+    assert (loaded.names, dict(loaded.metadata)) == (table.names, dict(table.metadata))
+    sidecar.write_text(sidecar.read_text().replace('"sha256": "', '"sha256": "0'))
+    with pytest.raises(TdqError, match="checksum"):
+        ScaleTable.load(arrays)
+    sidecar.unlink()
+    with pytest.raises(TdqError, match="not readable as a scale table"):
+        ScaleTable.load(arrays)
 
 
-def _shorten(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1  # in the last array
+    path.write_bytes(data)
 
 
-def _resign(arrays: Path) -> None:
-    import hashlib
-
-    _edit(arrays.with_suffix(".json"), sha256=hashlib.sha256(arrays.read_bytes()).hexdigest())
+def _nan(path: Path) -> None:
+    edit(path, {**read(path)[0], "scale": torch.full((3, 2), torch.nan)})
 
 
-def _other_arrays(arrays: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"weights": torch.ones(2)}, arrays)
-    _resign(arrays)
-
-
-def _garbage_arrays(arrays: Path) -> None:
-    arrays.write_bytes(b"no safetensors")
-    _resign(arrays)
-
-
-def _nan_arrays(arrays: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    save_file({**load_file(arrays), "scale": torch.full((3, 2), torch.nan)}, arrays)
-    _resign(arrays)
-
-
-_DAMAGE = {
-    "arrays missing": ("path", lambda a, s: a.unlink()),
-    "sidecar missing": ("path", lambda a, s: s.unlink()),
-    "arrays truncated": ("sha256", lambda a, s: _shorten(a)),
-    "arrays empty": ("sha256", lambda a, s: a.write_bytes(b"")),
-    "sidecar truncated": ("path", lambda a, s: _shorten(s)),
-    "sidecar garbage": ("path", lambda a, s: s.write_bytes(b"\xff\xfe garbage")),
-    "sidecar is a list": ("path", lambda a, s: s.write_text("[1, 2]")),
-    "sidecar without names": ("path", lambda a, s: s.write_text('{"schema_version": 1, "sha256": ""}')),
-    "sidecar names are a number": ("path", lambda a, s: _edit(s, names=3)),
-    "sidecar metadata is a number": ("path", lambda a, s: _edit(s, metadata=3)),
-    "sidecar of another table": ("scale", lambda a, s: _edit(s, names=["a", "b", "c"])),
-    "wrong checksum": ("sha256", lambda a, s: _edit(s, sha256="0" * 64)),
-    "newer schema": ("schema_version", lambda a, s: _edit(s, schema_version=SCHEMA_VERSION + 1)),
-    "schema is no number": ("path", lambda a, s: _edit(s, schema_version="new")),
-    "other arrays, signed": ("path", lambda a, s: _other_arrays(a)),
-    "garbage arrays, signed": ("path", lambda a, s: _garbage_arrays(a)),
-    "NaN scales, signed": ("scale", lambda a, s: _nan_arrays(a)),
+_DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "missing": ("path", lambda a: a.unlink()),
+    "truncated": ("path", lambda a: a.write_bytes(a.read_bytes()[:-7])),
+    "empty": ("path", lambda a: a.write_bytes(b"")),
+    "garbage": ("path", lambda a: a.write_bytes(b"no safetensors")),
+    "one bit": ("path", _flip),
+    "description truncated": ("path", lambda a: edit(a, text='{"schema_version": 1')),
+    "description is a list": ("path", lambda a: edit(a, text="[1, 2]")),
+    "description without names": ("path", lambda a: edit(a, text='{"schema_version": 1}')),
+    "names are a number": ("path", lambda a: edit(a, names=3)),
+    "metadata is a number": ("path", lambda a: edit(a, metadata=3)),
+    "names of another table": ("scale", lambda a: edit(a, names=["a", "b", "c"])),
+    "wrong checksum": ("path", lambda a: edit(a, sha256="0" * 64)),
+    "newer schema": ("schema_version", lambda a: edit(a, schema_version=SCHEMA_VERSION + 1)),
+    "schema is no number": ("path", lambda a: edit(a, schema_version="new")),
+    "other arrays, signed": ("path", lambda a: edit(a, {"weights": torch.ones(2)})),
+    "NaN scales, signed": ("scale", _nan),
 }
 
 
@@ -202,7 +195,7 @@ _DAMAGE = {
 def test_a_damaged_file_is_refused(tmp_path: Path, case: str) -> None:
     field, damage = _DAMAGE[case]
     arrays = _table().save(tmp_path / "scales")
-    damage(arrays, arrays.with_suffix(".json"))
+    damage(arrays)
     with pytest.raises(TdqError) as error:
         ScaleTable.load(arrays)
     assert error.value.field == field
@@ -220,14 +213,11 @@ def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(TdqError, match="JSON"):
         _table(metadata={"model": object()}).save(arrays)
 
-    write = Path.write_bytes
+    def full_disk(arrays: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left")
 
-    def full_disk(path: Path, data: bytes) -> int:
-        if ".json" in path.name:
-            raise OSError("no space left")
-        return write(path, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr("modelopt_tdq.core.files.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         _table(scale=torch.full((3, 2), 7.0)).save(arrays)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -269,5 +259,7 @@ def test_a_missing_extra_says_how_to_install_it() -> None:
 
     with pytest.raises(MissingExtraError, match=r"pip install 'modelopt-tdq\[report\]'"):
         require("no_such_module_anywhere", "report")
+    import json
+
     assert require("json", "report") is json
     assert issubclass(tdq.MissingExtraError, TdqError)
