@@ -71,7 +71,7 @@ def execution_device(module: nn.Module, otherwise: str = "cpu") -> torch.device:
     """Where ``module`` computes: the device of its first part that says so.
 
     A part says so by a hook of accelerate or diffusers that brings its inputs and weights to a device, else by where
-    its own parameters and buffers are. ``otherwise``, if no part does: without weights, or with all of them on ``meta``.
+    its own parameters and buffers are. ``otherwise``, if no part does: without weights, or all on ``meta``.
     """
     found = (_own_device(part) for part in module.modules())
     return next((device for device in found if device is not None), torch.device(otherwise))
