@@ -26,6 +26,7 @@ from modelopt_tdq.errors import TdqError
 __all__ = [
     "drop_bound_forward",
     "execution_device",
+    "place_of_new_parts",
     "put_hooks_around_quantizers",
     "readable_for_modelopt",
     "release",
@@ -54,27 +55,42 @@ def _diffusers_hook(module: nn.Module, name: str) -> Any | None:
     return None if registry is None else registry.hooks.get(name)
 
 
-def _own_device(module: nn.Module) -> torch.device | None:
-    """Where one module computes, as far as that shows in its own hooks and tensors."""
+def _hooked_device(module: nn.Module) -> torch.device | None:
+    """Where the hooks of one module let it compute."""
     for hook in _accelerate_hooks(module):
         device = getattr(hook, "execution_device", None)
         if device is not None:
             return torch.device(device)
     group = getattr(_diffusers_hook(module, _GROUPS), "group", None)
-    if group is not None:
-        return torch.device(group.onload_device)
+    return None if group is None else torch.device(group.onload_device)
+
+
+def _own_device(module: nn.Module) -> torch.device | None:
+    """Where one module computes, as far as that shows in its own hooks and tensors."""
+    hooked = _hooked_device(module)
+    if hooked is not None:
+        return hooked
     tensors: Iterator[Tensor | None] = chain(module._parameters.values(), module._buffers.values())
     return next((tensor.device for tensor in tensors if tensor is not None and not tensor.is_meta), None)
 
 
-def execution_device(module: nn.Module, otherwise: str = "cpu") -> torch.device:
+def execution_device(module: nn.Module) -> torch.device:
     """Where ``module`` computes: the device of its first part that says so.
 
     A part says so by a hook of accelerate or diffusers that brings its inputs and weights to a device, else by where
-    its own parameters and buffers are. ``otherwise``, if no part does: without weights, or all on ``meta``.
+    its own parameters and buffers are. The CPU, if no part does: without weights, or with all of them on ``meta``.
     """
     found = (_own_device(part) for part in module.modules())
-    return next((device for device in found if device is not None), torch.device(otherwise))
+    return next((device for device in found if device is not None), torch.device("cpu"))
+
+
+def place_of_new_parts(module: nn.Module) -> torch.device:
+    """Where something added to ``module`` belongs: where it computes, but ``meta`` while it is being restored there."""
+    parameters = list(module.parameters())
+    restoring = bool(parameters) and all(parameter.is_meta for parameter in parameters)
+    if restoring and all(_hooked_device(part) is None for part in module.modules()):
+        return torch.device("meta")
+    return execution_device(module)
 
 
 def drop_bound_forward(module: nn.Module) -> None:

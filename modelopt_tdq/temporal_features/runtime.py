@@ -13,7 +13,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.place import drop_bound_forward, execution_device
+from modelopt_tdq.model.place import drop_bound_forward, place_of_new_parts
 from modelopt_tdq.model.timestep import deliver_timestep
 from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.temporal_features.guard import guard_calls, unguard_calls
@@ -145,8 +145,7 @@ def _install(model: nn.Module, description: Mapping[str, Any]) -> TemporalFeatur
     features = TemporalFeatures(description)
     if has_features(model):
         _remove(model)
-    # a model that is wholly on meta, as while it is being restored, gets its buffers there
-    device = execution_device(model, otherwise="cpu" if next(model.parameters(), None) is None else "meta")
+    device = place_of_new_parts(model)
     model.add_module(FEATURES, features.to(device).train(model.training))
     features._timestep = timestep
     for index, entry in enumerate(features.description["features"]):

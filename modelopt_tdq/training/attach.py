@@ -17,7 +17,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.dynamic import DYNAMIC, DynamicIntervals
 from modelopt_tdq.model import select
 from modelopt_tdq.model.model_table import temporal_quantizers
-from modelopt_tdq.model.place import execution_device
+from modelopt_tdq.model.place import place_of_new_parts
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.model.timestep import INTERVALS
 from modelopt_tdq.training.attention import make_attention_trainable
@@ -143,7 +143,7 @@ def as_learned(quantizer: TensorQuantizer, intervals: str) -> LearnedQuantizer:
 def install_intervals(model: nn.Module, description: dict[str, Any]) -> None:
     """Put what makes the intervals into ``model``, on its device and in its mode."""
     learned = LearnedIntervals(description)
-    device = execution_device(model)
+    device = place_of_new_parts(model)
     model._modules.pop(INTERVALS, None)
     model.add_module(INTERVALS, learned.to(device).train(model.training))
     make_attention_trainable(model)
@@ -157,4 +157,4 @@ def install_intervals(model: nn.Module, description: dict[str, Any]) -> None:
         if isinstance(quantizer, DynamicQuantizer):
             start, levels = starts[quantizer._column], code_range(quantizer._num_bits)[1]
             made = DynamicIntervals(description["intervals"], timesteps, start, levels, generator)
-            quantizer.measure(made.to(execution_device(quantizer)).train(model.training))
+            quantizer.measure(made.to(place_of_new_parts(quantizer)).train(model.training))
