@@ -37,7 +37,7 @@ def test_another_time_in_the_same_form(value: Any, expected: Any) -> None:
 
 
 def test_samples_in_the_order_of_one_process() -> None:
-    found = {3: ((-0.5, -0.2, -0.7), torch.tensor([[1.0], [2.0], [3.0]])), 1: ((-0.1,), torch.tensor([4.0, 5.0]))}
+    found = {3: [((-0.5, -0.2, -0.7), torch.tensor([[1.0], [2.0], [3.0]]))], 1: [((-0.1,), torch.tensor([4.0, 5.0]))]}
     merged = all_samples(found)
     assert list(merged) == [1, 3]
     assert merged[3].flatten().tolist() == [2.0, 1.0, 3.0]
