@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class Expected:
     def error(self, found: Sequence[Any]) -> float:
         """The largest distance of an output, in quantization noise."""
         pairs = zip(found, self.outputs, self.noise, strict=True)
-        return max(rms(np.asarray(a, dtype=np.float64) - b) / noise for a, b, noise in pairs)
+        errors = [(rms(np.asarray(a, dtype=np.float64) - b), noise) for a, b, noise in pairs]
+        return max(error / noise if noise else (math.inf if error else 0.0) for error, noise in errors)
 
 
 def expected(model: nn.Module, inputs: Mapping[str, Any]) -> Expected:
