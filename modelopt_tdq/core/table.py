@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,19 @@ class ScaleTable:
 
         picked = {name: value[rows] for name, value in self._arrays().items()}
         return replace(self, **{**picked, "timesteps": times, "metadata": dict(self.metadata)})
+
+    def require_names(self, names: Collection[str], owner: str, cure: str) -> None:
+        """Raise a TdqError unless the table has these quantizers, of ``owner`` ("model", "engine"), and no others."""
+        unknown, missing = set(self.names) - set(names), set(names) - set(self.names)
+        if unknown or missing:
+            raise TdqError(
+                "names",
+                sorted(unknown or missing),
+                f"the {owner} has no such quantizers"
+                if unknown
+                else f"the table lacks these quantizers of the {owner}",
+                cure,
+            )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the arrays, and in its metadata names, schema version, checksum.

@@ -190,14 +190,8 @@ def _read(model: Any) -> dict[str, Any]:
 
 
 def _check_names(description: dict[str, Any], table: ScaleTable) -> None:
-    unknown, missing = set(table.names) - set(description["names"]), set(description["names"]) - set(table.names)
-    if unknown or missing:
-        raise TdqError(
-            "names",
-            sorted(unknown or missing),
-            "the engine has no such quantizers" if unknown else "the table lacks these quantizers of the engine",
-            "Use a table made for the model and the quant_cfg that the engine was exported from",
-        )
+    cure = "Use a table made for the model and the quant_cfg that the engine was exported from"
+    table.require_names(description["names"], "engine", cure)
     formats = table.metadata.get("num_bits", {})
     for name, bits in description["num_bits"].items():
         made_for = formats.get(name, bits)

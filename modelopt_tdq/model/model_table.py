@@ -112,14 +112,7 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
     require_unattended(model, "be given scales")
     quantizers = _require_temporal_quantizers(model)
     _require_tables(quantizers)
-    unknown, missing = set(table.names) - set(quantizers), set(quantizers) - set(table.names)
-    if unknown or missing:
-        raise TdqError(
-            "names",
-            sorted(unknown or missing),
-            "the model has no such quantizers" if unknown else "the table lacks these quantizers of the model",
-            "Use a table made for this model and this quant_cfg",
-        )
+    table.require_names(quantizers, "model", "Use a table made for this model and this quant_cfg")
     formats = table.metadata.get("num_bits", {})
     for name, quantizer in quantizers.items():
         made_for = formats.get(name, quantizer.num_bits)

@@ -101,11 +101,6 @@ class BlockCache:
         self._held: tuple[int, Chunk] | None = None
         self.close()  # an interrupted run may have left chunks
 
-    @property
-    def held_bytes(self) -> int:
-        """Memory of the chunk that is held now."""
-        return 0 if self._held is None else self._held[1].bytes
-
     def chunk(self, number: int) -> Chunk:
         """One chunk; the one before is released first, so keep no reference to it."""
         if self._held is None or self._held[0] != number:
