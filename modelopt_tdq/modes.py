@@ -20,6 +20,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from modelopt_tdq.config import CalibrationFields, TdqCalibConfig
+from modelopt_tdq.model.exchanged import give_back_exchanged_functions
 from modelopt_tdq.model.model_table import temporal_quantizers
 from modelopt_tdq.model.place import execution_device, put_hooks_around_quantizers, require_tensors_on_hand
 from modelopt_tdq.model.quantizer import TemporalQuantizer
@@ -243,6 +244,7 @@ def _register_refusal() -> None:
 def register() -> None:
     """Register all modes with ModelOpt; harmless when done before."""
     register_wrappers()
+    give_back_exchanged_functions()
     _register_refusal()
     for mode in (_Tdq, _TdqQat, _TdqReconstruct, _TdqTemporal):
         for descriptor in (mode, _found_by_saved_name(mode)):
