@@ -80,10 +80,11 @@ def test_file(tmp_path: Path) -> None:
 
 
 def test_file_mistakes(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("no statistics")
-    for name in ("text", "missing"):
-        with pytest.raises(TdqError, match="it holds no feature statistics"):
-            FeatureStatistics.load(tmp_path / name)
+    (tmp_path / "text.safetensors").write_text("no statistics")
+    with pytest.raises(TdqError, match="not readable as a set of feature statistics"):
+        FeatureStatistics.load(tmp_path / "text.safetensors")
+    with pytest.raises(TdqError, match="no such file"):
+        FeatureStatistics.load(tmp_path / "missing")
     with pytest.raises(TdqError, match="nothing to save"):
         FeatureStatistics().save(tmp_path / "empty")
     with pytest.raises(TdqError, match="the other set comes from 'one'"):
