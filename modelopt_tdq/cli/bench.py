@@ -11,7 +11,7 @@ import typer
 
 __all__ = ["bench"]
 
-bench = typer.Typer(no_args_is_help=True, help="Measure the tables of the papers on a model.")
+bench = typer.Typer(no_args_is_help=True, help="Measure the tables of the papers on a model, and this machine's GPU.")
 
 
 @bench.callback()
@@ -79,3 +79,25 @@ def temporal_features(
 
     shared = TemporalBench(model or bundled_model(), temporal_budget(budget), output)
     typer.echo(run_temporal(shared, " ".join(["modelopt-tdq", *sys.argv[1:]]), run))
+
+
+@bench.command("gpu")
+def gpu(
+    output: Annotated[Path, typer.Option(help="Folder of gpu.json and gpu.md.")] = Path("benchmarks/results/gpu"),
+    only: Annotated[
+        str, typer.Option(help="Parts, separated by commas: machine, lookup, products, model, engines. Default: all.")
+    ] = "",
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="On the CPU, with stand-ins and tiny sizes: shows that the command runs.")
+    ] = False,
+) -> None:
+    """Measure on the GPU of this machine: the lookup, layers, the quantized model, engines; under six minutes.
+
+    Every part runs in a process of its own with a time limit: one that crashes ends no other, and a library that
+    refuses the GPU is recorded in its own words. Results are written after every part.
+    """
+    from modelopt_tdq.lab.bench.gpu.command import run_gpu
+
+    chosen = [part.strip() for part in only.split(",") if part.strip()]
+    for line in run_gpu(output, chosen, " ".join(["modelopt-tdq", *sys.argv[1:]]), rehearse):
+        typer.echo(line)
