@@ -11,10 +11,10 @@ from torch import Tensor
 
 from modelopt_tdq.core.fake_quant import NumBits, code_range, fake_quantize
 from modelopt_tdq.core.scales import Scales
-from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import Intact, averaged, checksum
 from modelopt_tdq.model.place import release
+from modelopt_tdq.model.rows import TimesKey, current_rows
 from modelopt_tdq.model.saving import SAVING, no_checkpoint
 from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
 
@@ -47,10 +47,15 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     computed with the integers.
     """
 
-    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {"_timestep", "_intact"}
+    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {
+        "_timestep",
+        "_intact",
+        "_times_key",
+    }
 
     _timestep: CurrentTimestep
     _intact: Intact
+    _times_key: TimesKey
 
     #: Name in the model, for errors; as it was when the quantizer was made.
     _quantizer_name: str = ""
@@ -68,6 +73,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         promoted._is_temporal_quantizer = True
         promoted._timestep = timestep
         promoted._intact = Intact()
+        promoted._times_key = TimesKey()
         promoted._quantizer_name = name
         return promoted
 
@@ -226,7 +232,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         scales = self.scales.map(lambda value: value.to(device))
         if scales.scale.numel() == 1:
             return scales
-        rows = row_index(self._timestep.require().to(device), self._timesteps.to(device))
+        rows = current_rows(self._timestep, self._timesteps_bits, self._times_key, device)
         return scales.map(lambda value: per_sample(value[rows], inputs))
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:

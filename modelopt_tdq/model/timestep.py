@@ -54,7 +54,7 @@ class CurrentTimestep:
         self.last_intervals: Tensor | None = None
         #: Whether the calls in progress are tried out, and are nobody's data.
         self.aside = False
-        # of the innermost call in flight in each thread: value, intervals, and outer, the same of the call around it
+        # of the innermost call in flight in each thread: value, intervals, rows, and outer, these of the call around it
         self._in_flight = threading.local()
         self._finished: list[weakref.ref[_Finished]] = []
         self._ran_again = False
@@ -87,6 +87,12 @@ class CurrentTimestep:
         intervals: Tensor | None = getattr(self._in_flight, "intervals", None)
         return intervals
 
+    @property
+    def found_rows(self) -> dict[Any, Tensor] | None:
+        """What :mod:`modelopt_tdq.model.rows` found for the call in progress; None if there is none in this thread."""
+        call = self._in_flight
+        return None if getattr(call, "value", None) is None else call.rows
+
     def learned(self, intervals: Tensor | None) -> None:
         """Set the intervals of the call in progress."""
         self._in_flight.intervals = self.last_intervals = intervals
@@ -117,14 +123,14 @@ class CurrentTimestep:
     def begin(self, times: Tensor | None) -> None:
         """A call with these times [1] or [B] begins; None: they are not known yet."""
         call = self._in_flight
-        call.outer = tuple(getattr(call, name, None) for name in ("value", "intervals", "outer"))
-        call.value, call.intervals = times, None
+        call.outer = tuple(getattr(call, name, None) for name in ("value", "intervals", "rows", "outer"))
+        call.value, call.intervals, call.rows = times, None, {}
 
     def end(self) -> None:
         """The innermost call ends."""
         call = self._in_flight
         if getattr(call, "outer", None) is not None:
-            call.value, call.intervals, call.outer = call.outer
+            call.value, call.intervals, call.rows, call.outer = call.outer
 
     def remember(self, output: Any) -> None:
         """Keep time and intervals of the call in progress for the backward pass of its ``output``, if it has one."""
