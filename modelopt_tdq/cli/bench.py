@@ -85,7 +85,10 @@ def temporal_features(
 def gpu(
     output: Annotated[Path, typer.Option(help="Folder of gpu.json and gpu.md.")] = Path("benchmarks/results/gpu"),
     only: Annotated[
-        str, typer.Option(help="Parts, separated by commas: machine, lookup, products, model, engines. Default: all.")
+        str,
+        typer.Option(
+            help="Parts, separated by commas: machine, lookup, products, model, real_size, engines. Default: all."
+        ),
     ] = "",
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="On the CPU, with stand-ins and tiny sizes: shows that the command runs.")

@@ -257,9 +257,13 @@ def run(asked: Asked) -> list[Row]:
                     made[name] = make()
                 _run(asked, backend, name, made[name], full, rows)
             except Exception as error:  # a refusal is a result
-                rows.append({"backend": backend, "graph": name, "error": f"{type(error).__name__}: {error}"})
+                if not rows or rows[-1].get("graph") != name or rows[-1]["backend"] != backend:
+                    rows.append({"backend": backend, "graph": name})
+                rows[-1]["error"] = f"{type(error).__name__}: {error}"
+                if isinstance(error, TdqError) and error.field == "compute_capabilities":
+                    break  # the library does not serve this GPU, whatever the graph
             asked.keep(rows)
-        if not asked.rehearse:
+        if not asked.rehearse and "by time" in made:
             try:
                 graph = made["by time"]
                 rows.append(_streams(asked, graph.file.with_suffix(f".{backend}"), graph, sample_shape(full)))

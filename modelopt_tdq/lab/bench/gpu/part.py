@@ -24,6 +24,7 @@ PARTS = (
     ("lookup", "the lookup kernel on the GPU against NumPy, and what one launch costs", 90),
     ("products", "quantize, product and correction of one layer: scales by time against static and dynamic ones", 150),
     ("model", "calibration on the GPU against the CPU; fake-quantized forward against ModelOpt's", 150),
+    ("real_size", "a UNet of SD 1.5's size, random weights: calibration, memory and forward against ModelOpt's", 150),
     ("engines", "engines of TensorRT-RTX and TensorRT: build, load, run, compare, time", 240),
 )
 
