@@ -40,8 +40,9 @@ def code_range(num_bits: NumBits) -> tuple[float, float]:
 
 
 def _round(v: Tensor, num_bits: NumBits) -> Tensor:
+    """Codes of clipped quotients ``v``, which are overwritten."""
     if isinstance(num_bits, int):
-        return torch.round(v)
+        return v.round_()
     return v.to(torch.float8_e4m3fn).to(torch.float32)
 
 
@@ -52,7 +53,8 @@ def _codes(v: Tensor, num_bits: NumBits) -> Tensor:
 
 
 def _quotient(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    v = x.to(torch.float32)
+    """(x - o) / s, a new float32 tensor; halves become float32 on the way, without a pass of their own."""
+    v = x if x.dim() and x.dtype in (torch.float16, torch.bfloat16) and scale.dim() else x.to(torch.float32)
     return v / scale if offset is None else (v - offset).div_(scale)
 
 

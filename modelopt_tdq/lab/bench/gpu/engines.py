@@ -105,9 +105,9 @@ def _graphs(asked: Asked, full: nn.Module) -> dict[str, Callable[[], _Graph]]:
         "by time, table as input": lambda: exported("table", "per_step", one, table_input=True),
         "scale gathered in front of Q": lambda: exported("gathered", "per_step", one, lowering="reference"),
     }
-    if not asked.rehearse:
-        graphs = {"float16": lambda: _float16(full, asked.folder / "float16.onnx", shape), **graphs}
-    return graphs
+    if asked.rehearse:
+        return {name: graphs[name] for name in ("by time, table as input",)}
+    return {"float16": lambda: _float16(full, asked.folder / "float16.onnx", shape), **graphs}
 
 
 def _table(graph: _Graph) -> dict[str, Any]:

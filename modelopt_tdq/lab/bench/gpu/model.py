@@ -92,7 +92,8 @@ def _calibrated(
     # a row that is protected or not by a hair would hide what the devices differ in
     config = tdq.make_config(weights="max", protect_steps=False, progress=False)
     there = copy.deepcopy(full).to(asked.device)
-    timed_quantize(there, static_config(config), _loop(calls[:1]))  # ModelOpt compiles its CUDA extension once
+    warm, _ = timed_quantize(there, static_config(config), _loop(calls[:1]))
+    _loop(calls[:1])(warm)  # ModelOpt compiles its CUDA extension for a minute when a quantizer first quantizes
     static, static_seconds = timed_quantize(there, static_config(config), _loop(calls))
     by_time, seconds = timed_quantize(there, config, _loop(calls))
     _, protected_seconds = timed_quantize(there, tdq.make_config(weights="max", progress=False), _loop(calls))

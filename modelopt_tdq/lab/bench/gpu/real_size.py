@@ -26,10 +26,10 @@ def _model(asked: Asked) -> nn.Module:
     kind: Any = UNet2DConditionModel
     with torch.device(asked.device):
         if asked.rehearse:
-            blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+            blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
             model: nn.Module = kind(
                 sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-                cross_attention_dim=16, **blocks,
+                cross_attention_dim=16, mid_block_type=None, **blocks,
             )  # fmt: skip
         else:
             model = kind(sample_size=64, cross_attention_dim=768, attention_head_dim=8).half()
@@ -40,7 +40,7 @@ def _calls(asked: Asked, batch: int) -> list[tuple[torch.Tensor, torch.Tensor, t
     generator = torch.Generator().manual_seed(1)
     size, width, dtype = (8, 16, torch.float32) if asked.rehearse else (64, 768, torch.float16)
     made = []
-    for time in _TIMES:
+    for time in _TIMES[:2] if asked.rehearse else _TIMES:
         x = torch.randn(batch, 4, size, size, generator=generator).to(asked.device, dtype)
         text = torch.randn(batch, 77, width, generator=generator).to(asked.device, dtype)
         made.append((x, torch.tensor([time], device=asked.device), text))
@@ -72,7 +72,9 @@ def run(asked: Asked) -> list[Row]:
     calls: Any = _calls(asked, 2)
     loop: Callable[[nn.Module], None] = partial(_run_all, calls)
     config = tdq.make_config(weights="max", protect_steps=False, progress=False)
-    timed_quantize(full, static_config(config), partial(_run_all, calls[:1]))  # ModelOpt's CUDA extension, cuDNN
+    warm, _ = timed_quantize(full, static_config(config), partial(_run_all, calls[:1]))
+    _run_all(calls[:1], warm)  # ModelOpt's CUDA extension, cuDNN's choices
+    del warm
     _peak()
     models: dict[str, nn.Module] = {"full precision": full}
     seconds: dict[str, float] = {}

@@ -1,0 +1,132 @@
+"""``modelopt-tdq bench gpu`` without a GPU: the rehearsal of every part, kernels compiled for GPUs, failures kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from modelopt_tdq.cli.app import app
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.lab.bench.gpu import command, layer_kernels, part
+from modelopt_tdq.lab.bench.gpu.command import run_gpu
+
+pytest.importorskip("triton")
+
+
+def test_rehearsal_runs_every_part(tmp_path: Path) -> None:
+    said = CliRunner().invoke(app, ["bench", "gpu", "--rehearse", "--output", str(tmp_path)])
+    assert said.exit_code == 0, said.output
+    result = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert result["rehearsal"]
+    parts = {found["part"]: found for found in result["parts"]}
+    assert list(parts) == [name for name, _, _ in part.PARTS]
+    assert not [found.get("said") for found in result["parts"] if "error" in found]
+    assert [row["different"] for row in parts["lookup"]["rows"]] == [0]
+    assert parts["products"]["rows"][0]["largest difference from the definition"] < 1e-3  # float16 outputs
+    calibrated = parts["model"]["rows"][0]
+    assert calibrated["scales within 1e-4"].split(" of ")[0] == calibrated["scales within 1e-4"].split(" of ")[1]
+    engines = [row for row in parts["engines"]["rows"] if "graph" in row]
+    assert len(engines) == 1
+    assert not [row["error"] for row in engines if "error" in row]
+    for row in engines:
+        assert len(set(row["quantizers whose codes are equal"].split(" of "))) == 1
+    text = (tmp_path / "rehearsal.md").read_text()
+    assert "no number here says anything about a GPU" in text
+    assert all(f"## {name}:" in text for name in parts)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_layer_kernels_compile(capability: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    codes = "*i8" if capability < 90 else "*fp8e4nv"
+    high = 127.0 if codes == "*i8" else 448.0
+    pointers = {"x_ptr": "*fp16", "scale_ptr": "*fp32", "q_ptr": codes}
+    kernels: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+        (
+            layer_kernels.quantize,
+            {**pointers, "count": "i32", "constant": "fp32"},
+            {"low": -high, "high": high, "fixed": False, "whole": codes == "*i8", "block": 1024},
+        ),
+        (
+            layer_kernels.quantize_rows,
+            {**pointers, "columns": "i32"},
+            {"high": high, "whole": codes == "*i8", "block": 1024},
+        ),
+        (layer_kernels.absmax, {"x_ptr": "*fp16", "largest_ptr": "*i32", "count": "i32"}, {"block": 1024}),
+        (
+            layer_kernels.linear,
+            {
+                **dict.fromkeys(("a_ptr", "b_ptr"), "*i8"),
+                "out_ptr": "*fp16",
+                **dict.fromkeys(("scale_ptr", "weight_scale_ptr", "bias_ptr"), "*fp32"),
+                **dict.fromkeys(("m", "n", "k"), "i32"),
+                "constant": "fp32",
+            },
+            {"fixed": False, "per_row": True, "block_m": 64, "block_n": 64, "block_k": 64, "group": 8},
+        ),
+    ]
+    for kernel, signature, constants in kernels:
+        source = triton.compiler.ASTSource(
+            fn=triton.jit(kernel),
+            signature={**signature, **dict.fromkeys(constants, "constexpr")},
+            constexprs=constants,
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert "mma" in compiled.asm["ptx"] or kernel is not layer_kernels.linear
+
+
+def _part(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    module = ModuleType("modelopt_tdq.lab.bench.gpu.machine")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_a_part_that_fails_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(asked: part.Asked) -> list[part.Row]:
+        asked.keep([{"fact": "first"}])
+        raise RuntimeError("the driver is gone")
+
+    _part(monkeypatch, run)
+    assert part.main("machine", str(tmp_path), "1") == 0
+    assert json.loads((tmp_path / "machine.json").read_text()) == {
+        "rows": [{"fact": "first"}],
+        "error": "RuntimeError: the driver is gone",
+    }
+
+
+@pytest.mark.parametrize(
+    ("program", "error"), [("import os; os.abort()", "status -6"), ("while True: pass", "after 2")]
+)
+def test_a_part_that_dies_or_hangs_ends_no_other(
+    program: str, error: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = command.subprocess.run
+
+    def run(asked_for: list[str], **options: Any) -> Any:
+        assert asked_for[3] in ("machine", "lookup")
+        return real([sys.executable, "-c", program if asked_for[3] == "machine" else "pass"], **options)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "_LIMITS", {"machine": 1, "lookup": 60})
+    lines = list(run_gpu(tmp_path, ["machine", "lookup"], "test", rehearse=True))
+    assert error in lines[0]
+    assert lines[1].startswith("lookup: 0 rows")
+    assert "**Failed:**" in (tmp_path / "rehearsal.md").read_text()
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(TdqError, match="no such part"):
+        list(run_gpu(tmp_path / "new", ["kernels"], "test", rehearse=True))
+    if not torch.cuda.is_available():
+        with pytest.raises(TdqError, match="torch sees no GPU"):
+            list(run_gpu(tmp_path / "new", [], "test", rehearse=False))
+    assert not (tmp_path / "new").exists()
