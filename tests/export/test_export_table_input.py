@@ -130,7 +130,7 @@ def _table(scale: float = 1.0, offset: float | None = None, name: str = "q", **m
     [
         ({}, _table(name="other"), r"names = \['other'\]: the engine has no such quantizers"),
         ({"names": ["p", "q"]}, _table(), r"names = \['p'\]: the table lacks"),
-        ({}, _table(num_bits={"q": 4}), "num_bits = 4: the engine has 8 for q"),
+        ({}, _table(num_bits={"q": 4}), "num_bits = 4: the table was made for this format, but q of the engine has 8"),
         ({}, _table(offset=1.0), "offset = 'q': the engine has no offset"),
         ({}, _table(scale=1e30), "too large for the engine"),
         ({"schema": 2}, _table(), "schema 2"),
