@@ -156,7 +156,11 @@ class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
         description=(
             "per_step: one per calibrated time; N: N contiguous groups of equal size (S_N of the paper; 1 is static); "
             "optimal: at most `max_bins` contiguous groups with the least squared error, by dynamic programming, where "
-            "each group has the scale with the least squared error (as `statistic` mse or output then chooses it)."
+            "each group has the scale with the least squared error, as `statistic` mse or output then chooses it. The "
+            "scales of other statistics are not searched with: that takes a scale for each of the K^2 / 2 groups of K "
+            "times, for which entropy takes seconds per quantizer. Bins for their own scales would lower the squared "
+            "error by up to 0.3 dB (max), 0.8 dB (percentile) and 7 dB (entropy at 8 bits, whose scales clip much), "
+            "as seen on Gaussian, Laplace and one-sided activations with outliers, over 24 times in 4 groups."
         ),
     )
     max_bins: int = ModeloptField(default=8, ge=1, title="Budget of `bins: optimal`, per quantizer")

@@ -64,23 +64,27 @@ def _exported(path: Path, **fields: Any) -> Any:
     return tdq.export_onnx(_quantized(**fields), path, {"sample": sample, "timestep": time})
 
 
-def test_a_model_that_upsamples_builds_as_it_is_quantized_by_default(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The export of a model whose transposed convolution is quantized."""
+    return _exported(tmp_path_factory.mktemp("asked") / "asked.onnx", conv_transpose=True)
+
+
+def test_a_model_that_upsamples_builds_as_it_is_quantized_by_default(asked: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     assert _exported(tmp_path / "default.onnx").limited == ()
     report = tdq.build_engine(tmp_path / "default.onnx", tmp_path / "default.engine")
     assert len(report.quantized) == 2
     assert all(report.low_precision(name) for name in report.quantized)
-    limited = dict(_exported(tmp_path / "asked.onnx", conv_transpose=True).limited)
-    assert "no low-precision kernel for ConvTranspose" in limited["upsample.input_quantizer"]
+    assert "no low-precision kernel for ConvTranspose" in dict(asked.limited)["upsample.input_quantizer"]
     with pytest.raises(tdq.TdqError, match="ConvTranspose"):
-        tdq.build_engine(tmp_path / "asked.onnx", tmp_path / "asked.engine")
+        tdq.build_engine(asked.path, tmp_path / "asked.engine")
 
 
-def test_what_was_asked_for_is_computed_in_int8_by_openvino(tmp_path: Path) -> None:
+def test_what_was_asked_for_is_computed_in_int8_by_openvino(asked: Any) -> None:
     openvino = pytest.importorskip("openvino")
-    _exported(tmp_path / "asked.onnx", conv_transpose=True)
     core = openvino.Core()
-    compiled = core.compile_model(str(tmp_path / "asked.onnx"), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    compiled = core.compile_model(str(asked.path), "CPU", {"INFERENCE_NUM_THREADS": 1})
     kinds = {
         op.get_rt_info()["layerType"].astype(str): op.get_rt_info()["runtimePrecision"].astype(str)
         for op in compiled.get_runtime_model().get_ops()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["db_text", "decibels", "json_number", "json_numbers", "psnr_db", "sqnr_db"]
+__all__ = ["db_text", "decibels", "json_number", "json_numbers", "psnr_db", "require_same_shape", "sqnr_db"]
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:
@@ -55,14 +55,15 @@ def psnr_db(reference: Tensor, value: Tensor, data_range: float = 2.0) -> float:
     return decibels(data_range * data_range * reference.numel(), noise)
 
 
-def _squared_error(reference: Tensor, value: Tensor) -> float:
+def require_same_shape(reference: Tensor, value: Tensor, field: str, cure: str) -> None:
+    """Raise a TdqError unless ``value``, of the argument ``field``, has the shape of ``reference``."""
     if reference.shape != value.shape:
-        raise TdqError(
-            "value",
-            tuple(value.shape),
-            f"not of the shape of the reference, {tuple(reference.shape)}",
-            "Compare results of the same input",
-        )
+        problem = f"not of the shape of the reference, {tuple(reference.shape)}"
+        raise TdqError(field, tuple(value.shape), problem, cure)
+
+
+def _squared_error(reference: Tensor, value: Tensor) -> float:
+    require_same_shape(reference, value, "value", "Compare results of the same input")
     return float((value.detach().double() - reference.detach().double()).square().sum())
 
 

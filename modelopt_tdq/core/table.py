@@ -16,7 +16,7 @@ from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["SCHEMA_VERSION", "ScaleTable"]
+__all__ = ["SCHEMA_VERSION", "ScaleTable", "number_format"]
 
 #: The newest that is read. Version 2 is version 1 with the array ``dequant_offset``; tables without it are version 1.
 SCHEMA_VERSION = 2
@@ -147,6 +147,18 @@ class ScaleTable:
                 cure,
             )
 
+    def require_formats(self, formats: Mapping[str, Any], owner: str, cure: str) -> None:
+        """Raise a TdqError unless the table was made for these number formats, of quantizers of ``owner`` by name.
+
+        A table that does not say what it was made for is taken for any.
+        """
+        known = self.metadata.get("num_bits", {})
+        for name, wanted in formats.items():
+            made_for = known.get(name, wanted)
+            if number_format(made_for) != number_format(wanted):
+                problem = f"the table was made for this format, but {name} of the {owner} has {number_format(wanted)}"
+                raise TdqError("num_bits", made_for, problem, cure)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the arrays, and in its metadata names, schema version, checksum.
 
@@ -187,6 +199,11 @@ class ScaleTable:
             )
 
         return read_table(path, "ScaleTable", "scale table", SCHEMA_VERSION, ("names",), make)
+
+
+def number_format(bits: Any) -> Any:
+    """Bits of an integer, or (exponent, mantissa): JSON has no tuples."""
+    return tuple(bits) if isinstance(bits, (list, tuple)) else bits
 
 
 def _own(name: str, value: Any) -> Tensor:

@@ -36,13 +36,15 @@ def flatten_outputs(value: Any, taken: Collection[str] = ()) -> dict[str, Tensor
     Returns:
         A single tensor is "output"; those of a plain sequence are "output", "output_1", "output_2", ... In a mapping,
         such as diffusers' output classes, a tensor has the name of its field, with the places inside of it:
-        "mid_block_res_sample", "down_block_res_samples.0", ...; all with "output." in front if one is taken.
+        "mid_block_res_sample", "down_block_res_samples.0", ...; all with "output." in front if one is taken. So are
+        the places in a sequence that holds further ones: "output.0.0", "output.0.1", "output.1".
     """
     leaves = list(_leaves(value))
-    if len(leaves) <= 1 or not isinstance(value, Mapping):
+    nested = any(len(path) > 1 for path, _ in leaves)
+    if not nested and (len(leaves) <= 1 or not isinstance(value, Mapping)):
         return {f"{OUTPUT}_{i}" if i else OUTPUT: tensor for i, (_, tensor) in enumerate(leaves)}
     named = {".".join(path): tensor for path, tensor in leaves}
-    if named.keys() & set(taken):
+    if not isinstance(value, Mapping) or named.keys() & set(taken):
         return {f"{_PREFIX}{name}": tensor for name, tensor in named.items()}
     return named
 

@@ -22,7 +22,7 @@ import numpy as np
 from torch import nn
 
 from modelopt_tdq.core.schedule import edges
-from modelopt_tdq.core.table import ScaleTable
+from modelopt_tdq.core.table import ScaleTable, number_format
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.lookup import ColumnSource, TimeRow, reference_scale, split_columns
@@ -192,21 +192,13 @@ def _read(model: Any) -> dict[str, Any]:
 def _check_names(description: dict[str, Any], table: ScaleTable) -> None:
     cure = "Use a table made for the model and the quant_cfg that the engine was exported from"
     table.require_names(description["names"], "engine", cure)
-    formats = table.metadata.get("num_bits", {})
-    for name, bits in description["num_bits"].items():
-        made_for = formats.get(name, bits)
-        if _format(made_for) != _format(bits):
-            raise TdqError("num_bits", made_for, f"the engine has {bits} for {name}", _EXPORT_AGAIN)
-
-
-def _format(bits: Any) -> Any:
-    return tuple(bits) if isinstance(bits, (list, tuple)) else bits  # JSON has no tuples
+    table.require_formats(description["num_bits"], "engine", _EXPORT_AGAIN)
 
 
 def _spec(description: dict[str, Any], table: ScaleTable, name: str) -> ActivationSpec:
     scales = table.column(table.names.index(name))
     rows = [None if value is None else value.numpy() for value in scales]
-    return ActivationSpec(name, _format(description["num_bits"][name]), *rows)  # type: ignore[arg-type]
+    return ActivationSpec(name, number_format(description["num_bits"][name]), *rows)  # type: ignore[arg-type]
 
 
 def _column(column: dict[str, Any], specs: Mapping[str, ActivationSpec]) -> _Array:

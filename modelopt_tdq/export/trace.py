@@ -65,7 +65,13 @@ def _run(module: _Positional, inputs: Inputs) -> list[str]:
             "sample_inputs", inputs.names, f"the model does not run on them ({error!r})", "Pass the inputs of one call"
         ) from error
     if not outputs:
-        raise TdqError("model", type(module.model).__name__, "its output holds no tensor", "Return tensors")
+        raise TdqError(
+            "model",
+            type(module.model).__name__,
+            "its output holds no tensor",
+            "Return tensors; if it does with return_dict=False only, as several ControlNets in one do, add that to "
+            "the sample inputs",
+        )
     return outputs
 
 

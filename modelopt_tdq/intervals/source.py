@@ -45,9 +45,19 @@ class IntervalSource(nn.Module):
         """Parameters that are scales themselves, for the optimizer group of scales."""
         return []
 
-    def last_parameters(self) -> Tensor:
-        """A copy of the parameters next to the output: every optimizer step, load or EMA copy changes them."""
-        return list(self.parameters())[-1].detach().flatten().clone()
+    def fingerprint(self) -> Tensor:
+        """[P] int64, not negative: a number for each parameter, which another value of any of its elements changes.
+
+        The same on every device, as it is computed with integers only; cheap enough for every call of a model.
+        """
+        return torch.stack([_weighted_bits(parameter) for parameter in self.parameters()])
+
+
+def _weighted_bits(parameter: Tensor) -> Tensor:
+    """Sum of the bits of all elements as float32, each times an odd number of its own, modulo 2^32; below 2^62."""
+    bits = parameter.detach().float().reshape(-1).view(torch.int32)
+    odd = torch.arange(1, 2 * len(bits), 2, dtype=torch.int32, device=bits.device)
+    return (bits * odd).sum(dtype=torch.int64) & ((1 << 62) - 1)
 
 
 def positive(value: Tensor, softplus: bool) -> Tensor:

@@ -113,17 +113,8 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
     quantizers = _require_temporal_quantizers(model)
     _require_tables(quantizers)
     table.require_names(quantizers, "model", "Use a table made for this model and this quant_cfg")
-    formats = table.metadata.get("num_bits", {})
-    for name, quantizer in quantizers.items():
-        made_for = formats.get(name, quantizer.num_bits)
-        made_for = tuple(made_for) if isinstance(made_for, list) else made_for  # JSON has no tuples
-        if made_for != quantizer.num_bits:
-            raise TdqError(
-                "num_bits",
-                made_for,
-                f"the table was made for this format, but {name} has {quantizer.num_bits}",
-                "Use a table made for this quant_cfg",
-            )
+    bits = {name: quantizer.num_bits for name, quantizer in quantizers.items()}
+    table.require_formats(bits, "model", "Use a table made for this quant_cfg")
     for column, name in enumerate(table.names):
         layer = model.get_submodule(name.rpartition(".")[0])
         device = execution_device(layer)

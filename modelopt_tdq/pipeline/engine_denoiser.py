@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.inputs import FIXED, fixed_arguments
-from modelopt_tdq.model.call import named_arguments, tensor_leaves
+from modelopt_tdq.model.call import named_arguments, plain_leaves, tensor_leaves
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.pipeline.guard import StandIn
 from modelopt_tdq.pipeline.outputs import assembled, output_class
@@ -82,8 +82,11 @@ class EngineDenoiser(StandIn):
 
     def _feeds(self, tensors: dict[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
         wanted = [name for name in self.session.inputs if name not in self.table]
-        if self._timestep in wanted and self._timestep not in tensors:
-            tensors[self._timestep] = torch.as_tensor(arguments[self._timestep])
+        # a number, such as a conditioning scale, is an input where it was exported as a tensor
+        numbers = {**self._defaults, **plain_leaves(arguments)}
+        for name in set(wanted) - set(tensors):
+            if isinstance(numbers.get(name), (int, float)):
+                tensors[name] = torch.as_tensor(numbers[name])
         missing = sorted(set(wanted) - set(tensors))
         further = sorted(set(tensors) - set(wanted) - {self._timestep})
         if missing or further:
@@ -104,21 +107,19 @@ class EngineDenoiser(StandIn):
         if text is None:  # not of this package, or of an earlier version
             return
         exported: dict[str, Any] = json.loads(text)
-        given = fixed_arguments({name: value for name, value in arguments.items() if name != self._timestep})
-        exported.pop(self._timestep, None)
+        given = fixed_arguments(arguments)
         if given == exported:
             return
-        defaults = fixed_arguments(
-            {n: d for n, d in self._defaults.items() if n not in (self._timestep, "return_dict")}
-        )
+        defaults = fixed_arguments(self._defaults)
         exported, given = {**defaults, **exported}, {**defaults, **given}
-        for name in sorted({*exported, *given}):
-            if exported.get(name) != given.get(name):
+        for name in sorted({*exported, *given} - {self._timestep, *self.session.inputs}):
+            found, wanted = given.get(name), exported.get(name)
+            if found != wanted:
+                cure = "Pass that value, or export again with sample inputs of a call like this one"
+                if isinstance(found, (int, float)) and not isinstance(found, bool):
+                    cure += f"; with torch.tensor({wanted}) in its place there, it is an input of the graph"
                 raise TdqError(
-                    name,
-                    given.get(name),
-                    f"the engine was exported with {exported.get(name)!r}, which is part of its graph",
-                    "Pass that value, or export again with sample inputs of a call like this one",
+                    name, found, f"the engine was exported with {wanted!r}, which is part of its graph", cure
                 )
 
     @functools.cached_property

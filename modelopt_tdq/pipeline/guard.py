@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,6 +88,38 @@ class StandIn(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the engine holds its weights itself."""
         raise _refused(self.original, "load_state_dict")
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """This module, and a stand-in of each of the original's parts: who walks them to change them is refused too.
+
+        ``pipeline.unfuse_lora()`` and the caches of diffusers reach the layers in this way.
+        """
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        for name, module in self.original.named_modules(remove_duplicate=remove_duplicate):
+            if name:
+                yield f"{prefix}.{name}" if prefix else name, _Part(module)
+
+
+class _Part(StandIn):
+    """In the place of a part of a model that an engine computes for. It can be looked at, and nothing else."""
+
+    def __init__(self, original: nn.Module) -> None:
+        nn.Module.__init__(self)
+        object.__setattr__(self, "_original", original)
+
+    def __getattribute__(self, name: str) -> Any:
+        # nn.Module's own methods, which __getattr__ is not asked for
+        if name.startswith("register_") or name in ("_apply", "apply", "train", "requires_grad_"):
+            original = object.__getattribute__(self, "_original")
+            return _refusing(original, name, getattr(original, name))
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_original" in self.__dict__:
+            raise _refused(self.original, name)
+        super().__setattr__(name, value)
 
 
 def _is_harmless(name: str, method: Callable[..., Any]) -> bool:

@@ -28,7 +28,8 @@ def sample_inputs(
 
     Returns:
         By name of the argument; what is None is left out. A time in whole numbers becomes float32, so that the engine
-        also serves schedulers whose times are fractions.
+        also serves schedulers whose times are fractions. A number becomes part of the graph: for one that changes from
+        call to call, such as a ControlNet's ``conditioning_scale``, put ``torch.tensor(1.0)`` in its place.
 
     Raises:
         TdqError: The pipeline has no denoiser, or does not call it.

@@ -39,8 +39,8 @@ def assembled(kind: type[Any], tensors: Mapping[str, Tensor], return_dict: bool)
         return_dict: Whether it returns ``kind``, or the fields of that as a tuple.
 
     Returns:
-        With tensors by field and place, every field as it was, sequences as lists, None where the graph has nothing.
-        With other names, the first fields in order.
+        With tensors by field (or its number) and place, every field as it was, sequences as lists, None where the
+        graph has nothing. With other names, the first fields in order.
 
     Raises:
         TdqError: ``kind`` has no such fields.
@@ -49,6 +49,8 @@ def assembled(kind: type[Any], tensors: Mapping[str, Tensor], return_dict: bool)
     tree = _tree(tensors)
     if tree.keys() <= set(fields):
         values = [tree.get(name) for name in fields]
+    elif tree.keys() <= {str(number) for number in range(len(fields))}:
+        values = [tree.get(str(number)) for number in range(len(fields))]
     elif len(tensors) <= len(fields):
         values = list(tensors.values())
     else:
@@ -74,8 +76,10 @@ def _tree(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _sequences(value: Any) -> Any:
-    """A mapping from 0, 1, ... as a list."""
+    """A mapping from 0, 1, ... as a list, with None where a number is missing."""
     if not isinstance(value, dict):
         return value
     inner = {name: _sequences(part) for name, part in value.items()}
-    return list(inner.values()) if all(name.isdecimal() for name in inner) else inner
+    if not all(name.isdecimal() for name in inner):
+        return inner
+    return [inner.get(str(number)) for number in range(max(map(int, inner)) + 1)]

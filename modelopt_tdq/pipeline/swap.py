@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def restore_denoiser(pipeline: Any, *, component: str | None = None, timestep: s
 
     Args:
         pipeline: From diffusers.
-        component: Name of the denoiser, where several components take a time.
+        component: Name of the denoiser, where several components take a time, or of a module inside a component.
         timestep: The argument of its forward that holds the time.
 
     Returns:
@@ -92,17 +93,18 @@ def restore_denoiser(pipeline: Any, *, component: str | None = None, timestep: s
         TdqError: There is no denoiser, no session in its place, or its weights were dropped (``free=True``).
     """
     name = denoiser_name(pipeline, component, timestep)
-    swapped = getattr(pipeline, name)
+    swapped = denoiser(pipeline, name)
     if not isinstance(swapped, EngineDenoiser):
         raise TdqError("component", name, "it is the torch denoiser", "Nothing is to be done")
     if any(parameter.is_meta for parameter in swapped.original.parameters()):
+        place = re.sub(r"\.(\d+)", r"[\1]", name)
         raise TdqError(
             "component",
             name,
             "the weights of the torch denoiser were dropped, by swap_denoiser(free=True)",
-            f"Load it again, and set it: pipeline.{name} = model",
+            f"Load it again, and set it: pipeline.{place} = model",
         )
-    setattr(pipeline, name, swapped.original)
+    put_denoiser(pipeline, name, swapped.original)
     return pipeline
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from modelopt_tdq.model.call import first_output, layout
+from modelopt_tdq.model.call import first_output, layout, tensor_leaves
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import INTERVALS
@@ -143,10 +142,6 @@ def _sketch(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 @torch.no_grad()
 def computed(model: nn.Module, calibrated: Tensor, samples: Samples) -> dict[str, Tensor]:
     """What has to be the same but for rounding errors.
@@ -163,7 +158,7 @@ def computed(model: nn.Module, calibrated: Tensor, samples: Samples) -> dict[str
                 found[f"quantizer/{name}.{key}"] = value.detach().float()
     zeros = [quantizer._zero for quantizer in learned_quantizers(model).values()]
     found["zero points"] = torch.tensor(zeros, dtype=torch.float64)
-    found["samples"] = torch.stack([_sketch(_tensors(call)) for call in samples.calls])
+    found["samples"] = torch.stack([_sketch(list(tensor_leaves(call).values())) for call in samples.calls])
     with full_precision(model):
         found["output"] = _sketch([first_output(model(**samples.call([0])))]).unsqueeze(0)
     return {name: value.cpu().contiguous() for name, value in found.items()}

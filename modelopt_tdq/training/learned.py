@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.intervals.build import build_source
 from modelopt_tdq.intervals.dynamic import DYNAMIC
+from modelopt_tdq.intervals.source import IntervalSource
 from modelopt_tdq.model.intact import Intact, averaged, checksum
 from modelopt_tdq.model.place import release
 from modelopt_tdq.model.timestep import INTERVALS, CurrentTimestep, find_timestep
@@ -30,8 +31,8 @@ __all__ = [
     "stop_noise",
 ]
 
-#: In place of the bits of the parameters that the tables were made from, where they were made from none: not yet made,
-#: or set by hand. As bits, both are NaN, which no parameter is.
+#: In place of the fingerprint of the source that the tables were made from, where they were made from none: not yet
+#: made, or set by hand. No fingerprint is negative.
 _NOT_YET, _BY_HAND = -1, -2
 
 
@@ -65,8 +66,8 @@ class LearnedIntervals(nn.Module):
         self.register_buffer("rows", torch.tensor(description["rows"], dtype=torch.float32))
         # travels in the state dict, as bytes, so that a checkpoint of other settings is recognised
         self.register_buffer("settings", _encoded(_settings(description)))
-        # bits of the parameters that the table was made from, so that a loaded table is used as it is
-        nothing_yet = None if self.source is None else torch.full_like(_bits(self.source.last_parameters()), _NOT_YET)
+        # of the parameters that the table was made from, so that a loaded table is used as it is
+        nothing_yet = None if self.source is None else torch.full_like(self.source.fingerprint(), _NOT_YET)
         self.register_buffer("made_from", nothing_yet)
         if description.get("checksum"):
             self.register_buffer("checksum", checksum(self._constants()))
@@ -139,16 +140,25 @@ class LearnedIntervals(nn.Module):
         if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
             release(self)
 
+    def require_source(self, cure: str) -> IntervalSource:
+        """What makes the intervals.
+
+        Raises:
+            TdqError: They are measured while the model runs; ``cure`` says what to do instead.
+        """
+        if self.source is None:
+            raise TdqError("intervals", self.description["intervals"], DynamicQuantizer.no_table, cure)
+        return self.source
+
     def refresh(self, root: nn.Module) -> None:
         """Make the tables anew if the source has changed since they were made."""
         self._release()
         if self.source is None or self.rows.is_meta or self._is_rounded:
             return  # a table that was loaded with a rounded source is better than what that would make
         self._require_intact()
-        if not self._learned_since:
-            made_from_these = torch.equal(_bits(self.source.last_parameters()), self.made_from)
-            if made_from_these or self._are_tables_by_hand:
-                return
+        made_from_these = self._are_tables_by_hand or torch.equal(self.source.fingerprint(), self.made_from)
+        if made_from_these and not self._learned_since:
+            return
         if not any(q.awaits_state for q in learned_quantizers(root).values()):
             self.materialize(root)
 
@@ -159,26 +169,20 @@ class LearnedIntervals(nn.Module):
         Raises:
             TdqError: The intervals are measured while the model runs, or one became 0 or NaN. No table has changed.
         """
-        if self.source is None:
-            raise TdqError(
-                "intervals",
-                self.description["intervals"],
-                DynamicQuantizer.no_table,
-                'Train "mlp", "thin", "table" or "static" intervals to deploy a model',
-            )
+        source = self.require_source('Train "mlp", "thin", "table" or "static" intervals to deploy a model')
         self._release()
-        training = self.source.training
-        self.source.eval()
+        training = source.training
+        source.eval()
         try:
-            intervals = self.source(self.rows)
+            intervals = source(self.rows)
         finally:
-            self.source.train(training)
+            source.train(training)
         quantizers = learned_quantizers(root)
         self._require_positive(intervals, quantizers)
         for quantizer in quantizers.values():
             made = quantizer.deployed(intervals[:, quantizer._column])
             quantizer.set_rows(self.rows, *made)
-        self.made_from.copy_(_bits(self.source.last_parameters()))
+        self.made_from.copy_(source.fingerprint())
         self._learned_since = False
 
     def unlearn(self, root: nn.Module) -> None:
@@ -203,10 +207,6 @@ class LearnedIntervals(nn.Module):
                 f"the interval of {len(names)} quantizers is 0 or not finite after training, from time {times[0]:g} on",
                 f"Use another encoding of time than {self.description.get('encoding')!r}, or a smaller learning rate",
             )
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.float().view(torch.int32)
 
 
 _SETTINGS = ("intervals", "scheme", "encoding", "initialization", "dropout", "timesteps", "rows")
@@ -285,13 +285,7 @@ def stop_learning(model: nn.Module) -> None:
         TdqError: It does not learn, or its scales are measured while it runs: there are none that could stay.
     """
     learned = learned_intervals(model)
-    if learned.source is None:
-        raise TdqError(
-            "intervals",
-            learned.description["intervals"],
-            DynamicQuantizer.no_table,
-            "Calibrate the model again: mtq.quantize(model, modelopt_tdq.TDQ_CONFIG, forward_loop)",
-        )
+    learned.require_source("Calibrate the model again: mtq.quantize(model, modelopt_tdq.TDQ_CONFIG, forward_loop)")
     learned.refresh(model)
     learned.unlearn(model)
     remember_weights(model)

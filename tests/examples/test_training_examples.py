@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,18 +40,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, script: str, *arguments: str) -> str:
-    command = [sys.executable, str(_EXAMPLES / script), *arguments]
+#: Runs commands one after the other, as `python script.py ...` does, but imports torch and ModelOpt once.
+_RUN = """
+import json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+    print("-- end --")
+"""
+
+
+def run(folder: Path, *commands: tuple[str, ...]) -> list[str]:
+    """What each command prints; all in a process of their own."""
+    every = json.dumps([[str(_EXAMPLES / script), *arguments] for script, *arguments in commands])
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    command = [sys.executable, "-c", _RUN, every]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return done.stdout.split("-- end --\n")[:-1]
 
 
 def test_training_from_scratch_resumes(folder: Path) -> None:
     arguments = ("--config", "model", "--data", "cifar10.npz", "--out", "trained", "--batch", "2")
-    first = run(folder, "train.py", *arguments, "--minutes", "0.03")
-    second = run(folder, "train.py", *arguments, "--minutes", "0.06")
+    first, second = run(folder, *[("train.py", *arguments, "--minutes", minutes) for minutes in ("0.03", "0.06")])
 
     def steps(text: str) -> int:
         return int(text.split(" steps of", maxsplit=1)[0].rsplit(maxsplit=1)[-1])
@@ -61,19 +73,22 @@ def test_training_from_scratch_resumes(folder: Path) -> None:
 
 def test_qat_trains_resumes_and_saves_a_table_and_samples(folder: Path) -> None:
     arguments = ("--model", "model", "--data", "cifar10.npz", "--batch", "2", "--lr", "1e-2", "--ema", "0.5")
-    run(folder, "qat.py", *arguments, "--out", "whole", "--steps", "4")
+    run(folder, ("qat.py", *arguments, "--out", "whole", "--steps", "4"))
     table = ScaleTable.load(folder / "whole" / "scale_table")
     assert not bool(table.is_static.all())
-    run(folder, "qat.py", *arguments, "--out", "whole", "--steps", "4", "--resume")  # nothing left to do
+    _, shown = run(
+        folder,
+        ("qat.py", *arguments, "--out", "whole", "--steps", "4", "--resume"),  # nothing left to do
+        ("sample.py", "--model", "model", "--quantized", "whole", "--images", "2", "--steps", "2"),
+    )
     assert torch.equal(ScaleTable.load(folder / "whole" / "scale_table").scale, table.scale)
-    shown = run(folder, "sample.py", "--model", "model", "--quantized", "whole", "--images", "2", "--steps", "2")
     assert "dB PSNR" in shown
     assert "EfficientNet-Lite0" in shown
 
 
 def test_ptq_reconstructs_and_resumes(folder: Path) -> None:
     arguments = ("--model", "model", "--out", "ptq", "--samples", "20", "--iterations", "2")
-    run(folder, "ptq.py", *arguments)
+    run(folder, ("ptq.py", *arguments))
     table = ScaleTable.load(folder / "ptq" / "scale_table")
-    run(folder, "ptq.py", *arguments)
+    run(folder, ("ptq.py", *arguments))  # in a new process: what it goes on with is on disk
     assert torch.equal(ScaleTable.load(folder / "ptq" / "scale_table").scale, table.scale)

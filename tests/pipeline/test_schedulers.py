@@ -14,7 +14,6 @@ from support.pipelines import FAMILIES
 
 import modelopt_tdq as tdq
 from trt_examples import tiny
-from trt_examples.stable_diffusion.stable_diffusion import tiny_denoiser
 
 SD, PIXART, SD3 = (FAMILIES[name] for name in ("stable_diffusion", "pixart", "sd3"))
 
@@ -31,7 +30,18 @@ def _pixart(scheduler: str, **config: Any) -> Callable[[], Any]:
 def _lcm() -> Any:
     """A latent consistency model takes its guidance scale as an embedding, beside the time."""
     pipeline = SD.tiny()
-    pipeline.unet = tiny.seeded(tiny_denoiser, time_cond_proj_dim=8)
+    pipeline.unet = tiny.seeded(
+        diffusers.UNet2DConditionModel,
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=tiny.WIDTH,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        time_cond_proj_dim=8,
+    )
     pipeline.scheduler = diffusers.LCMScheduler(steps_offset=1)
     return pipeline
 

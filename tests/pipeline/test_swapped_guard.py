@@ -78,6 +78,94 @@ def test_what_would_change_the_model_is_refused_and_changes_nothing(swapped: Any
     _run(swapped)
 
 
+#: What diffusers' pipelines do with adapters, and the method of model or layer that it comes down to.
+ADAPTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "load_lora_weights": ("load_lora_adapter", lambda p: p.load_lora_weights(_lora(), adapter_name="b")),
+    "fuse_lora": ("fuse_lora", lambda p: p.fuse_lora(components=["unet"])),
+    "unfuse_lora": ("unmerge", lambda p: p.unfuse_lora()),
+    "set_adapters": ("set_adapters", lambda p: p.set_adapters("a", 0.5)),
+    "delete_adapters": ("delete_adapters", lambda p: p.delete_adapters("a")),
+    "disable_lora": ("disable_lora", lambda p: p.disable_lora()),
+    "enable_lora": ("enable_lora", lambda p: p.enable_lora()),
+    "unload_lora_weights": ("unload_lora", lambda p: p.unload_lora_weights()),
+    "enable_lora_hotswap": ("enable_lora_hotswap", lambda p: p.enable_lora_hotswap(target_rank=4)),
+}
+
+
+def _lora() -> dict[str, torch.Tensor]:
+    """A LoRA of rank 2 on one layer, as a file holds it."""
+    place = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    return {f"{place}.lora_A.weight": torch.ones(2, 16), f"{place}.lora_B.weight": torch.ones(16, 2)}
+
+
+@pytest.fixture(scope="module")
+def with_lora() -> Any:
+    pytest.importorskip("peft")
+    pipeline = FAMILY.tiny()
+    pipeline.load_lora_weights(_lora(), adapter_name="a")
+    pipeline.fuse_lora(components=["unet"])
+    return tdq.swap_denoiser(pipeline, _Zeros("encoder_hidden_states"))
+
+
+@pytest.mark.parametrize("change", ADAPTERS)
+def test_adapters_stay_as_they_were(with_lora: Any, change: str) -> None:
+    original = with_lora.unet.original
+    before, weights = _state(original), copy.deepcopy(original.state_dict())
+    method, act = ADAPTERS[change]
+    with pytest.raises(TdqError, match=r"restore_denoiser\(pipeline\)") as raised:
+        act(with_lora)
+    assert raised.value.field == method
+    assert _state(original) == before
+    assert all(torch.equal(value, weights[name]) for name, value in original.state_dict().items())
+    assert with_lora.get_list_adapters() == {"unet": ["a"]}
+    assert with_lora.get_active_adapters() == ["a"]
+    _run(with_lora)
+
+
+def test_adapters_can_be_changed_again_on_the_torch_model(with_lora: Any) -> None:
+    pipeline = copy.copy(with_lora)
+    tdq.restore_denoiser(pipeline)
+    layer = pipeline.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+    merged = layer.base_layer.weight.clone()
+    pipeline.unfuse_lora()
+    assert float((merged - layer.base_layer.weight).mean()) == pytest.approx(2.0)  # B A of ones, rank 2
+    pipeline.fuse_lora(components=["unet"])
+
+
+def test_caches_of_diffusers_are_refused() -> None:
+    """They put hooks on the layers of a transformer, which no engine runs."""
+    from diffusers import PyramidAttentionBroadcastConfig
+    from diffusers.hooks import apply_pyramid_attention_broadcast
+
+    pipeline = FAMILIES["wan"].tiny()
+    inputs = dict.fromkeys(("hidden_states", "timestep", "encoder_hidden_states"), np.float32)
+    tdq.swap_denoiser(pipeline, type("Session", (_Zeros,), {"inputs": inputs})())
+    config = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 1)
+    config.spatial_attention_block_identifiers = ("blocks",)
+    with pytest.raises(TdqError, match="would not change with it"):
+        apply_pyramid_attention_broadcast(pipeline.transformer, config)
+    assert not any(hasattr(module, "_diffusers_hook") for module in pipeline.transformer.original.modules())
+
+
+def test_the_layers_of_a_swapped_model_can_be_looked_at_only(swapped: Any) -> None:
+    original = swapped.unet.original
+    found = dict(swapped.unet.named_modules())
+    assert found.keys() == dict(original.named_modules()).keys()
+    assert list(swapped.unet.parameters()) == []  # it has none that could be trained
+    part = found["conv_in"]
+    assert isinstance(part, torch.nn.Conv2d)
+    assert part.weight is original.conv_in.weight
+    for change in (
+        lambda: part.register_forward_hook(print),
+        lambda: setattr(part, "weight", None),
+        lambda: setattr(part, "forward", print),
+        part.reset_parameters,
+        part.half,
+    ):
+        with pytest.raises(TdqError, match="would not change with it"):
+            change()
+
+
 def test_a_transformer_refuses_forward_chunking_and_other_attention() -> None:
     family = FAMILIES["sd3"]
     pipeline = family.tiny()

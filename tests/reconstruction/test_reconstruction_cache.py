@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,51 @@ def test_sketches_of_other_samples_differ_and_of_rounded_ones_do_not() -> None:
     ]
     assert fingerprint.difference(made[0], made[1]) is None
     assert fingerprint.difference(made[0], made[2]) == "samples"
+
+
+def test_the_scales_of_all_other_quantizers_count() -> None:
+    """Those of weights, which an algorithm before this one may have set."""
+    model: Any = reconstructed(iterations=1)
+    axis, times = BatchAxis("timestep", frozenset(["sample", "timestep"]), frozenset()), torch.tensor([20.0])
+    samples = Samples([{"sample": torch.ones(1, 3, 8, 8), "timestep": times}], times, axis)
+    scale = model.conv1.weight_quantizer._amax
+    found = []
+    for factor in (1.0, 1.0 + 1e-6, 1.05):
+        model.conv1.weight_quantizer._amax = scale * factor
+        found.append(fingerprint.computed(model, torch.ones(1, 2), samples))
+    assert fingerprint.difference(found[0], found[1]) is None
+    assert fingerprint.difference(found[0], found[2]) == "quantizer/conv1.weight_quantizer._amax"
+
+
+@dataclass
+class _Condition:
+    image: Tensor
+
+
+class _Conditional(TinyDenoiser):
+    """Takes conditions that change nothing."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, conditions: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(sample, timestep)
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [lambda x: {"images": [x]}, lambda x: (_Condition(x),), lambda x: x],
+    ids=["mapping", "dataclass", "tensor"],
+)
+def test_sketches_are_of_the_tensors_in_any_nesting(nested: Any) -> None:
+    model = reconstructed(_Conditional().eval(), iterations=1)
+    axis = BatchAxis("timestep", frozenset(["sample", "timestep"]), frozenset())
+    times = torch.tensor([20.0])
+
+    def computed(image: Tensor) -> dict[str, Tensor]:
+        call = {"sample": torch.ones(1, 3, 8, 8), "timestep": times, "conditions": nested(image)}
+        return fingerprint.computed(model, torch.ones(1, 2), Samples([call], times, axis))
+
+    first = computed(torch.arange(4.0))
+    assert fingerprint.difference(first, computed(torch.arange(4.0))) is None
+    assert fingerprint.difference(first, computed(torch.arange(4.0).flip(0))) == "samples"
 
 
 class _Gained(TinyDenoiser):

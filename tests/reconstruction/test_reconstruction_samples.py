@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import reconstructed
-from support.models import FAMILIES, TIMES, TinyDenoiser, calls, fast_config, noise
+from support.models import FAMILIES, TIMES, TinyDenoiser, at, calls, fast_config, noise
 from torch import nn
 
 from modelopt_tdq import TdqError
@@ -106,7 +106,7 @@ def test_inputs_of_a_block_sample_by_sample() -> None:
     inputs = io.input_samples(leaves, len(numbers))
     expected = io.output_samples(outputs, len(numbers))
     assert [len(v) for v in inputs] == [2, 2]
-    with torch.no_grad():
+    with torch.no_grad(), at(model, call["timestep"]):
         again = io.run(model.get_submodule(name), inputs)
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
     assert io.bytes_per_sample(1) == sum(v[0].numel() * 4 for v in inputs + expected)

@@ -172,6 +172,31 @@ def test_the_table_follows_the_source(how: str) -> None:
     assert torch.equal(after.scale, tdq.scale_table(other).scale)
 
 
+def test_the_table_follows_every_parameter_of_the_source() -> None:
+    """Not only those next to its output."""
+    model = qat()
+    train(model, adam(model), range(4))
+    model.eval()(*batch(0)[:2])
+    source = learned_intervals(model).source
+    assert source is not None
+    seen = source.fingerprint()
+    assert torch.equal(seen, copy.deepcopy(source).fingerprint())
+    first, *others = source.parameters()
+    for parameter in others:
+        before = parameter.data.clone()
+        parameter.data.view(-1)[-1] += 1e-6 + parameter.data.abs().max()
+        assert (source.fingerprint() != seen).sum() == 1
+        parameter.data.copy_(before)
+    before = tdq.scale_table(model).scale
+    first.data.mul_(-3)
+    model(*batch(0)[:2])
+    after = tdq.scale_table(model).scale
+    assert not torch.equal(before, after)
+    assert torch.equal(
+        after, torch.stack([source(learned_intervals(model).rows)[:, i] for i in range(after.shape[1])], 1)
+    )
+
+
 def test_a_state_dict_holds_the_table_of_the_source_it_holds() -> None:
     model = qat(dropout=0.5)
     train(model, adam(model), range(3))

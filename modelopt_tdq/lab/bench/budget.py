@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["BUDGETS", "Budget", "budget"]
+__all__ = ["BUDGETS", "Budget", "budget", "named"]
+
+_Budget = TypeVar("_Budget")
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,16 @@ BUDGETS = {
 
 
 def budget(name: str) -> Budget:
-    """The budget of that name.
+    """The budget of that name; raises a TdqError if there is none."""
+    return named(BUDGETS, name)
+
+
+def named(budgets: Mapping[str, _Budget], name: str) -> _Budget:
+    """One of several budgets.
 
     Raises:
-        TdqError: There is none.
+        TdqError: There is none of that name.
     """
-    if name not in BUDGETS:
-        raise TdqError("budget", name, "no such budget", f"Use one of {', '.join(BUDGETS)}")
-    return BUDGETS[name]
+    if name not in budgets:
+        raise TdqError("budget", name, "no such budget", f"Use one of {', '.join(budgets)}")
+    return budgets[name]

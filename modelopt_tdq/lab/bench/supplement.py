@@ -26,7 +26,17 @@ from modelopt_tdq.lab.model_folder import load_model
 from modelopt_tdq.lab.provenance import installed_versions
 from modelopt_tdq.lab.trajectories import load_scheduler
 
-__all__ = ["Bench", "Store", "class_name", "facts", "full_precision_key", "run_table", "runs_of", "table_path"]
+__all__ = [
+    "Bench",
+    "OfModel",
+    "Store",
+    "class_name",
+    "facts",
+    "full_precision_key",
+    "run_table",
+    "runs_of",
+    "table_path",
+]
 
 _SCHEMA_VERSION = 1
 
@@ -64,7 +74,28 @@ def facts(model: Path, packages: Sequence[str] = _PACKAGES, **others: str) -> di
 
 
 @dataclass(frozen=True)
-class Bench:
+class OfModel:
+    """Something about the full-precision model in a folder.
+
+    Attributes:
+        model: The folder.
+    """
+
+    model: Path
+
+    @property
+    def name(self) -> str:
+        """Class of the model, which results are named by."""
+        return class_name(self.model)
+
+    @cached_property
+    def checksum(self) -> str:
+        """Of the model's weights."""
+        return checksum(self.model)
+
+
+@dataclass(frozen=True)
+class Bench(OfModel):
     """What all rows share.
 
     Attributes:
@@ -76,22 +107,11 @@ class Bench:
         device: ``"cpu"`` or ``"cuda"``.
     """
 
-    model: Path
     data: Path | None
     budget: Budget
     output: Path
     workers: int = 1
     device: str = "cpu"
-
-    @property
-    def name(self) -> str:
-        """Class of the model, which results are named by."""
-        return class_name(self.model)
-
-    @cached_property
-    def checksum(self) -> str:
-        """Of the model's weights."""
-        return checksum(self.model)
 
     def facts(self) -> dict[str, Any]:
         """See :func:`facts`; with the images and the device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelopt_tdq.errors import TdqError
+from modelopt_tdq.core.metrics import require_same_shape
 from modelopt_tdq.lab.image_metrics.extractor import StageExtractor
 from modelopt_tdq.lab.image_metrics.images import batches, to_uint8
 
@@ -43,13 +43,7 @@ def perceptual_distance(reference: Tensor, images: Tensor, extractor: StageExtra
     Raises:
         TdqError: The shapes differ; as in :func:`to_uint8`.
     """
-    if reference.shape != images.shape:
-        raise TdqError(
-            "images",
-            tuple(images.shape),
-            f"not of the shape of the reference, {tuple(reference.shape)}",
-            "Compare images from the same seeds",
-        )
+    require_same_shape(reference, images, "images", "Compare images from the same seeds")
     pairs = zip(
         batches(to_uint8(reference, "reference"), batch_size), batches(to_uint8(images), batch_size), strict=True
     )

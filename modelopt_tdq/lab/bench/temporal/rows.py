@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from modelopt_tdq.errors import TdqError
+from modelopt_tdq.lab.bench.budget import named
 
 __all__ = ["BITS", "ROWS", "TemporalBudget", "TemporalRun", "runs", "temporal_budget"]
 
@@ -54,14 +54,8 @@ _BUDGETS = {
 
 
 def temporal_budget(name: str) -> TemporalBudget:
-    """The budget of that name.
-
-    Raises:
-        TdqError: There is none.
-    """
-    if name not in _BUDGETS:
-        raise TdqError("budget", name, "no such budget", f"Use one of {', '.join(_BUDGETS)}")
-    return _BUDGETS[name]
+    """The budget of that name; raises a TdqError if there is none."""
+    return named(_BUDGETS, name)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from tqdm import tqdm
 
 from modelopt_tdq.config import make_config
 from modelopt_tdq.errors import MissingExtraError, TdqError
-from modelopt_tdq.lab.bench.qat_run import checksum
-from modelopt_tdq.lab.bench.supplement import Store, class_name, facts
+from modelopt_tdq.lab.bench.supplement import OfModel, Store, facts
 from modelopt_tdq.lab.bench.temporal.deploy import deploy
 from modelopt_tdq.lab.bench.temporal.measure import Yardstick, measure
 from modelopt_tdq.lab.bench.temporal.rows import TemporalBudget, TemporalRun, runs
@@ -45,7 +43,7 @@ _CALIBRATION, _MAINTENANCE, _DEPLOYMENT = 150, 40, 60
 
 
 @dataclass(frozen=True)
-class TemporalBench:
+class TemporalBench(OfModel):
     """What all rows share.
 
     Attributes:
@@ -54,19 +52,8 @@ class TemporalBench:
         output: Folder of the results.
     """
 
-    model: Path
     budget: TemporalBudget
     output: Path
-
-    @property
-    def name(self) -> str:
-        """Class of the model, which results are named by."""
-        return class_name(self.model)
-
-    @cached_property
-    def checksum(self) -> str:
-        """Of the model's weights."""
-        return checksum(self.model)
 
     @property
     def path(self) -> Path:
