@@ -1,0 +1,488 @@
+"""Smoothing over channels (SmoothQuant, Xiao et al. 2023), of linear layers and of convolutions.
+
+    y = w x = (w c) (x / c),    c_j = max|x_j|^a / max|w_j|^(1 - a)    per input channel j
+
+A few channels with large values cost all others their codes. Dividing them moves the difficulty into the weights, whose
+codes have scales of their own. x is divided where it is quantized, by the product of c and the scale
+(:meth:`modelopt_tdq.core.scales.Scales.over_channels`), w is multiplied before it is calibrated. max|x_j| is over all
+calibrated times. Padding stays exact, since zero divided is zero.
+
+Layers that read the same tensor share a vector (q, k, v; the shortcut and the first convolution of a block), with
+max|w_j| over all of them: the tensor is divided once. ``auto`` chooses a strength a for each tensor, or none.
+
+Attention products have no weights to multiply, and stay as they are; so do transposed convolutions, and layers whose
+weight other modules use too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from tqdm import tqdm
+
+from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.core.distributed import all_reduce, gather
+from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, quantize
+from modelopt_tdq.core.together import check
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.call import first_output, layer_input
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.select import temporal_names
+from modelopt_tdq.model.timestep import CurrentTimestep
+
+__all__ = ["smooth_channels", "smoothing_vector", "undo_channel_smoothing"]
+
+#: Strengths that ``auto`` tries, beside none.
+STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8)
+
+#: ``auto`` smooths where it lowers the error of the outputs below this fraction of what it is without.
+_WORTH = 0.98
+
+#: c of a tensor lies within these factors of its geometric mean, so that the weights keep the range of their dtype.
+_FURTHEST = 1024.0
+
+#: Multiples of the largest magnitude at which ``auto`` tries to clip activations and weights, below 8 bits.
+_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def smoothing_vector(activation: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """What the channels of an activation are divided by: c_j = max|x_j|^a / max|w_j|^(1 - a).
+
+    Its geometric mean is 1: a common factor would change nothing, since scales follow.
+
+    Args:
+        activation: [C] max|x_j|.
+        weight: [C] max|w_j|.
+        strength: a, in [0, 1].
+
+    Returns:
+        [C] float32, positive and finite; 1 for channels in which either is zero or not finite.
+    """
+    largest, other = activation.double(), weight.double()
+    alive = (largest > 0) & (other > 0) & largest.isfinite() & other.isfinite()
+    if not bool(alive.any()):
+        return torch.ones_like(activation, dtype=torch.float32)
+    log = strength * torch.where(alive, largest, 1.0).log() - (1 - strength) * torch.where(alive, other, 1.0).log()
+    log = torch.where(alive, log - log[alive].mean(), 0.0)
+    return log.exp().clamp(1 / _FURTHEST, _FURTHEST).float()
+
+
+@dataclass(eq=False)
+class _Layer:
+    """A layer whose input channels can be divided.
+
+    Attributes:
+        name: As in ``model.named_modules()``.
+        module: The layer.
+        largest: [C] float32, max|x_j| so far.
+    """
+
+    name: str
+    module: Any
+    largest: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.largest = torch.zeros(self.weight.shape[1] * self.groups, device=self.weight.device)
+
+    @property
+    def quantizer(self) -> TensorQuantizer:
+        """Of the input."""
+        return self.module.input_quantizer
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """[O, C / groups, ...] as stored, not quantized."""
+        weight: nn.Parameter = self.module._parameters["weight"]
+        return weight
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution; 1 for a linear layer."""
+        return int(getattr(self.module, "groups", 1))
+
+    @property
+    def trailing(self) -> int:
+        """Dimensions of the input behind that of the channels."""
+        return len(getattr(self.module, "kernel_size", ()))
+
+    def see(self, x: Tensor) -> None:
+        """Take an input into account."""
+        channels = x.detach().movedim(x.dim() - 1 - self.trailing, 0).reshape(self.largest.numel(), -1)
+        self.largest = torch.maximum(self.largest, channels.abs().amax(1).float().to(self.largest.device))
+
+    def weight_magnitude(self) -> Tensor:
+        """[C] float32, the largest magnitude of the weights that each channel is multiplied with."""
+        weight = self.weight.detach()
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).abs().float()  # [g, O / g, C / g, ...]
+        return grouped.flatten(3).amax(3).amax(1).flatten() if grouped.dim() > 3 else grouped.amax(1).flatten()
+
+    def divisor(self, vector: Tensor) -> Tensor:
+        """[C] as it broadcasts against the input."""
+        return vector.reshape(-1, *(1,) * self.trailing)
+
+    def multiplied(self, vector: Tensor) -> Tensor:
+        """The weight, its input channels multiplied by ``vector`` [C] in float32; in the dtype of the weight."""
+        weight = self.weight.detach()
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).float()
+        factor = vector.to(weight.device).reshape(self.groups, 1, -1, *(1,) * (weight.dim() - 2))
+        return (grouped * factor).reshape(weight.shape).to(weight.dtype)
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer makes of ``x`` with another weight, both as they are."""
+        bias = self.module._parameters["bias"]
+        if self.trailing:
+            output: Tensor = self.module._conv_forward(x, weight, bias)
+            return output
+        return functional.linear(x, weight, bias)
+
+    def smooth(self, vector: Tensor) -> None:
+        """Divide the input by ``vector`` [C] from now on."""
+        self.weight.data = self.multiplied(vector)
+        quantizer: Any = self.quantizer
+        quantizer.set_channel_divisor(self.divisor(vector).to(self.weight.device))
+
+
+def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> list[_Layer]:
+    """Those whose input quantizer is one of ``quantizers``, and whose weight is theirs alone."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantModule) or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+            continue
+        weight = module._parameters.get("weight")
+        if quantizers.get(f"{name}.input_quantizer") is None or weight is None or owners[id(weight)] > 1:
+            continue
+        if weight.dim() != 2 + len(getattr(module, "kernel_size", ())):
+            continue  # compressed
+        if isinstance(weight, DTensor):
+            raise TdqError(
+                "channel_smoothing",
+                name,
+                "the channels of this weight are spread over processes",
+                'Smooth and calibrate before the model is sharded, or set "channel_smoothing": "none"',
+            )
+        found.append(_Layer(name, module))
+    return found
+
+
+def _require_plain(model: nn.Module, config: CalibrationFields) -> None:
+    """Raise where channels cannot be smoothed, or are already."""
+    if config.weights == "keep":
+        raise TdqError(
+            "channel_smoothing",
+            config.channel_smoothing,
+            'it changes the weights, and "weights": "keep" says that their scales stay',
+            'Use "weights": "max" or "mse", or "channel_smoothing": "none"',
+        )
+    require_weights(model, "have its channels smoothed")
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and getattr(module, "pre_quant_scale", None) is not None:
+            raise TdqError(
+                "channel_smoothing",
+                config.channel_smoothing,
+                f"the input of {name} has a pre_quant_scale already, as of ModelOpt's smoothquant or awq",
+                'Take the other algorithm out of "algorithm", or set "channel_smoothing": "none"',
+            )
+
+
+class _Readers:
+    """Which layers read the same tensor, over all calls of the model: sets that grow together."""
+
+    def __init__(self, layers: list[_Layer]) -> None:
+        self._parent = list(range(len(layers)))
+        self._readers: dict[Any, tuple[StorageWeakRef, int]] = {}
+
+    def _root(self, number: int) -> int:
+        while self._parent[number] != number:
+            number = self._parent[number]
+        return number
+
+    def join(self, one: int, other: int) -> None:
+        """Layers ``one`` and ``other`` share a vector."""
+        one, other = self._root(one), self._root(other)
+        self._parent[max(one, other)] = min(one, other)
+
+    def read(self, number: int, trailing: int, x: Tensor) -> None:
+        """Layer ``number`` reads ``x``: the same as an earlier one, if the same memory has not been written since."""
+        # as long as it is kept, no other memory has its address
+        storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        version = -1 if x.is_inference() else x._version
+        key = storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, version, trailing
+        known = self._readers.setdefault(key, (storage, number))
+        self.join(known[1], number)
+
+    def next_call(self) -> None:
+        """A call of the model is over."""
+        self._readers.clear()
+
+    def groups(self) -> list[list[int]]:
+        """Numbers of the layers that share a vector; the same in all processes."""
+        for parents in gather(self._parent):
+            for number, parent in enumerate(parents):
+                self.join(number, parent)
+        found: dict[int, list[int]] = {}
+        for number in range(len(self._parent)):
+            found.setdefault(self._root(number), []).append(number)
+        return list(found.values())
+
+
+@contextmanager
+def _observed(layers: list[_Layer], readers: _Readers) -> Iterator[None]:
+    """While the model runs, find the largest magnitudes of the layers' inputs, and who shares one."""
+
+    def hook(number: int) -> Callable[..., None]:
+        layer = layers[number]
+
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if x.numel() == 0:
+                return
+            layer.see(x)
+            readers.read(number, layer.trailing, x)
+
+        return observe
+
+    handles = [layer.quantizer.register_forward_pre_hook(hook(number)) for number, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], Any],
+    timestep: CurrentTimestep,
+    config: CalibrationFields,
+    layers: list[_Layer],
+) -> tuple[list[list[_Layer]], Replay | None]:
+    """Run ``forward_loop`` in full precision.
+
+    Returns:
+        The layers whose inputs are not only zeros, those that read the same tensor together; and a sample of the calls,
+        for ``auto``.
+    """
+    readers = _Readers(layers)
+    replay = Replay(model, timestep, config.replay_samples) if config.channel_smoothing == "auto" else None
+    with tqdm(total=config.expected_calls, desc="channels", unit="call", disable=not config.progress) as bar:
+
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            check()
+            readers.next_call()
+            if not timestep.aside:
+                bar.update()
+
+        handle = model.register_forward_hook(count)
+        try:
+            with _observed(layers, readers), full_precision(model), torch.no_grad():
+                if replay is None:
+                    forward_loop(model)
+                else:
+                    with replay.recording(model):
+                        forward_loop(model)
+        finally:
+            handle.remove()
+    if replay is not None:
+        replay.agree()
+    for layer in layers:
+        layer.largest = all_reduce(layer.largest, "max")
+    groups = [[layers[number] for number in group] for group in readers.groups()]
+    return [group for group in groups if any(bool(layer.largest.any()) for layer in group)], replay
+
+
+def _vector(group: list[_Layer], strength: float) -> Tensor:
+    """[C] of the layers that read one tensor."""
+    device = group[0].weight.device
+    largest = torch.stack([layer.largest.to(device) for layer in group]).amax(0)
+    weights = torch.stack([layer.weight_magnitude().to(device) for layer in group]).amax(0)
+    return smoothing_vector(largest, weights, strength)
+
+
+class _Trial:
+    """Forward hook on one layer: the error of its output, quantized with each strength, against what it is.
+
+    Weights and activations have their bits, activations a scale for each call, as close to the final one as the
+    samples of one time allow.
+    """
+
+    def __init__(self, layer: _Layer, vectors: list[Tensor], config: CalibrationFields, temporal: bool) -> None:
+        self.layer, self.vectors = layer, vectors
+        self.clips = (1.0,) if config.statistic == "max" else _CLIPS
+        self.shifted = bool(config.asymmetric)
+        self.static = not temporal
+        self.error = torch.zeros(len(vectors), dtype=torch.float64)
+        self.counts = True
+        clips = (1.0,) if config.weights == "max" else _CLIPS
+        self.weights = [_rounded_weight(layer, vector, clips) for vector in vectors]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.counts:
+            return
+        layer, num_bits = self.layer, self.layer.quantizer.num_bits
+        x, y = layer_input(args, kwargs), first_output(output)
+        energy = y.double().square().sum().clamp(min=1e-30)
+        for number, (vector, rounded) in enumerate(zip(self.vectors, self.weights, strict=True)):
+            divided = x.float() / layer.divisor(vector).to(x.device)
+            bound = (layer.largest / vector.to(layer.largest.device)).max()
+            quantized = _rounded_activation(divided, num_bits, self.clips, self.shifted, bound if self.static else None)
+            if rounded is None:
+                weight = layer.multiplied(vector)
+            else:
+                weight = (rounded[0].float() * rounded[1]).to(layer.weight.dtype)
+            found = layer.compute(quantized.to(x.dtype), weight)
+            self.error[number] += float((found - y).double().square().sum() / energy)
+
+
+def _clips_of(num_bits: NumBits, clips: tuple[float, ...]) -> tuple[float, ...]:
+    return clips if isinstance(num_bits, int) and num_bits < 8 else clips[:1]
+
+
+def _rounded_weight(layer: _Layer, vector: Tensor, clips: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
+    """Codes and scales [O, 1, ...] of the multiplied weight, for each output channel; None if it stays in float."""
+    quantizer = layer.module.weight_quantizer
+    plain = isinstance(quantizer, TensorQuantizer) and not isinstance(quantizer, SequentialQuantizer)
+    if not plain or not quantizer.is_enabled or quantizer.num_bits not in SUPPORTED_BITS:
+        return None
+    num_bits: NumBits = quantizer.num_bits
+    weight = layer.multiplied(vector).float()
+    kept = () if quantizer.axis is None else (0,)
+    amax = weight.abs().amax([d for d in range(weight.dim()) if d not in kept], keepdim=True).clamp(min=1e-30)
+    best = torch.full_like(amax, float("inf"))
+    scale = amax / code_range(num_bits)[1]
+    for clip in _clips_of(num_bits, clips):
+        tried = amax * clip / code_range(num_bits)[1]
+        error = (fake_quantize(weight, tried, None, num_bits) - weight).square()
+        error = error.sum([d for d in range(weight.dim()) if d not in kept], keepdim=True)
+        scale, best = torch.where(error < best, tried, scale), torch.minimum(error, best)
+    codes = quantize(weight, scale, None, num_bits)
+    return codes.to(torch.float8_e4m3fn if num_bits == FP8_E4M3 else torch.int8), scale
+
+
+def _rounded_activation(
+    x: Tensor, num_bits: NumBits, clips: tuple[float, ...], shifted: bool, bound: Tensor | None
+) -> Tensor:
+    """Fake-quantized with that one of a few scales which has the least squared error."""
+    smallest, largest = code_range(num_bits)
+    low, high = (v.clamp(max=0) if i == 0 else v.clamp(min=0) for i, v in enumerate(torch.aminmax(x)))
+    amax = (torch.maximum(-low, high) if bound is None else bound.to(x.device)).clamp(min=1e-30)
+    options: list[tuple[Tensor, Tensor | None]] = [(amax * clip / largest, None) for clip in _clips_of(num_bits, clips)]
+    if shifted and isinstance(num_bits, int):
+        for clip in _clips_of(num_bits, clips):
+            scale = ((high * clip - low) / (largest - smallest)).clamp(min=1e-30)
+            options.append((scale, scale * torch.round(low / scale - smallest)))
+    best, error = x, float("inf")
+    for scale, offset in options:
+        tried = fake_quantize(x, scale, offset, num_bits)
+        found = error if len(options) == 1 else float((tried - x).square().sum())
+        if len(options) == 1 or found < error:
+            best, error = tried, found
+    return best
+
+
+def _chosen(
+    model: nn.Module, groups: list[list[_Layer]], replay: Replay, config: CalibrationFields, follow: set[str]
+) -> list[Tensor | None]:
+    """The vector of each group with the least error of its layers' outputs, over all times; None: not smoothed."""
+    vectors = []
+    trials: dict[int, _Trial] = {}
+    handles = []
+    for group in groups:
+        ones = torch.ones_like(_vector(group, 0.5))
+        vectors.append([ones, *(_vector(group, strength) for strength in STRENGTHS)])
+        for layer in group:
+            temporal = f"{layer.name}.input_quantizer" in follow and config.bins != 1
+            trials[id(layer)] = _Trial(layer, vectors[-1], config, temporal)
+            handles.append(layer.module.register_forward_hook(trials[id(layer)], with_kwargs=True))
+    times = replay.times
+    try:
+        with full_precision(model), torch.no_grad():
+            for batch in tqdm(replay.batches(times), "strengths", len(times), disable=not config.progress, unit="step"):
+                for trial in trials.values():
+                    trial.counts = batch.own
+                model(**batch.call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[Tensor | None] = []
+    for group, tried in zip(groups, vectors, strict=True):
+        errors = all_reduce(torch.stack([trials[id(layer)].error for layer in group]).sum(0), "sum")
+        errors[0] *= _WORTH
+        best = int(errors.argmin())
+        found.append(tried[best] if best else None)
+    return found
+
+
+def smooth_channels(
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], Any],
+    quantizers: dict[str, TensorQuantizer],
+    timestep: CurrentTimestep,
+    config: CalibrationFields,
+) -> None:
+    """Divide the input channels of linear layers and convolutions, and multiply their weights.
+
+    Runs ``forward_loop`` once; the scales are calibrated by another run. Weights are put in place of others, which stay
+    as they are: whoever raises later gives them back (:func:`modelopt_tdq.model.snapshot.restored_on_error`).
+
+    Args:
+        model: Quantized by ``mtq.quantize``.
+        forward_loop: Calls the model on calibration data.
+        quantizers: The enabled activation quantizers with one scale per tensor, by name.
+        timestep: Of the model.
+        config: Its ``channel_smoothing`` is the strength a, ``auto``, or ``none``.
+
+    Raises:
+        TdqError: The weights' scales are to be kept, or weights are spread over processes or elsewhere; or a quantizer
+            has a ``pre_quant_scale`` of ModelOpt's.
+    """
+    if config.channel_smoothing == "none":
+        return
+    _require_plain(model, config)
+    layers = _layers(model, quantizers)
+    groups, replay = _run(model, forward_loop, timestep, config, layers)
+    if replay is None:
+        vectors: list[Tensor | None] = [_vector(group, float(config.channel_smoothing)) for group in groups]
+    else:
+        follow = temporal_names(config.temporal, list(quantizers))
+        vectors = _chosen(model, groups, replay, config, follow)
+    for group, vector in zip(groups, vectors, strict=True):
+        if vector is None:
+            continue
+        for layer in group:
+            TemporalQuantizer.from_tensor_quantizer(layer.quantizer, timestep, f"{layer.name}.input_quantizer")
+            layer.smooth(vector)
+
+
+def undo_channel_smoothing(model: nn.Module) -> None:
+    """Give the layers of ``model`` back the weights that they had, but for rounding, and the inputs as they are.
+
+    The scales of both no longer fit.
+    """
+    for name, module in model.named_modules():
+        quantizer: Any = getattr(module, "input_quantizer", None)
+        if not isinstance(quantizer, TemporalQuantizer):
+            continue
+        divisor = quantizer.channel_divisor
+        if divisor is not None:
+            layer = _Layer(name, module)
+            layer.weight.data = layer.multiplied(1.0 / divisor.flatten())
+            quantizer.set_channel_divisor(None)
