@@ -16,7 +16,9 @@ weight other modules use too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +31,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from tqdm import tqdm
 
+from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields
-from modelopt_tdq.core.distributed import all_reduce, gather
+from modelopt_tdq.core.distributed import all_reduce, gather, union
 from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, quantize
 from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
@@ -39,13 +42,21 @@ from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
-from modelopt_tdq.model.select import temporal_names
+from modelopt_tdq.model.replay_ranks import all_samples
+from modelopt_tdq.model.select import temporal_names, weight_quantizers
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["smooth_channels", "smoothing_vector", "undo_channel_smoothing"]
 
 #: Strengths that ``auto`` tries, beside none.
 STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8)
+
+#: So many of them ``auto`` tries for all tensors at once.
+_UNIFORM = 3
+
+#: Times at which ``auto`` compares outputs of the model; and by how many dB smoothing has to be better than none.
+_JUDGED = 8
+_CLEAR = 0.1
 
 #: ``auto`` smooths where it lowers the error of the outputs below this fraction of what it is without.
 _WORTH = 0.98
@@ -54,7 +65,7 @@ _WORTH = 0.98
 _FURTHEST = 1024.0
 
 #: Multiples of the largest magnitude at which ``auto`` tries to clip activations and weights, below 8 bits.
-_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -89,13 +100,16 @@ class _Layer:
         name: As in ``model.named_modules()``.
         module: The layer.
         largest: [C] float32, max|x_j| so far.
+        original: The memory of its weight as it is, [O, C / groups, ...].
     """
 
     name: str
     module: Any
     largest: Tensor = field(init=False, repr=False)
+    original: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.original = self.weight.data
         self.largest = torch.zeros(self.weight.shape[1] * self.groups, device=self.weight.device)
 
     @property
@@ -126,7 +140,7 @@ class _Layer:
 
     def weight_magnitude(self) -> Tensor:
         """[C] float32, the largest magnitude of the weights that each channel is multiplied with."""
-        weight = self.weight.detach()
+        weight = self.original
         grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).abs().float()  # [g, O / g, C / g, ...]
         return grouped.flatten(3).amax(3).amax(1).flatten() if grouped.dim() > 3 else grouped.amax(1).flatten()
 
@@ -135,8 +149,8 @@ class _Layer:
         return vector.reshape(-1, *(1,) * self.trailing)
 
     def multiplied(self, vector: Tensor) -> Tensor:
-        """The weight, its input channels multiplied by ``vector`` [C] in float32; in the dtype of the weight."""
-        weight = self.weight.detach()
+        """The original weight, its input channels multiplied by ``vector`` [C] in float32; in its own dtype."""
+        weight = self.original
         grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).float()
         factor = vector.to(weight.device).reshape(self.groups, 1, -1, *(1,) * (weight.dim() - 2))
         return (grouped * factor).reshape(weight.shape).to(weight.dtype)
@@ -149,11 +163,15 @@ class _Layer:
             return output
         return functional.linear(x, weight, bias)
 
-    def smooth(self, vector: Tensor) -> None:
-        """Divide the input by ``vector`` [C] from now on."""
-        self.weight.data = self.multiplied(vector)
-        quantizer: Any = self.quantizer
-        quantizer.set_channel_divisor(self.divisor(vector).to(self.weight.device))
+    def smooth(self, vector: Tensor | None, timestep: CurrentTimestep) -> None:
+        """Divide the input by ``vector`` [C] from now on; None: leave both as they were.
+
+        The multiplied weight is put in place of the original, which stays as it is: whoever raises later gives it back
+        (:func:`modelopt_tdq.model.snapshot.restored_on_error`).
+        """
+        quantizer = TemporalQuantizer.from_tensor_quantizer(self.quantizer, timestep, f"{self.name}.input_quantizer")
+        self.weight.data = self.original if vector is None else self.multiplied(vector)
+        quantizer.set_channel_divisor(None if vector is None else self.divisor(vector).to(self.original.device))
 
 
 def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> list[_Layer]:
@@ -398,7 +416,7 @@ def _rounded_activation(
     return best
 
 
-def _chosen(
+def _least_layer_error(
     model: nn.Module, groups: list[list[_Layer]], replay: Replay, config: CalibrationFields, follow: set[str]
 ) -> list[Tensor | None]:
     """The vector of each group with the least error of its layers' outputs, over all times; None: not smoothed."""
@@ -406,13 +424,13 @@ def _chosen(
     trials: dict[int, _Trial] = {}
     handles = []
     for group in groups:
-        ones = torch.ones_like(_vector(group, 0.5))
-        vectors.append([ones, *(_vector(group, strength) for strength in STRENGTHS)])
+        tried = [_vector(group, strength) for strength in STRENGTHS]
+        vectors.append([torch.ones_like(tried[0]), *tried])
         for layer in group:
             temporal = f"{layer.name}.input_quantizer" in follow and config.bins != 1
             trials[id(layer)] = _Trial(layer, vectors[-1], config, temporal)
             handles.append(layer.module.register_forward_hook(trials[id(layer)], with_kwargs=True))
-    times = replay.times
+    times = union(set(replay.times))
     try:
         with full_precision(model), torch.no_grad():
             for batch in tqdm(replay.batches(times), "strengths", len(times), disable=not config.progress, unit="step"):
@@ -431,6 +449,98 @@ def _chosen(
     return found
 
 
+class _Judge:
+    """The error of the model's output for a choice of vectors, on replayed calls at a few times.
+
+    Weights are quantized as they will be; activations with a scale for each call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quantizers: dict[str, TensorQuantizer],
+        replay: Replay,
+        config: CalibrationFields,
+    ) -> None:
+        self._model, self._replay, self._config = model, replay, config
+        self._activations = list(quantizers.values())
+        inner = [part for q in weight_quantizers(model) for part in q.modules()]
+        self._weights = [q for q in inner if isinstance(q, TensorQuantizer) and q.is_enabled]
+        times = union(set(replay.times))
+        count = min(len(times), _JUDGED)
+        self._times = [times[(2 * i + 1) * len(times) // (2 * count)] for i in range(count)]
+        self._references: dict[int, Tensor] = {}
+
+    @contextmanager
+    def _rounding(self) -> Iterator[None]:
+        clips = (1.0,) if self._config.statistic == "max" else _CLIPS
+
+        def hook(quantizer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            shifted = bool(self._config.asymmetric)
+            return _rounded_activation(output.float(), quantizer.num_bits, clips, shifted, None).to(output.dtype)
+
+        handles = [quantizer.register_forward_hook(hook) for quantizer in self._activations]
+        for quantizer in self._weights:
+            quantizer.enable_quant()
+        try:
+            yield
+        finally:
+            for quantizer in self._weights:
+                quantizer.disable_quant()
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """Mean over the times of the error of the model as it is now, in dB."""
+        calibrate_weights(self._model, self._config.weights, remember=False)
+        found: dict[int, list[tuple[Sequence[float], Tensor]]] = defaultdict(list)
+        with full_precision(self._model):
+            for number, batch in enumerate(self._replay.batches(self._times)):
+                if number not in self._references:
+                    self._references[number] = first_output(self._model(**batch.call)).float()
+                reference = self._references[number]
+                with self._rounding():
+                    difference = first_output(self._model(**batch.call)).float() - reference
+                if batch.counts:
+                    powers = [value.flatten(1).double().square().sum(1) for value in (difference, reference)]
+                    found[batch.row].append((batch.order, torch.stack(powers, 1)))
+        rows = [sums.sum(0).clamp(min=1e-30) for sums in all_samples(found).values()]
+        return sum(10 * math.log10(float(row[0] / row[1])) for row in rows) / max(len(rows), 1)
+
+
+def _chosen(
+    model: nn.Module,
+    groups: list[list[_Layer]],
+    quantizers: dict[str, TensorQuantizer],
+    replay: Replay,
+    timestep: CurrentTimestep,
+    config: CalibrationFields,
+) -> list[Tensor | None]:
+    """The vectors of ``auto``: those with the least error of the model's output.
+
+    Among none, those that are best for each tensor by itself, and each strength everywhere. What rounding does to
+    a weight is the same for all samples and times, and adds up through the layers: the best for each layer may not be
+    the best for all.
+    """
+    follow = temporal_names(config.temporal, list(quantizers))
+    own = _least_layer_error(model, groups, replay, config, follow)
+    choices: list[list[Tensor | None]] = [[None] * len(groups), own]
+    choices += [[_vector(group, strength) for group in groups] for strength in STRENGTHS[:_UNIFORM]]
+    judge, errors = _Judge(model, quantizers, replay, config), []
+    for choice in tqdm(choices, "smoothings", disable=not config.progress):
+        _smooth(groups, choice, timestep)
+        errors.append(judge())
+    errors[0] -= _CLEAR
+    return choices[errors.index(min(errors))]
+
+
+def _smooth(groups: list[list[_Layer]], vectors: list[Tensor | None], timestep: CurrentTimestep) -> None:
+    for group, vector in zip(groups, vectors, strict=True):
+        for layer in group:
+            layer.smooth(vector, timestep)
+
+
 def smooth_channels(
     model: nn.Module,
     forward_loop: Callable[[nn.Module], Any],
@@ -440,8 +550,7 @@ def smooth_channels(
 ) -> None:
     """Divide the input channels of linear layers and convolutions, and multiply their weights.
 
-    Runs ``forward_loop`` once; the scales are calibrated by another run. Weights are put in place of others, which stay
-    as they are: whoever raises later gives them back (:func:`modelopt_tdq.model.snapshot.restored_on_error`).
+    Runs ``forward_loop`` once; the scales are calibrated by another run.
 
     Args:
         model: Quantized by ``mtq.quantize``.
@@ -462,14 +571,8 @@ def smooth_channels(
     if replay is None:
         vectors: list[Tensor | None] = [_vector(group, float(config.channel_smoothing)) for group in groups]
     else:
-        follow = temporal_names(config.temporal, list(quantizers))
-        vectors = _chosen(model, groups, replay, config, follow)
-    for group, vector in zip(groups, vectors, strict=True):
-        if vector is None:
-            continue
-        for layer in group:
-            TemporalQuantizer.from_tensor_quantizer(layer.quantizer, timestep, f"{layer.name}.input_quantizer")
-            layer.smooth(vector)
+        vectors = _chosen(model, groups, quantizers, replay, timestep, config)
+    _smooth(groups, vectors, timestep)
 
 
 def undo_channel_smoothing(model: nn.Module) -> None:
