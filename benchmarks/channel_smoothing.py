@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
-from record import write
+from record import RESULTS, write
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -57,21 +59,18 @@ def _setting(text: str) -> Any:
     return text if text in ("none", "auto") else float(text)
 
 
-def bundled(name: str, bits: list[tuple[int, int]], settings: list[str], arguments: Any) -> list[Row]:
+def bundled(name: str, bits: list[tuple[int, int]], settings: list[str], arguments: Any) -> Iterator[Row]:
     """Of one of the models of the project."""
     source = ROOT / "trt_examples" / "ddim_cifar10" / BUNDLED[name]
     model, scheduler = load_model(source), load_scheduler(source)
     start = noise(arguments.samples, sample_shape(model), 0)
     held_out = reference(model, scheduler, arguments.held_out, arguments.steps, 1, lambda: None)
-    rows = []
     for weights, activations in bits:
         for text in settings:
             config = tdq.make_config(weights, activations, channel_smoothing=_setting(text), progress=False)
             copied = mtq.quantize(copy.deepcopy(model), config, lambda m: sample(m, scheduler, start, arguments.steps))
             found = judge(copied, scheduler, held_out, lambda: None)
-            rows.append(Row(name, weights, activations, text, _smoothed(copied), found.sqnr_db, found.psnr_db))
-            _show(rows[-1])
-    return rows
+            yield Row(name, weights, activations, text, _smoothed(copied), found.sqnr_db, found.psnr_db)
 
 
 @torch.no_grad()
@@ -88,7 +87,7 @@ def _trajectory(model: nn.Module, start: Tensor, visit: Callable[[Tensor, Tensor
     return clean
 
 
-def terrain(folder: str, script: str, settings: list[str]) -> list[Row]:
+def terrain(folder: str, script: str, settings: list[str]) -> Iterator[Row]:
     """Of the converged model."""
     spec = importlib.util.spec_from_file_location("terrain", script)
     if spec is None or spec.loader is None:
@@ -99,7 +98,6 @@ def terrain(folder: str, script: str, settings: list[str]) -> list[Row]:
     start, other = (noise(count, (1, 128, 128), seed) for count, seed in ((4, 0), (2, 1)))
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     image = _trajectory(model, other, lambda *call: calls.append(call))
-    rows = []
     for text in settings:
         fields = {"statistic": "max", "replay_samples": 2, "protect_steps": False, "timestep_argument": "sigma"}
         config = tdq.make_config(
@@ -113,15 +111,8 @@ def terrain(folder: str, script: str, settings: list[str]) -> list[Row]:
                 sqnr_db(clean, copied(noisy=x, sigma=sigma.expand(len(x)), difficulty=difficulty))
                 for x, sigma, clean in calls
             ]
-        rows.append(
-            Row("terrain", 8, 8, text, _smoothed(copied), decibels, psnr_db(image, _trajectory(copied, other, None)))
-        )
-        _show(rows[-1])
-    return rows
-
-
-def _show(row: Row) -> None:
-    print(_cells(row), flush=True)
+        image_db = psnr_db(image, _trajectory(copied, other, None))
+        yield Row("terrain", 8, 8, text, _smoothed(copied), decibels, image_db)
 
 
 def _cells(row: Row) -> str:
@@ -144,15 +135,30 @@ def main() -> None:
     parser.add_argument("--terrain", default=None)
     parser.add_argument("--terrain-script", default=None)
     parser.add_argument("--name", default="channel_smoothing")
+    parser.add_argument("--append", action="store_true", help="keep the other rows of the file that is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = arguments.smoothing.split(",")
     bits = [(int(pair.split("/")[0]), int(pair.split("/")[1])) for pair in arguments.formats.split(",")]
-    rows: list[Row] = []
-    for name in filter(None, arguments.models.split(",")):
-        rows += bundled(name, bits, settings, arguments)
+    made: Iterator[Row] = chain.from_iterable(
+        bundled(name, bits, settings, arguments) for name in filter(None, arguments.models.split(","))
+    )
     if arguments.terrain is not None:
-        rows += terrain(arguments.terrain, arguments.terrain_script, settings)
+        made = chain(made, terrain(arguments.terrain, arguments.terrain_script, settings))
+    kept = RESULTS / f"{arguments.name}.json"
+    rows: dict[Any, Row] = {}
+    if arguments.append and kept.is_file():
+        rows = {_key(row): row for row in (Row(**fields) for fields in json.loads(kept.read_text())["rows"])}
+    for row in made:
+        rows[_key(row)] = row
+        write(arguments.name, {"rows": [asdict(each) for each in rows.values()]}, _table(list(rows.values())))
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row.model, row.weights, row.activations, row.smoothing
+
+
+def _table(rows: list[Row]) -> str:
     lines = [
         "Mean / worst step of the SQNR, and PSNR of the images, in dB; on trajectories that were not calibrated on.",
         "",
@@ -160,7 +166,7 @@ def main() -> None:
         "|---|---|---|--:|--:|--:|",
         *(_cells(row) for row in rows),
     ]
-    write(arguments.name, {"rows": [asdict(row) for row in rows]}, "\n".join(lines))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

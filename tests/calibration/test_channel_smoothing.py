@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import modelopt.torch.opt as mto
@@ -23,6 +24,7 @@ from modelopt_tdq.calibration.channel_smoothing import _Layer, smoothing_vector,
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
+from modelopt_tdq.reconstruction.learn import _learning
 
 
 class Outliers(nn.Module):
@@ -440,9 +442,11 @@ def test_trained_scales_and_weights_are_smoothed_ones() -> None:
     model = mtq.quantize(outliers(), config, loop(calls()))
     before = _error(model, plain)
     assert before < _error(smoothed("none", weight_bits=4, activation_bits=4), plain) / 2
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), 3e-4)
     sample, time = calls()[0]
+    with torch.no_grad():  # the same in training, but for codes at the edge
+        deployed, trained = model(sample, time), model.train()(sample, time)
+    assert float((trained - deployed).square().mean() / deployed.square().mean()) < 1e-3
+    optimizer = torch.optim.Adam(model.parameters(), 3e-4)
     target = plain(sample, time).detach()
     losses = []
     for _ in range(5):
@@ -460,6 +464,15 @@ def test_trained_scales_and_weights_are_smoothed_ones() -> None:
     with full_precision(model):
         exact = plain(sample, time)
         assert float((model(sample, time) - exact).abs().max()) < 0.1 * float(exact.abs().max())
+
+
+def test_inputs_that_a_reconstruction_does_not_quantize_are_smoothed_too() -> None:
+    quantizer = smoothed().conv1.input_quantizer
+    x = noise(2, 8, 4, 4)
+    with _learning(SimpleNamespace(quantizers={"conv1": quantizer}, columns=None), 1.0):  # type: ignore[arg-type]
+        quantizer._timestep.begin(torch.tensor([600.0]))
+        assert torch.equal(quantizer(x), x / quantizer.channel_divisor)
+        quantizer._timestep.end()
 
 
 def test_reconstruction_learns_on_smoothed_activations() -> None:

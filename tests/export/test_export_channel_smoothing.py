@@ -183,6 +183,19 @@ def test_scales_and_offsets_of_the_way_back(bits: Any) -> None:
         _layers_equal_torch(low, model, inputs, torch.tensor([450.0]), 1e-5)
 
 
+def test_equal_scales_of_different_channels() -> None:
+    """Quantizers with the same column of the table share what is looked up, and no more than that."""
+    model = smoothed()
+    names = tuple(temporal_quantizers(model))
+    column = torch.tensor([[0.01], [0.02], [0.03], [0.05]])
+    tdq.set_scale_table(model, tdq.ScaleTable(torch.tensor(TIMES), column.expand(4, len(names)), names))
+    model.conv.input_quantizer.set_channel_divisor(torch.tensor([1.0, 2.0, 3.0, 0.3]).reshape(-1, 1, 1))
+    inputs = {"sample": noise(2, 4, 8, 8, seed=3), "timestep": torch.tensor(450.0)}
+    for lowering in LOWERINGS:
+        low = lowered(trace(model, inputs), lowering)
+        assert codes_by_definition(low, model, inputs, 450.0)[1] == 0
+
+
 def test_bfloat16_is_exported() -> None:
     model = smoothed(torch.bfloat16)
     inputs = {"sample": noise(2, 4, 8, 8, seed=3).to(torch.bfloat16), "timestep": torch.tensor(450.0)}
