@@ -342,12 +342,15 @@ class _Trial:
     samples of one time allow.
     """
 
-    def __init__(self, layer: _Layer, vectors: list[Tensor], config: CalibrationFields, temporal: bool) -> None:
+    def __init__(
+        self, layer: _Layer, vectors: list[Tensor], config: CalibrationFields, temporal: bool, rows: int
+    ) -> None:
         self.layer, self.vectors = layer, vectors
         self.clips = (1.0,) if config.statistic == "max" else _CLIPS
         self.shifted = bool(config.asymmetric)
         self.static = not temporal
-        self.error = torch.zeros(len(vectors), dtype=torch.float64)
+        self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
+        self.row = 0
         self.counts = True
         clips = (1.0,) if config.weights == "max" else _CLIPS
         self.weights = [_rounded_weight(layer, vector, clips) for vector in vectors]
@@ -357,7 +360,7 @@ class _Trial:
             return
         layer, num_bits = self.layer, self.layer.quantizer.num_bits
         x, y = layer_input(args, kwargs), first_output(output)
-        energy = y.double().square().sum().clamp(min=1e-30)
+        self.squares[self.row, -1] += float(y.double().square().sum())
         for number, (vector, rounded) in enumerate(zip(self.vectors, self.weights, strict=True)):
             divided = x.float() / layer.divisor(vector).to(x.device)
             bound = (layer.largest / vector.to(layer.largest.device)).max()
@@ -367,7 +370,12 @@ class _Trial:
             else:
                 weight = (rounded[0].float() * rounded[1]).to(layer.weight.dtype)
             found = layer.compute(quantized.to(x.dtype), weight)
-            self.error[number] += float((found - y).double().square().sum() / energy)
+            self.squares[self.row, number] += float((found - y).double().square().sum())
+
+    def error(self) -> Tensor:
+        """[number of vectors] of each, relative to the output, summed over the times; over all processes."""
+        squares = all_reduce(self.squares, "sum")
+        return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30)).sum(0)
 
 
 def _clips_of(num_bits: NumBits, clips: tuple[float, ...]) -> tuple[float, ...]:
@@ -423,26 +431,26 @@ def _least_layer_error(
     vectors = []
     trials: dict[int, _Trial] = {}
     handles = []
+    times = union(set(replay.times))
     for group in groups:
         tried = [_vector(group, strength) for strength in STRENGTHS]
         vectors.append([torch.ones_like(tried[0]), *tried])
         for layer in group:
             temporal = f"{layer.name}.input_quantizer" in follow and config.bins != 1
-            trials[id(layer)] = _Trial(layer, vectors[-1], config, temporal)
+            trials[id(layer)] = _Trial(layer, vectors[-1], config, temporal, len(times))
             handles.append(layer.module.register_forward_hook(trials[id(layer)], with_kwargs=True))
-    times = union(set(replay.times))
     try:
         with full_precision(model), torch.no_grad():
             for batch in tqdm(replay.batches(times), "strengths", len(times), disable=not config.progress, unit="step"):
                 for trial in trials.values():
-                    trial.counts = batch.own
+                    trial.row, trial.counts = batch.row, batch.own
                 model(**batch.call)
     finally:
         for handle in handles:
             handle.remove()
     found: list[Tensor | None] = []
     for group, tried in zip(groups, vectors, strict=True):
-        errors = all_reduce(torch.stack([trials[id(layer)].error for layer in group]).sum(0), "sum")
+        errors = torch.stack([trials[id(layer)].error() for layer in group]).sum(0)
         errors[0] *= _WORTH
         best = int(errors.argmin())
         found.append(tried[best] if best else None)
@@ -519,9 +527,12 @@ def _chosen(
 ) -> list[Tensor | None]:
     """The vectors of ``auto``: those with the least error of the model's output.
 
-    Among none, those that are best for each tensor by itself, and each strength everywhere. What rounding does to
+    Among none, those that are best for each tensor by itself, and some strengths everywhere. What rounding does to
     a weight is the same for all samples and times, and adds up through the layers: the best for each layer may not be
     the best for all.
+
+    Where samples are spread over several processes, or over other batches, scales of a call differ a little, and so may
+    the choice; all processes make the same one.
     """
     follow = temporal_names(config.temporal, list(quantizers))
     own = _least_layer_error(model, groups, replay, config, follow)
@@ -568,6 +579,8 @@ def smooth_channels(
     _require_plain(model, config)
     layers = _layers(model, quantizers)
     groups, replay = _run(model, forward_loop, timestep, config, layers)
+    if not groups:
+        return
     if replay is None:
         vectors: list[Tensor | None] = [_vector(group, float(config.channel_smoothing)) for group in groups]
     else:
