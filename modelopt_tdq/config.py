@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from modelopt.torch.opt.config import ModeloptField
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
-from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from modelopt_tdq.core.fake_quant import SUPPORTED_BITS, NumBits
 from modelopt_tdq.errors import TdqError
@@ -178,6 +178,16 @@ class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
         description=(
             "Neighbouring rows share their evidence with a Gaussian of this standard deviation (max: the envelope over "
             "two standard deviations), so that a row seen on few samples does not clip the outliers of unseen ones."
+        ),
+    )
+    channel_smoothing: Literal["none", "auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = ModeloptField(
+        default="none",
+        title="Smoothing over channels",
+        description=(
+            "The channels of the inputs of linear layers and convolutions are divided by "
+            "c = max|x|^a / max|w|^(1 - a), and the weights multiplied; a number is a, auto chooses one for each "
+            "tensor, or none, by the squared error of the layers' outputs. Exact, and free when deployed: c is part of "
+            "the division by the scale. Runs `forward_loop` twice. Not together with ModelOpt's smoothquant."
         ),
     )
     asymmetric: bool | Literal["auto"] = ModeloptField(

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
+from modelopt_tdq.calibration.channel_smoothing import smooth_channels, undo_channel_smoothing
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.columns import worth_an_offset
 from modelopt_tdq.calibration.others import load_amax
@@ -30,7 +31,7 @@ from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import activation_quantizers, temporal_names
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
 from modelopt_tdq.model.unquantized import forget_left_out, leave_out
-from modelopt_tdq.model.weight_fit import require_own_weights
+from modelopt_tdq.model.weight_fit import require_own_weights, require_smoothed_weights
 from modelopt_tdq.model.wrapped import require_plain_parts
 
 __all__ = ["Calibration", "collect"]
@@ -85,9 +86,10 @@ def _run(
             for quantizer in calibrated:
                 quantizer.disable_calib()
     if not any(gather(calls)):
-        raise TdqError(
-            "forward_loop", forward_loop, "it never called the model", "Call the model on calibration data in it"
-        )
+        cure = "Call the model on calibration data in it"
+        if config.channel_smoothing != "none":
+            cure += ", each of the two times that it runs with `channel_smoothing`"
+        raise TdqError("forward_loop", forward_loop, "it never called the model", cure)
     load_amax(model, others)
     replay.agree()
     return replay
@@ -125,6 +127,10 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
     _require_the_same(model, config)
     follow = temporal_names(config.temporal, list(per_tensor))
     timestep = deliver_timestep(model, config.timestep_argument)
+    if config.weights != "keep":  # else the weights stay as they are, with what they were multiplied by
+        require_smoothed_weights(model)
+        undo_channel_smoothing(model)
+    smooth_channels(model, forward_loop, per_tensor, timestep, config)
     calibrate_weights(model, config.weights)
     calibrators = {name: quantizer._calibrator for name, quantizer in per_tensor.items()}
     statistics = {name: StepStatistics(name, timestep, config.max_steps) for name in per_tensor}

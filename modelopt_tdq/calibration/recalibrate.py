@@ -19,7 +19,7 @@ from modelopt_tdq.model.weight_fit import (
     is_learned,
     plain_weights,
     remember_weight,
-    settle_weights,
+    require_smoothed_weights,
     weight_change,
 )
 
@@ -41,8 +41,8 @@ def recalibrate_weights(model: nn.Module, method: Literal["max", "mse"] | None =
         Names of the weight quantizers that were calibrated again.
 
     Raises:
-        TdqError: No weight of the model is quantized, their scales are learned, or ``method`` is not known. Nothing is
-            changed then.
+        TdqError: No weight of the model is quantized, their scales are learned, ``method`` is not known, or the weight
+            of a layer whose channels are smoothed was replaced or merged with another. Nothing is changed then.
     """
     if method not in (None, "max", "mse"):
         raise TdqError("method", method, "no such calibration of weights", "Use 'max' or 'mse'")
@@ -53,7 +53,7 @@ def recalibrate_weights(model: nn.Module, method: Literal["max", "mse"] | None =
             "no weight of it is quantized",
             "Quantize it first: mtq.quantize(model, modelopt_tdq.TDQ_CONFIG, forward_loop)",
         )
-    settle_weights(model)
+    require_smoothed_weights(model)
     changed = []
     for name, layer, weight, quantizer in plain_weights(model):
         if is_learned(quantizer):
@@ -63,7 +63,7 @@ def recalibrate_weights(model: nn.Module, method: Literal["max", "mse"] | None =
                 "its scale is learned together with the weight",
                 "Train on, or call modelopt_tdq.stop_learning(model) first",
             )
-        change = weight_change(name, weight, quantizer)
+        change = weight_change(name, weight, quantizer, layer)
         if change.is_another:
             changed.append((change, layer, weight, quantizer, method or calibration_method(quantizer)))
     unknown = [change.name for change, *_, how in changed if how is None]

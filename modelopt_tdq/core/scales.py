@@ -38,6 +38,19 @@ class Scales(NamedTuple):
         """The offset that turns codes back into values, o'; None where it is 0."""
         return self.offset if self.dequant_scale is None else self.dequant_offset
 
+    def over_channels(self, divisor: Tensor) -> Scales:
+        """Of an activation whose channels are divided by ``divisor`` c before it is quantized.
+
+            q = rne((x / c - o) / s) = rne((x - p) / d),    d = s * c,    p = o * c,    x_hat / c = q * s' + o'
+
+        The definition is the form with d and p, each a float32 product: one division instead of two.
+
+        Args:
+            divisor: float32, positive; broadcasts against the activation, as [C] or [C, 1, 1].
+        """
+        offset = None if self.offset is None else self.offset * divisor
+        return Scales(self.scale * divisor, offset, self.value_scale, self.value_offset)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Scales:
         """``function`` of each of those that are there."""
         return Scales(*[None if value is None else function(value) for value in self])  # type: ignore[arg-type]

@@ -159,6 +159,28 @@ class ScaleTable:
                 problem = f"the table was made for this format, but {name} of the {owner} has {number_format(wanted)}"
                 raise TdqError("num_bits", made_for, problem, cure)
 
+    def require_divisors(self, divisors: Mapping[str, int], names: Collection[str], owner: str) -> None:
+        """Raise a TdqError unless the channels of the same quantizers of ``owner`` are divided by the same numbers.
+
+        A table that no model made says nothing of them, and passes.
+
+        Args:
+            divisors: A checksum for each quantizer whose channels are divided.
+            names: The quantizers that matter.
+            owner: "model" or "engine".
+        """
+        if "num_bits" not in self.metadata:
+            return
+        own = self.metadata.get("channel_divisors", {})
+        for name in names:
+            if own.get(name) != divisors.get(name):
+                raise TdqError(
+                    "channel_smoothing",
+                    name,
+                    f"its scales are those of other channels: the {owner} divides them by other numbers",
+                    f"Use the table of the calibration that smoothed the channels of this {owner}",
+                )
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the arrays, and in its metadata names, schema version, checksum.
 

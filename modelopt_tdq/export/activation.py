@@ -79,21 +79,23 @@ class ActivationEmitter:
 
         Args:
             constant_scale: A scale that depends on time divides in front of QuantizeLinear, whose own
-                scale is then the constant 1. Otherwise it is an operand of QuantizeLinear.
+                scale is then the constant 1. Otherwise it is an operand of QuantizeLinear. Scales of channels always
+                divide in front.
         """
         editor, spec = self.editor, self.spec
         x = editor.cast(self.marker, self.input, editor.ir.DataType.FLOAT, f"{spec.name}/float32")
         if spec.offset is not None:
             x = self._emit("Sub", [x, self.quantity("offset")], "centered")
         low, high = spec.code_range
-        if not self.lookup.is_temporal(spec.name, "scale"):
+        temporal = self.lookup.is_temporal(spec.name, "scale")
+        if not temporal and spec.divisor is None:
             scale = self.quantity("scale")
             if spec.needs_clip:
                 bound = self.lookup.constant(spec.name, "scale")
                 limits = [self._scalar(f"{spec.name}/limit", np.float32(q) * bound) for q in (low, high)]
                 x = self._emit("Clip", [x, *limits], "clipped")
             return self._quantize(x, scale)
-        if constant_scale or spec.needs_clip or self.lookup.per_sample:
+        if constant_scale or spec.needs_clip or self.lookup.per_sample or spec.divisor is not None:
             x = self._emit("Div", [x, self.quantity("scale")], "quotient")
             if spec.needs_clip:
                 x = self._emit("Clip", [x, self._scalar("limit", low), self._scalar("limit", high)], "clipped")

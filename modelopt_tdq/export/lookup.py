@@ -158,6 +158,8 @@ class Lookup:
 
     The quantities are "scale" and "offset" (of those that have one); "dequant_scale" and "dequant_offset", whether
     they differ from those or not; and "ratio" instead of a "dequant_scale" that depends on time, with ``ratios``.
+    Scale and offset of an activation whose channels are divided are those of each channel, the product with its divisor
+    (:meth:`modelopt_tdq.core.scales.Scales.over_channels`).
     """
 
     def __init__(
@@ -173,6 +175,8 @@ class Lookup:
         self._editor = editor
         self.time = TimeRow(editor, spec.edges, timestep, times)
         self._shaped: dict[tuple[ir.Value, int, int], ir.Value] = {}
+        self._divisors = {name: a.divisor for name, a in spec.activations.items() if a.divisor is not None}
+        self._of_channels: dict[tuple[ir.Value | float, bytes, int], ir.Value] = {}
         self.per_sample = times != 1
         columns: dict[str, _Array] = {}
         for name, activation in spec.activations.items():
@@ -209,6 +213,32 @@ class Lookup:
             fold: How many rows of the activation belong to one sample: video models fold frames, some
                 attentions fold heads, into the batch.
         """
+        divisor = self._divisors.get(quantizer) if quantity in ("scale", "offset") else None
+        if divisor is not None:
+            return self._channels(quantizer, quantity, rank, fold, divisor)
+        return self._value(quantizer, quantity, rank, fold)
+
+    def _channels(self, quantizer: str, quantity: str, rank: int, fold: int, divisor: _Array) -> ir.Value:
+        """A quantity times the divisor of the channels, a float32 product."""
+        name = f"{quantizer}/{quantity}"
+        factors = divisor.reshape((1,) * (rank - divisor.ndim) + divisor.shape)  # not beyond its own rank
+        if name in self._constant:
+            number = np.float32(self._constant[name][0])
+            key: tuple[ir.Value | float, bytes, int] = (float(number), divisor.tobytes(), rank)
+            if key not in self._of_channels:
+                self._of_channels[key] = self._editor.constant(f"{name}_of_channels", number * factors)
+            return self._of_channels[key]
+        value = self._value(quantizer, quantity, rank, fold)
+        key = (value, divisor.tobytes(), rank)
+        if key not in self._of_channels:
+            inputs = [value, self._editor.constant(f"{quantizer}/divisor", factors)]
+            shape = [self.time.size, *factors.shape[1:]] if rank > divisor.ndim else list(factors.shape)
+            self._of_channels[key] = self._editor.before(
+                self.time.anchor, "Mul", inputs, f"{name}_of_channels", shape=shape
+            )
+        return self._of_channels[key]
+
+    def _value(self, quantizer: str, quantity: str, rank: int, fold: int) -> ir.Value:
         name = f"{quantizer}/{quantity}"
         if name in self._constant:
             return self._editor.constant(name, self._constant[name].reshape(()))

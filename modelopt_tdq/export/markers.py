@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from modelopt_tdq.export.spec import weight_quantizers
 from modelopt_tdq.model.call import layer_input
+from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import without_delivery
 from modelopt_tdq.model.weight_fit import require_own_weight
 from modelopt_tdq.temporal_features.looked_up import LookedUp, output_dtype, own_output
@@ -43,6 +44,10 @@ WEIGHT_MARKER = "QuantizedWeight"
 FEATURE_MARKER = "TemporalFeature"
 
 
+#: Buffer of a quantizer with ``channel_divisor``: the same, as the floats that the exporter knows.
+_DIVISOR = "_marker_divisor"
+
+
 class Marker:
     """Put in front of the class of a quantizer, turns what it computes into one node.
 
@@ -56,14 +61,18 @@ class Marker:
     shapes: list[tuple[int, ...]]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The marker node, with the shape and dtype of the (smoothed) input."""
+        """The marker node, with the shape and dtype of the input.
+
+        ModelOpt's ``pre_quant_scale`` is in front of it. The division by ``channel_divisor`` is part of what it stands
+        for.
+        """
         if self.marker_type == ACTIVATION_MARKER:
-            x = _smoothed(self, x)
+            x = _scaled(self, x)
         if not torch.compiler.is_exporting():
             self.shapes.append(tuple(x.shape))
             if self.marker_type == WEIGHT_MARKER:
                 require_own_weight(self.marker_name, x, self.marker_weight)
-            return x
+            return _divided(self, x)
         marked: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.marker_type}",
             (x,),
@@ -109,12 +118,17 @@ class _Disabled:
     """Likewise: what is left of a disabled quantizer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _smoothed(self, x)
+        return _divided(self, _scaled(self, x))
 
 
-def _smoothed(quantizer: Any, x: Tensor) -> Tensor:
+def _scaled(quantizer: Any, x: Tensor) -> Tensor:
     scale: Tensor | None = getattr(quantizer, "pre_quant_scale", None)
     return x if scale is None else x * scale
+
+
+def _divided(quantizer: Any, x: Tensor) -> Tensor:
+    divisor: Tensor | None = quantizer._buffers.get(_DIVISOR)
+    return x if divisor is None else (x.to(torch.float32) / divisor).to(x.dtype)
 
 
 @contextmanager
@@ -186,6 +200,8 @@ def with_markers(model: nn.Module) -> nn.Module:
     without_delivery(prepared)
     weights = weight_quantizers(prepared)
     for name, module in list(prepared.named_modules()):
+        if isinstance(module, TemporalQuantizer) and module.channel_divisor is not None:
+            module.register_buffer(_DIVISOR, module.channel_divisor.clone())
         if id(module) in weights:
             facts = {"marker_type": WEIGHT_MARKER, "marker_weight": weights[id(module)]}
             _put_in_front(module, Marker, marker_name=name, shapes=[], **facts)

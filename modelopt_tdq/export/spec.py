@@ -129,6 +129,8 @@ class ActivationSpec:
         offset: [K] or [1] float32, what is subtracted before dividing; None where it is 0.
         dequant_scale: [K] or [1] float32, the scale that turns codes back; None where scale and offset do.
         dequant_offset: [K] or [1] float32, the value of code 0 in a quantizer with ``dequant_scale``; None where 0.
+        divisor: [C] or [C, 1, ...] float32, as it broadcasts against the activation: what its channels are divided by,
+            and scale and offset of each are multiplied with; None where nothing.
     """
 
     name: str
@@ -137,6 +139,7 @@ class ActivationSpec:
     offset: _Rows | None = None
     dequant_scale: _Rows | None = None
     dequant_offset: _Rows | None = None
+    divisor: _Rows | None = None
 
     @property
     def value_scale(self) -> _Rows:
@@ -213,6 +216,10 @@ def _constant(rows: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     return values[:1] if (values == values[0]).all() else values
 
 
+def _optional(rows: Tensor | None) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+    return None if rows is None else _constant(rows)
+
+
 def _static_activation(name: str, quantizer: TensorQuantizer) -> ActivationSpec:
     if quantizer.num_bits not in SUPPORTED_BITS or quantizer.unsigned:
         raise unsupported(name, quantizer.num_bits, "an activation format other than signed integers and FP8 E4M3")
@@ -236,9 +243,17 @@ def _temporal_activations(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict
     for column, name in enumerate(table.names):
         if name.startswith(idle):
             continue
-        scale, *others = table.column(column)
-        rows = [None if value is None else _constant(value) for value in others]
-        activations[name] = ActivationSpec(name, temporal[name].num_bits, _constant(scale), *rows)
+        scales = table.column(column)
+        divisor = temporal[name].channel_divisor
+        activations[name] = ActivationSpec(
+            name,
+            temporal[name].num_bits,
+            _constant(scales.scale),
+            _optional(scales.offset),
+            _optional(scales.dequant_scale),
+            _optional(scales.dequant_offset),
+            None if divisor is None else divisor.detach().cpu().numpy(),
+        )
         static &= bool(table.is_static[column])
     return activations, None if static else table.timesteps
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from modelopt_tdq.core.schedule import edges
@@ -29,6 +30,7 @@ from modelopt_tdq.export.lookup import ColumnSource, TimeRow, reference_scale, s
 from modelopt_tdq.export.markers import ACTIVATION_MARKER
 from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
 from modelopt_tdq.export.weights import marker_name
+from modelopt_tdq.model.intact import checksum
 from modelopt_tdq.model.model_table import scale_table
 
 if TYPE_CHECKING:
@@ -137,6 +139,11 @@ def _description(spec: QuantizationSpec, groups: list[list[str]]) -> dict[str, A
         "columns": columns,
         "num_bits": {name: activation.num_bits for name, activation in own.items()},
         "zero_has_a_code": [n for n, a in own.items() if a.value_offset is not None and a.zero_has_a_code],
+        "channel_divisors": {
+            name: int(checksum([torch.from_numpy(activation.divisor)]))
+            for name, activation in own.items()
+            if activation.divisor is not None
+        },
     }
 
 
@@ -151,13 +158,14 @@ def engine_table(
 
     Raises:
         TdqError: The graph has no table input; or the table has other names than the graph, was made for other
-            number formats, has offsets where the graph has none, different columns where the graph has one, or an
-            offset that leaves the zeros of a padding without a code.
+            number formats or with other smoothing of the channels, has offsets where the graph has none, different
+            columns where the graph has one, or an offset that leaves the zeros of a padding without a code.
         MissingExtraError: The extra ``onnx`` is not installed.
     """
     description = _read(model)
     found = table if isinstance(table, ScaleTable) else scale_table(table)
     _check_names(description, found)
+    found.require_divisors(description.get("channel_divisors", {}), description["num_bits"], "engine")
     specs = {name: _spec(description, found, name) for name in description["num_bits"]}
     columns = [_column(column, specs) for column in description["columns"]]
     offsets = {(q, c["quantity"]) for c in description["columns"] for q in c["quantizers"]}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.intact import checksum
 from modelopt_tdq.model.learning import find_learning
 from modelopt_tdq.model.place import execution_device, require_tensors_on_hand, require_unattended
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.wrapped import unwrapped
 
-__all__ = ["scale_table", "set_scale_table", "temporal_quantizers"]
+__all__ = ["channel_divisors", "scale_table", "set_scale_table", "temporal_quantizers"]
 
 
 def temporal_quantizers(model: nn.Module) -> dict[str, TemporalQuantizer]:
@@ -74,16 +78,28 @@ def scale_table(model: nn.Module) -> ScaleTable:
             raise TdqError("model", name, "its rows are not those of the other quantizers", "Calibrate the model again")
         columns.append(quantizer.scales.map(lambda value: value.detach().cpu().expand(rows)))
     differs = any(column.dequant_scale is not None for column in columns)
-    bits = {name: quantizer.num_bits for name, quantizer in quantizers.items()}
+    metadata: dict[str, Any] = {
+        "num_bits": {name: quantizer.num_bits for name, quantizer in quantizers.items()},
+        "timestep_argument": longest._timestep.argument,
+    }
+    divisors = channel_divisors(quantizers)
+    if divisors:
+        metadata["channel_divisors"] = divisors
     return ScaleTable(
         timesteps,
         torch.stack([column.scale for column in columns], 1),
         tuple(quantizers),
         _offsets([column.offset for column in columns], rows),
         torch.stack([column.value_scale for column in columns], 1) if differs else None,
-        {"num_bits": bits, "timestep_argument": longest._timestep.argument},
+        metadata,
         _offsets([column.value_offset for column in columns], rows) if differs else None,
     )
+
+
+def channel_divisors(quantizers: Mapping[str, TemporalQuantizer]) -> dict[str, int]:
+    """A checksum of what the channels in front of each quantizer are divided by; of those that have such a vector."""
+    found = {name: quantizer.channel_divisor for name, quantizer in quantizers.items()}
+    return {name: int(checksum([divisor])) for name, divisor in found.items() if divisor is not None}
 
 
 def _is_empty(rows: Tensor | None) -> bool:
@@ -105,8 +121,8 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
 
     Raises:
         TdqError: The names in the table are not those of the model's quantizers, the table was made for
-            other number formats, the quantizers measure their scales and use no table, or hooks around its layers would
-            not know the new scales. Nothing is changed then.
+            other number formats or with other smoothing of the channels, the quantizers measure their scales and use
+            no table, or hooks around its layers would not know the new scales. Nothing is changed then.
     """
     model = unwrapped(model)
     require_unattended(model, "be given scales")
@@ -115,6 +131,7 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
     table.require_names(quantizers, "model", "Use a table made for this model and this quant_cfg")
     bits = {name: quantizer.num_bits for name, quantizer in quantizers.items()}
     table.require_formats(bits, "model", "Use a table made for this quant_cfg")
+    table.require_divisors(channel_divisors(quantizers), quantizers, "model")
     for column, name in enumerate(table.names):
         layer = model.get_submodule(name.rpartition(".")[0])
         device = execution_device(layer)

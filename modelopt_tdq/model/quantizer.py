@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from modelopt_tdq.core.fake_quant import NumBits, code_range, fake_quantize
 from modelopt_tdq.core.scales import Scales
@@ -21,6 +22,9 @@ from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
 __all__ = ["TemporalQuantizer"]
 
 _TABLE_BUFFERS = ("_timesteps_bits", "_scale_bits", "_offset_bits", "_dequant_scale_bits", "_dequant_offset_bits")
+
+#: What the channels of the activation are divided by, as long as the table is that of the quotient.
+_DIVISOR = "_channel_divisor_bits"
 
 #: Of those, so that arithmetic on them is noticed.
 _CHECKSUM = "_rows_checksum"
@@ -45,6 +49,10 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     and the like convert floating point buffers and leave integers alone, so the scales stay exact.
     ``_timesteps``, ``_scale`` and ``scales`` read them as float32. ``_rows_checksum`` [1] tells when somebody has
     computed with the integers.
+
+    Where the channels of the activation are smoothed (:mod:`modelopt_tdq.calibration.channel_smoothing`), they are
+    divided by ``channel_divisor``, kept likewise as ``_channel_divisor_bits`` [C] or [C, 1, ...], whether the quantizer
+    is enabled or not: the weights behind it are multiplied. All its scales are those of the quotient.
     """
 
     _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {
@@ -123,6 +131,49 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         """The quantizer's column of the table, [K] each."""
         return Scales(self._scale, self.offset, self.dequant_scale, self.dequant_offset)
 
+    @property
+    def channel_divisor(self) -> Tensor | None:
+        """float32, of a shape that broadcasts against the activation: what its channels are divided by; None: nothing.
+
+        None as well inside of ModelOpt's ``disable_pre_quant_scale``, which is for inputs that are divided already.
+        """
+        return self._optional(_DIVISOR) if self._enable_pre_quant_scale else None
+
+    def set_channel_divisor(self, divisor: Tensor | None) -> None:
+        """Divide the channels of the activation by ``divisor`` from now on; None: no longer.
+
+        The scales, if there are any, stay what they are: they have to be calibrated anew.
+
+        Args:
+            divisor: Positive; [C] where channels are the last dimension, [C, 1, ...] where the inputs of a convolution
+                have them.
+        """
+        self._buffers.pop(_DIVISOR, None)
+        if divisor is not None:
+            bits = divisor.detach().to(torch.float32).clone().contiguous().view(torch.int32)
+            self.register_buffer(_DIVISOR, bits)
+        if _CHECKSUM in self._buffers:
+            self._buffers[_CHECKSUM] = checksum(self._table_buffers())
+
+    def smoothed(self, inputs: Tensor) -> Tensor:
+        """``inputs`` with their channels divided, in their dtype."""
+        divisor = self.channel_divisor
+        if divisor is None:
+            return inputs
+        return (inputs.to(torch.float32) / divisor.to(inputs.device)).to(inputs.dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As of ModelOpt's quantizer; with a ``channel_divisor``, what is quantized, collected or passed on is divided.
+
+        Where it is quantized, by the product of divisor and scale: see
+        :meth:`modelopt_tdq.core.scales.Scales.over_channels`.
+        """
+        passes = self._disabled or not self._if_quant
+        # of a DTensor, ModelOpt comes back with the part of this process
+        if passes and _DIVISOR in self._buffers and not isinstance(inputs, DTensor):
+            inputs = self.smoothed(inputs)
+        return cast("Tensor", super().forward(inputs))
+
     def set_rows(
         self,
         timesteps: Tensor,
@@ -155,7 +206,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         self._made_for_bits = self._num_bits
 
     def _table_buffers(self) -> list[Tensor]:
-        buffers = (self._buffers.get(name) for name in _TABLE_BUFFERS)
+        buffers = (self._buffers.get(name) for name in (*_TABLE_BUFFERS, _DIVISOR))
         return [buffer for buffer in buffers if buffer is not None]
 
     @property
@@ -210,14 +261,17 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
 
     def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
         super()._reset_pytorch_state_from_metadata(metadata)
-        for name in _TABLE_BUFFERS:
+        for name in (*_TABLE_BUFFERS, _DIVISOR):
             if name in self._buffers:
                 self._buffers[name].fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
         if _CHECKSUM in self._buffers and self._table_buffers():
             self._buffers[_CHECKSUM].copy_(checksum(self._table_buffers()))
 
     def _rows(self, inputs: Tensor) -> Scales:
-        """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample."""
+        """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample.
+
+        With a ``channel_divisor``, scale and offset are those of each channel of ``inputs`` before they are divided.
+        """
         if not self.has_table:
             raise TdqError(
                 "quantizer",
@@ -230,10 +284,11 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         # ModelOpt places quantizers on the first device of a model that is spread over several
         device = inputs.device
         scales = self.scales.map(lambda value: value.to(device))
-        if scales.scale.numel() == 1:
-            return scales
-        rows = current_rows(self._timestep, self._timesteps_bits, self._times_key, device)
-        return scales.map(lambda value: per_sample(value[rows], inputs))
+        if scales.scale.numel() > 1:
+            rows = current_rows(self._timestep, self._timesteps_bits, self._times_key, device)
+            scales = scales.map(lambda value: per_sample(value[rows], inputs))
+        divisor = self.channel_divisor
+        return scales if divisor is None else scales.over_channels(divisor.to(device))
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:
         scale, offset, dequant_scale, dequant_offset = self._rows(inputs)

@@ -159,15 +159,16 @@ class Replay:
                 "forward_loop",
                 self._left_out,
                 "its calls have several times each, and cannot be taken apart into samples to be run again",
-                'Call the model with one time per call, or use "protect_steps": False and another "statistic" than '
-                '"output"',
+                'Call the model with one time per call, or use "protect_steps": False, another "statistic" than '
+                '"output", and another "channel_smoothing" than "auto"',
             )
         if self._unnamed:
             raise TdqError(
                 "model",
                 self._unnamed,
                 "its forward takes arguments that cannot be passed by name, so its calls cannot be repeated",
-                'Name them, or use another "statistic" than "output" and "protect_steps": False',
+                'Name them, or use "protect_steps": False, another "statistic" than "output", and another '
+                '"channel_smoothing" than "auto"',
             )
 
     def samples(self, time: float) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from modelopt_tdq.model.timestep import find_timestep
 
@@ -80,10 +81,28 @@ class _Buffers:
             buffer.copy_(value)
 
 
-def _remembered(model: nn.Module) -> list[_Attributes | _Calibrator | _Buffers]:
-    states: list[_Attributes | _Calibrator | _Buffers] = []
+class _Weights:
+    """The memory that holds the weights of a quantized layer, for whoever puts others in its place; not a copy."""
+
+    def __init__(self, layer: QuantModule) -> None:
+        parameters = (p for p in layer._parameters.values() if p is not None)
+        self._data = [(p, p.data) for p in parameters if not isinstance(p, DTensor)]
+
+    def restore(self) -> None:
+        for parameter, data in self._data:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+
+
+_State = _Attributes | _Calibrator | _Buffers | _Weights
+
+
+def _remembered(model: nn.Module) -> list[_State]:
+    states: list[_State] = []
     for module in model.modules():
         states.append(_Attributes(module))
+        if isinstance(module, QuantModule):
+            states.append(_Weights(module))
         if isinstance(module, TensorQuantizer):
             states.append(_Buffers(module))
             if module._calibrator is not None:
@@ -98,7 +117,8 @@ def _remembered(model: nn.Module) -> list[_Attributes | _Calibrator | _Buffers]:
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """If the body raises, give every module its attributes, submodules and hooks, and every quantizer its values, back.
 
-    Weights are not copied: calibration reads them only.
+    Weights are not copied: calibration reads them, or puts others in their place (``weight.data = ...``), which is
+    undone.
     """
     states = _remembered(model)
     try:

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize
 from modelopt_tdq.errors import TdqError, TdqWarning
+from modelopt_tdq.model.quantizer import TemporalQuantizer
 
 __all__ = [
     "WeightChange",
@@ -34,6 +35,7 @@ __all__ = [
     "remember_weights",
     "require_own_weight",
     "require_own_weights",
+    "require_smoothed_weights",
     "settle_weights",
     "warn_of_changed_weights",
     "watch_training",
@@ -55,6 +57,12 @@ _MISFIT = 0.25
 #: Noise of rounding to FP8 E4M3, relative to the energy of what is rounded.
 _FP8_ROUNDING = 2.0**-11
 
+#: What to do about weights from elsewhere where channels are smoothed.
+_FOREIGN = (
+    "Load, merge or scale weights (pipeline.fuse_lora()) in full precision and quantize then: the weights of this "
+    "model are multiplied by what its activations are divided by, and those from elsewhere are not"
+)
+
 #: Names in a warning.
 _SHOWN = 10
 
@@ -70,6 +78,7 @@ class WeightChange:
         noise: What quantizing adds to it, relative to its energy.
         expected: The same when it was calibrated; where that is not known, with the range of the weight as it is.
         rounding: The same for values that lie evenly between the codes, all in range.
+        is_smoothed: Whether its input channels were multiplied by what the activation is divided by.
     """
 
     name: str
@@ -78,6 +87,12 @@ class WeightChange:
     noise: float
     expected: float
     rounding: float
+    is_smoothed: bool = False
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it was replaced or merged with another that knows nothing of the smoothing of its channels."""
+        return self.is_smoothed and self.own_size is not None and self.is_another
 
     @property
     def is_resized(self) -> bool:
@@ -103,6 +118,8 @@ class WeightChange:
     def __str__(self) -> str:
         layer = self.name.removesuffix(".weight_quantizer")
         facts = [] if self.size is None or not self.is_resized else [f"{self.size:.2f} times as large"]
+        if self.is_foreign:
+            facts.append("no longer the weight whose channels were smoothed")
         if self.misfits:
             expected = "with a range of its own" if self.size is None else "when calibrated"
             facts.append(f"SQNR {_decibels(self.noise)} dB, {_decibels(self.expected)} dB {expected}")
@@ -111,6 +128,11 @@ class WeightChange:
 
 def _decibels(noise: float) -> str:
     return f"{-10 * math.log10(noise):.1f}" if noise > 1e-12 else "over 120"
+
+
+def _is_smoothed(layer: nn.Module) -> bool:
+    quantizer = getattr(layer, "input_quantizer", None)
+    return isinstance(quantizer, TemporalQuantizer) and quantizer.channel_divisor is not None
 
 
 def plain_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, TensorQuantizer]]:
@@ -216,8 +238,10 @@ def calibration_method(quantizer: TensorQuantizer) -> str | None:
 
 
 @torch.no_grad()
-def weight_change(name: str, weight: Tensor, quantizer: TensorQuantizer) -> WeightChange:
-    """What has become of one weight of :func:`plain_weights`."""
+def weight_change(
+    name: str, weight: Tensor, quantizer: TensorQuantizer, layer: nn.Module | None = None
+) -> WeightChange:
+    """What has become of one weight of :func:`plain_weights`; of the ``layer``, whether its channels are smoothed."""
     amax = quantizer.amax
     kept: dict[str, Any] | None = vars(quantizer).get(_CALIBRATED)
     energy, noise, rounding = _energy_and_noise(weight, amax, quantizer)
@@ -231,7 +255,16 @@ def weight_change(name: str, weight: Tensor, quantizer: TensorQuantizer) -> Weig
     size, own_size = (
         now / was if was > 0 else (math.inf if now > 0 else 1.0) for was in (kept["size"], kept["own_size"])
     )
-    return WeightChange(name, size, own_size, noise, kept["noise"], rounding)
+    return WeightChange(name, size, own_size, noise, kept["noise"], rounding, layer is not None and _is_smoothed(layer))
+
+
+def require_smoothed_weights(model: nn.Module) -> None:
+    """Raise if a weight whose channels were smoothed was replaced or merged since, as by ``pipeline.fuse_lora()``."""
+    settle_weights(model)
+    for name, layer, weight, quantizer in plain_weights(model):
+        if _is_smoothed(layer) and weight_change(name, weight, quantizer, layer).is_foreign:
+            problem = "its weight changed after the channels in front of it were smoothed"
+            raise TdqError("model", name, problem, _FOREIGN)
 
 
 @contextmanager
@@ -317,8 +350,8 @@ def settle_weights(model: nn.Module) -> None:
 def changed_weights(model: nn.Module) -> list[WeightChange]:
     """The weights that the scales of ``model`` do not fit any more, in module order."""
     settle_weights(model)
-    changes = (weight_change(name, weight, quantizer) for name, _, weight, quantizer in plain_weights(model))
-    return [change for change in changes if change.is_resized or change.misfits]
+    changes = (weight_change(name, weight, q, layer) for name, layer, weight, q in plain_weights(model))
+    return [change for change in changes if change.is_resized or change.misfits or change.is_foreign]
 
 
 def warn_of_changed_weights(model: nn.Module, stacklevel: int = 3) -> None:
@@ -328,7 +361,9 @@ def warn_of_changed_weights(model: nn.Module, stacklevel: int = 3) -> None:
         return
     shown = ", ".join(map(str, changes[:_SHOWN])) + (", ..." if len(changes) > _SHOWN else "")
     cures = []
-    if any(change.misfits for change in changes):
+    if any(change.is_foreign for change in changes):
+        cures.append(f"{_FOREIGN[0].lower()}{_FOREIGN[1:]}")
+    elif any(change.misfits for change in changes):
         cures.append("modelopt_tdq.recalibrate_weights(model) fits the scales of the weights")
     if any(change.is_resized for change in changes):
         cures.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +84,9 @@ def _visits(chunks: int, iterations: int) -> Iterator[tuple[int, range]]:
 def _learning(parts: BlockParts, qdrop: float) -> Iterator[None]:
     """The block's activation quantizers in training mode, some of their inputs passed on as they are."""
 
-    def drop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def drop(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         scale = module.pre_quant_scale  # of SmoothQuant
-        full = args[0] * scale if isinstance(scale, Tensor) else args[0]
+        full = module.smoothed(args[0] * scale if isinstance(scale, Tensor) else args[0])
         return torch.where(torch.rand_like(output, dtype=torch.float32) < qdrop, full, output)
 
     handles = [q.register_forward_hook(drop) for q in parts.quantizers.values()] if qdrop > 0 else []

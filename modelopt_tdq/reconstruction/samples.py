@@ -49,9 +49,10 @@ class SpreadReplay(Replay):
         super().record(module, args, kwargs)
 
     def recorded(self, forward_loop: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
-        """``forward_loop``, its calls recorded."""
+        """``forward_loop``, its calls recorded; where it runs again, those of the last time."""
 
         def recorded(model: nn.Module) -> None:
+            self._heaps.clear()
             with self.recording(model):
                 forward_loop(model)
 

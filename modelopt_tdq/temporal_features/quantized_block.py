@@ -12,6 +12,7 @@ import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 
+from modelopt_tdq.calibration.channel_smoothing import undo_channel_smoothing
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.core.fake_quant import NumBits
 from modelopt_tdq.core.scales import Scales
@@ -107,6 +108,8 @@ def switch_on(
         The layers, by name.
     """
     layers = quantizable(model, block)
+    for layer in layers.values():
+        undo_channel_smoothing(layer)  # of a calibration before, with other scales
     timestep = deliver_timestep(model, block.timestep)
     with torch.no_grad():
         inputs = _inputs(model, block, times, layers)

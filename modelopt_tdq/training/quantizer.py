@@ -98,7 +98,7 @@ class LearnedQuantizer(TemporalQuantizer):
                 "Call train() or eval() on the whole model",
             )
         interval = per_sample(intervals[:, self._column].to(inputs.device), inputs)
-        return self.learned_values(inputs, interval)
+        return self.learned_values(self.smoothed(inputs), interval)
 
     def learned_values(self, inputs: Tensor, interval: Tensor) -> Tensor:
         """x_hat with the scheme's gradient, for an interval that goes with ``inputs``."""
@@ -115,6 +115,7 @@ class DynamicQuantizer(LearnedQuantizer):
         self.intervals = intervals
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:
+        inputs = self.smoothed(inputs)
         interval = self.intervals(inputs, self._timestep.require())
         if self.training:
             return self.learned_values(inputs, interval)

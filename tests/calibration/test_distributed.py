@@ -119,6 +119,16 @@ def _smoothed(rank: int) -> dict[str, Any]:
     return {**_columns(model), "pre_quant_scale": model.mix.input_quantizer.pre_quant_scale}
 
 
+def _channels(rank: int, **fields: Any) -> dict[str, Any]:
+    model = quantized(data=_share(rank), **fields)
+    found = {name: q.channel_divisor for name, q in tdq.temporal_quantizers(model).items()}
+    return {**_columns(model), **{name: divisor for name, divisor in found.items() if divisor is not None}}
+
+
+def _auto(rank: int) -> dict[str, Any]:
+    return _channels(rank, channel_smoothing="auto")
+
+
 def _layer_in_second(rank: int) -> dict[str, Any]:
     """A layer that one process never runs."""
     data = [*_share(rank), (torch.full((1, 3, 8, 8), 9.0), torch.tensor(TIMES[0]))][: None if rank else -1]
@@ -227,6 +237,7 @@ _SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "the same samples in both": functools.partial(_communicating, mixes=True),
     "quantizers of ModelOpt": _others,
     "smoothquant": _smoothed,
+    "channels": functools.partial(_channels, channel_smoothing=0.5),
     "a layer in one only": _layer_in_second,
     "no data in one": _without_data,
     "two sizes": _two_sizes,
@@ -306,7 +317,7 @@ def _two(rank: int) -> dict[str, Any]:
     output_error._PROBE_ELEMENTS = 1 << 11  # several calls of a layer for all its candidates, as in large models
     found: dict[str, Any] = {"failures": _failures(rank)}  # and all that follows works
     found["refused"] = _refused_when_sharded()
-    return found | {name: run(rank) for name, run in {**_SCENARIOS, "analysis": _analyzed}.items()}
+    return found | {name: run(rank) for name, run in {**_SCENARIOS, "analysis": _analyzed, "auto": _auto}.items()}
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +347,11 @@ def test_all_make_the_same_calls_in_the_same_order(processes: list[dict[str, Any
     assert first[:recorded] != second[:recorded]  # each has its own data
     assert first[recorded:] == second[recorded:]
     assert set(first[recorded:]) == set(TIMES)
+
+
+def test_two_processes_choose_the_same_smoothing(processes: list[dict[str, Any]]) -> None:
+    first, second = (found["auto"] for found in processes)
+    assert _equal(first, second)
 
 
 def test_analysis_agrees_with_one(processes: list[dict[str, Any]]) -> None:

@@ -106,6 +106,8 @@ def codes_by_definition(graph: Lowered, model: nn.Module, inputs: dict[str, Any]
             offset = 0.0
             if activation.offset is not None:
                 offset = activation.offset[index if activation.offset.size > 1 else 0]
+            if activation.divisor is not None:
+                scale, offset = (np.float32(value) * activation.divisor for value in (scale, offset))
             expected = oracle.codes(part, scale, offset, activation.num_bits)
             compared += expected.size
             mismatched += int((expected != found).sum())

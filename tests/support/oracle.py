@@ -27,8 +27,8 @@ def code_limits(bits: int | tuple[int, int]) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if isinstance(bits, int) else (-448, 448)
 
 
-def codes(x: Array, scale: float, offset: float, bits: int | tuple[int, int]) -> Array:
-    """clip(rne((x - offset) / scale)) as float32; every operation in float32."""
+def codes(x: Array, scale: float | Array, offset: float | Array, bits: int | tuple[int, int]) -> Array:
+    """clip(rne((x - offset) / scale)) as float32; every operation in float32. Arrays are those of each channel."""
     with np.errstate(over="ignore"):
         quotient = (x.astype(np.float32) - np.float32(offset)) / np.float32(scale)
     low, high = code_limits(bits)

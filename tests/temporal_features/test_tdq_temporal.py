@@ -161,6 +161,21 @@ def test_naive_quantizes_them_like_any_other_layer() -> None:
     assert not equal(outputs(model), outputs(mtq.quantize(unet(), fast_config(), UNET.forward_loop())))
 
 
+@pytest.mark.parametrize("maintenance", ["naive", "tib", "cache"])
+def test_layers_whose_channels_were_smoothed_are_as_good(maintenance: str) -> None:
+    """Their weights are multiplied, and the scales that they get now are those of their plain inputs."""
+    exact = outputs(unet())
+    errors = []
+    for smoothing in ("none", 0.5):
+        model = mtq.quantize(unet(), fast_config(high_precision=(), channel_smoothing=smoothing), UNET.forward_loop())
+        smoothed = [model.get_submodule(name).input_quantizer.channel_divisor for name in MLP]
+        assert all((divisor is None) == (smoothing == "none") for divisor in smoothed)
+        model = again(model, maintenance=maintenance, recalibrate=False)
+        found = outputs(model)
+        errors.append(sum(float((one - other).square().sum()) for one, other in zip(found, exact, strict=True)))
+    assert errors[1] < 2 * errors[0]
+
+
 @pytest.mark.parametrize("outside", ["nearest", "linear", "exact"])
 def test_times_between_rows(plain: nn.Module, outside: str) -> None:
     model = quantized(maintenance="cache", cache_bits=32, outside=outside)

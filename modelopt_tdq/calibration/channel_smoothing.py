@@ -1,0 +1,249 @@
+"""Smoothing over channels (SmoothQuant, Xiao et al. 2023), of linear layers and of convolutions.
+
+    y = w x = (w c) (x / c),    c_j = max|x_j|^a / max|w_j|^(1 - a)    per input channel j
+
+A few channels with large values cost all others their codes. Dividing them moves the difficulty into the weights, whose
+codes have scales of their own. x is divided where it is quantized, by the product of c and the scale
+(:meth:`modelopt_tdq.core.scales.Scales.over_channels`), w is multiplied before it is calibrated. max|x_j| is over all
+calibrated times. Padding stays exact, since zero divided is zero.
+
+Layers that read the same tensor share a vector (q, k, v; the shortcut and the first convolution of a block), with
+max|w_j| over all of them: the tensor is divided once. ``auto`` chooses a strength a for each tensor, or none.
+
+Attention products have no weights to multiply, and stay as they are; so do transposed convolutions, and layers whose
+weight other modules use too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from tqdm import tqdm
+
+from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth
+from modelopt_tdq.calibration.smoothing_strength import chosen_vectors
+from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.core.distributed import all_reduce, gather
+from modelopt_tdq.core.together import check
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.timestep import CurrentTimestep
+
+__all__ = ["smooth_channels", "undo_channel_smoothing"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> list[SmoothedLayer]:
+    """Those whose input quantizer is one of ``quantizers``, and whose weight is theirs alone."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantModule) or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+            continue
+        weight = module._parameters.get("weight")
+        if quantizers.get(f"{name}.input_quantizer") is None or weight is None or owners[id(weight)] > 1:
+            continue
+        if weight.dim() != 2 + len(getattr(module, "kernel_size", ())):
+            continue  # compressed
+        if isinstance(weight, DTensor):
+            raise TdqError(
+                "channel_smoothing",
+                name,
+                "the channels of this weight are spread over processes",
+                'Smooth and calibrate before the model is sharded, or set "channel_smoothing": "none"',
+            )
+        found.append(SmoothedLayer(name, module))
+    return found
+
+
+def _require_plain(model: nn.Module, config: CalibrationFields) -> None:
+    """Raise where channels cannot be smoothed, or are already."""
+    if config.weights == "keep":
+        raise TdqError(
+            "channel_smoothing",
+            config.channel_smoothing,
+            'it changes the weights, and "weights": "keep" says that their scales stay',
+            'Use "weights": "max" or "mse", or "channel_smoothing": "none"',
+        )
+    require_weights(model, "have its channels smoothed")
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and getattr(module, "pre_quant_scale", None) is not None:
+            raise TdqError(
+                "channel_smoothing",
+                config.channel_smoothing,
+                f"the input of {name} has a pre_quant_scale already, as of ModelOpt's smoothquant or awq",
+                'Take the other algorithm out of "algorithm", or set "channel_smoothing": "none"',
+            )
+
+
+class _Readers:
+    """Which layers read the same tensor, over all calls of the model: sets that grow together."""
+
+    def __init__(self, layers: list[SmoothedLayer]) -> None:
+        self._parent = list(range(len(layers)))
+        self._readers: dict[Any, tuple[StorageWeakRef, int]] = {}
+
+    def _root(self, number: int) -> int:
+        while self._parent[number] != number:
+            number = self._parent[number]
+        return number
+
+    def join(self, one: int, other: int) -> None:
+        """Layers ``one`` and ``other`` share a vector."""
+        one, other = self._root(one), self._root(other)
+        self._parent[max(one, other)] = min(one, other)
+
+    def read(self, number: int, trailing: int, x: Tensor) -> None:
+        """Layer ``number`` reads ``x``: the same as an earlier one, if the same memory has not been written since."""
+        # as long as it is kept, no other memory has its address
+        storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        version = -1 if x.is_inference() else x._version
+        key = storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, version, trailing
+        known = self._readers.setdefault(key, (storage, number))
+        self.join(known[1], number)
+
+    def next_call(self) -> None:
+        """A call of the model is over."""
+        self._readers.clear()
+
+    def groups(self) -> list[list[int]]:
+        """Numbers of the layers that share a vector; the same in all processes."""
+        for parents in gather(self._parent):
+            for number, parent in enumerate(parents):
+                self.join(number, parent)
+        found: dict[int, list[int]] = {}
+        for number in range(len(self._parent)):
+            found.setdefault(self._root(number), []).append(number)
+        return list(found.values())
+
+
+@contextmanager
+def _observed(layers: list[SmoothedLayer], readers: _Readers) -> Iterator[None]:
+    """While the model runs, find the largest magnitudes of the layers' inputs, and who shares one."""
+
+    def hook(number: int) -> Callable[..., None]:
+        layer = layers[number]
+
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if x.numel() == 0:
+                return
+            layer.see(x)
+            readers.read(number, layer.trailing, x)
+
+        return observe
+
+    handles = [layer.quantizer.register_forward_pre_hook(hook(number)) for number, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], Any],
+    timestep: CurrentTimestep,
+    config: CalibrationFields,
+    layers: list[SmoothedLayer],
+) -> tuple[list[list[SmoothedLayer]], Replay | None]:
+    """Run ``forward_loop`` in full precision.
+
+    Returns:
+        The layers whose inputs are not only zeros, those that read the same tensor together; and a sample of the calls,
+        for ``auto``.
+    """
+    readers = _Readers(layers)
+    replay = Replay(model, timestep, config.replay_samples) if config.channel_smoothing == "auto" else None
+    with tqdm(total=config.expected_calls, desc="channels", unit="call", disable=not config.progress) as bar:
+
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            check()
+            readers.next_call()
+            if not timestep.aside:
+                bar.update()
+
+        handle = model.register_forward_hook(count)
+        try:
+            with _observed(layers, readers), full_precision(model), torch.no_grad():
+                if replay is None:
+                    forward_loop(model)
+                else:
+                    with replay.recording(model):
+                        forward_loop(model)
+        finally:
+            handle.remove()
+    if replay is not None:
+        replay.agree()
+    for layer in layers:
+        layer.largest = all_reduce(layer.largest, "max")
+    groups = [[layers[number] for number in group] for group in readers.groups()]
+    return [group for group in groups if any(bool(layer.largest.any()) for layer in group)], replay
+
+
+def smooth_channels(
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], Any],
+    quantizers: dict[str, TensorQuantizer],
+    timestep: CurrentTimestep,
+    config: CalibrationFields,
+) -> None:
+    """Divide the input channels of linear layers and convolutions, and multiply their weights.
+
+    Runs ``forward_loop`` once; the scales are calibrated by another run.
+
+    Args:
+        model: Quantized by ``mtq.quantize``.
+        forward_loop: Calls the model on calibration data.
+        quantizers: The enabled activation quantizers with one scale per tensor, by name.
+        timestep: Of the model.
+        config: Its ``channel_smoothing`` is the strength a, ``auto``, or ``none``.
+
+    Raises:
+        TdqError: The weights' scales are to be kept, or weights are spread over processes or elsewhere; or a quantizer
+            has a ``pre_quant_scale`` of ModelOpt's.
+    """
+    if config.channel_smoothing == "none":
+        return
+    _require_plain(model, config)
+    layers = _layers(model, quantizers)
+    groups, replay = _run(model, forward_loop, timestep, config, layers)
+    if not groups:
+        return
+    if replay is None:
+        vectors: list[Tensor | None] = [shared_vector(group, float(config.channel_smoothing)) for group in groups]
+    else:
+        vectors = chosen_vectors(model, groups, quantizers, replay, timestep, config)
+    smooth(groups, vectors, timestep)
+
+
+def undo_channel_smoothing(model: nn.Module) -> None:
+    """Give the layers of ``model`` back the weights that they had, but for rounding, and the inputs as they are.
+
+    The scales of both no longer fit.
+    """
+    for name, module in model.named_modules():
+        quantizer: Any = getattr(module, "input_quantizer", None)
+        if not isinstance(quantizer, TemporalQuantizer):
+            continue
+        divisor = quantizer.channel_divisor
+        if divisor is not None:
+            layer = SmoothedLayer(name, module)
+            layer.weight.data = layer.multiplied(1.0 / divisor.flatten())
+            quantizer.set_channel_divisor(None)

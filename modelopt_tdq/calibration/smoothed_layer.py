@@ -1,0 +1,141 @@
+"""A layer whose input channels can be divided and its weights multiplied, and the vector that does so.
+
+See :mod:`modelopt_tdq.calibration.channel_smoothing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.timestep import CurrentTimestep
+
+__all__ = ["SmoothedLayer", "shared_vector", "smooth", "smoothing_vector"]
+
+#: c of a tensor lies within these factors of its geometric mean, so that the weights keep the range of their dtype.
+_FURTHEST = 1024.0
+
+
+def smoothing_vector(activation: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """What the channels of an activation are divided by: c_j = max|x_j|^a / max|w_j|^(1 - a).
+
+    Its geometric mean is 1: a common factor would change nothing, since scales follow.
+
+    Args:
+        activation: [C] max|x_j|.
+        weight: [C] max|w_j|.
+        strength: a, in [0, 1].
+
+    Returns:
+        [C] float32, positive and finite; 1 for channels in which either is zero or not finite.
+    """
+    largest, other = activation.double(), weight.double()
+    alive = (largest > 0) & (other > 0) & largest.isfinite() & other.isfinite()
+    if not bool(alive.any()):
+        return torch.ones_like(activation, dtype=torch.float32)
+    log = strength * torch.where(alive, largest, 1.0).log() - (1 - strength) * torch.where(alive, other, 1.0).log()
+    log = torch.where(alive, log - log[alive].mean(), 0.0)
+    return log.exp().clamp(1 / _FURTHEST, _FURTHEST).float()
+
+
+@dataclass(eq=False)
+class SmoothedLayer:
+    """A layer whose input channels can be divided.
+
+    Attributes:
+        name: As in ``model.named_modules()``.
+        module: The layer.
+        largest: [C] float32, max|x_j| so far.
+        original: The memory of its weight as it is, [O, C / groups, ...].
+    """
+
+    name: str
+    module: Any
+    largest: Tensor = field(init=False, repr=False)
+    original: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.original = self.weight.data
+        self.largest = torch.zeros(self.weight.shape[1] * self.groups, device=self.weight.device)
+
+    @property
+    def quantizer(self) -> TensorQuantizer:
+        """Of the input."""
+        return self.module.input_quantizer
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """[O, C / groups, ...] as stored, not quantized."""
+        weight: nn.Parameter = self.module._parameters["weight"]
+        return weight
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution; 1 for a linear layer."""
+        return int(getattr(self.module, "groups", 1))
+
+    @property
+    def trailing(self) -> int:
+        """Dimensions of the input behind that of the channels."""
+        return len(getattr(self.module, "kernel_size", ()))
+
+    def see(self, x: Tensor) -> None:
+        """Take an input into account."""
+        channels = x.detach().movedim(x.dim() - 1 - self.trailing, 0).reshape(self.largest.numel(), -1)
+        self.largest = torch.maximum(self.largest, channels.abs().amax(1).float().to(self.largest.device))
+
+    def weight_magnitude(self) -> Tensor:
+        """[C] float32, the largest magnitude of the weights that each channel is multiplied with."""
+        weight = self.original
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).abs().float()  # [g, O / g, C / g, ...]
+        return grouped.flatten(3).amax(3).amax(1).flatten() if grouped.dim() > 3 else grouped.amax(1).flatten()
+
+    def divisor(self, vector: Tensor) -> Tensor:
+        """[C] as it broadcasts against the input."""
+        return vector.reshape(-1, *(1,) * self.trailing)
+
+    def multiplied(self, vector: Tensor) -> Tensor:
+        """The original weight, its input channels multiplied by ``vector`` [C] in float32; in its own dtype."""
+        weight = self.original
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).float()
+        factor = vector.to(weight.device).reshape(self.groups, 1, -1, *(1,) * (weight.dim() - 2))
+        return (grouped * factor).reshape(weight.shape).to(weight.dtype)
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer makes of ``x`` with another weight, both as they are."""
+        bias = self.module._parameters["bias"]
+        if self.trailing:
+            output: Tensor = self.module._conv_forward(x, weight, bias)
+            return output
+        return functional.linear(x, weight, bias)
+
+    def smooth(self, vector: Tensor | None, timestep: CurrentTimestep) -> None:
+        """Divide the input by ``vector`` [C] from now on; None: leave both as they were.
+
+        The multiplied weight is put in place of the original, which stays as it is: whoever raises later gives it back
+        (:func:`modelopt_tdq.model.snapshot.restored_on_error`).
+        """
+        quantizer = TemporalQuantizer.from_tensor_quantizer(self.quantizer, timestep, f"{self.name}.input_quantizer")
+        self.weight.data = self.original if vector is None else self.multiplied(vector)
+        quantizer.set_channel_divisor(None if vector is None else self.divisor(vector).to(self.original.device))
+
+
+def shared_vector(group: list[SmoothedLayer], strength: float) -> Tensor:
+    """The vector [C] of the layers that read one tensor."""
+    device = group[0].weight.device
+    largest = torch.stack([layer.largest.to(device) for layer in group]).amax(0)
+    weights = torch.stack([layer.weight_magnitude().to(device) for layer in group]).amax(0)
+    return smoothing_vector(largest, weights, strength)
+
+
+def smooth(groups: list[list[SmoothedLayer]], vectors: list[Tensor | None], timestep: CurrentTimestep) -> None:
+    """Smooth the layers of each group by its vector [C]; None: leave them as they were."""
+    for group, vector in zip(groups, vectors, strict=True):
+        for layer in group:
+            layer.smooth(vector, timestep)

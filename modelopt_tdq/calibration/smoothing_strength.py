@@ -1,0 +1,258 @@
+"""How strongly the channels of each tensor are smoothed: what ``channel_smoothing="auto"`` chooses, on replayed calls.
+
+See :mod:`modelopt_tdq.calibration.channel_smoothing`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth
+from modelopt_tdq.calibration.weights import calibrate_weights
+from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.core.distributed import all_reduce, union
+from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, quantize
+from modelopt_tdq.model.call import first_output, layer_input
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.replay_ranks import all_samples
+from modelopt_tdq.model.select import temporal_names, weight_quantizers
+from modelopt_tdq.model.timestep import CurrentTimestep
+
+__all__ = ["chosen_vectors"]
+
+#: Strengths that ``auto`` tries, beside none.
+STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8)
+
+#: So many of them ``auto`` tries for all tensors at once.
+_UNIFORM = 3
+
+#: Times at which ``auto`` compares outputs of the model; and by how many dB smoothing has to be better than none.
+_JUDGED = 8
+_CLEAR = 0.1
+
+#: ``auto`` smooths where it lowers the error of the outputs below this fraction of what it is without.
+_WORTH = 0.98
+
+#: Multiples of the largest magnitude at which ``auto`` tries to clip activations and weights, below 8 bits.
+_CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
+
+
+class _Trial:
+    """Forward hook on one layer: the error of its output, quantized with each strength, against what it is.
+
+    Weights and activations have their bits, activations a scale for each call, as close to the final one as the
+    samples of one time allow.
+    """
+
+    def __init__(
+        self, layer: SmoothedLayer, vectors: list[Tensor], config: CalibrationFields, temporal: bool, rows: int
+    ) -> None:
+        self.layer, self.vectors = layer, vectors
+        self.clips = (1.0,) if config.statistic == "max" else _CLIPS
+        self.shifted = bool(config.asymmetric)
+        self.static = not temporal
+        self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
+        self.row = 0
+        self.counts = True
+        clips = (1.0,) if config.weights == "max" else _CLIPS
+        self.weights = [_rounded_weight(layer, vector, clips) for vector in vectors]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.counts:
+            return
+        layer, num_bits = self.layer, self.layer.quantizer.num_bits
+        x, y = layer_input(args, kwargs), first_output(output)
+        self.squares[self.row, -1] += float(y.double().square().sum())
+        for number, (vector, rounded) in enumerate(zip(self.vectors, self.weights, strict=True)):
+            divided = x.float() / layer.divisor(vector).to(x.device)
+            bound = (layer.largest / vector.to(layer.largest.device)).max()
+            quantized = _rounded_activation(divided, num_bits, self.clips, self.shifted, bound if self.static else None)
+            if rounded is None:
+                weight = layer.multiplied(vector)
+            else:
+                weight = (rounded[0].float() * rounded[1]).to(layer.weight.dtype)
+            found = layer.compute(quantized.to(x.dtype), weight)
+            self.squares[self.row, number] += float((found - y).double().square().sum())
+
+    def error(self) -> Tensor:
+        """[number of vectors] of each, relative to the output, summed over the times; over all processes."""
+        squares = all_reduce(self.squares, "sum")
+        return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30)).sum(0)
+
+
+def _clips_of(num_bits: NumBits, clips: tuple[float, ...]) -> tuple[float, ...]:
+    return clips if isinstance(num_bits, int) and num_bits < 8 else clips[:1]
+
+
+def _rounded_weight(layer: SmoothedLayer, vector: Tensor, clips: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
+    """Codes and scales [O, 1, ...] of the multiplied weight, for each output channel; None if it stays in float."""
+    quantizer = layer.module.weight_quantizer
+    plain = isinstance(quantizer, TensorQuantizer) and not isinstance(quantizer, SequentialQuantizer)
+    if not plain or not quantizer.is_enabled or quantizer.num_bits not in SUPPORTED_BITS:
+        return None
+    num_bits: NumBits = quantizer.num_bits
+    weight = layer.multiplied(vector).float()
+    kept = () if quantizer.axis is None else (0,)
+    amax = weight.abs().amax([d for d in range(weight.dim()) if d not in kept], keepdim=True).clamp(min=1e-30)
+    best = torch.full_like(amax, float("inf"))
+    scale = amax / code_range(num_bits)[1]
+    for clip in _clips_of(num_bits, clips):
+        tried = amax * clip / code_range(num_bits)[1]
+        error = (fake_quantize(weight, tried, None, num_bits) - weight).square()
+        error = error.sum([d for d in range(weight.dim()) if d not in kept], keepdim=True)
+        scale, best = torch.where(error < best, tried, scale), torch.minimum(error, best)
+    codes = quantize(weight, scale, None, num_bits)
+    return codes.to(torch.float8_e4m3fn if num_bits == FP8_E4M3 else torch.int8), scale
+
+
+def _rounded_activation(
+    x: Tensor, num_bits: NumBits, clips: tuple[float, ...], shifted: bool, bound: Tensor | None
+) -> Tensor:
+    """Fake-quantized with that one of a few scales which has the least squared error."""
+    smallest, largest = code_range(num_bits)
+    low, high = (v.clamp(max=0) if i == 0 else v.clamp(min=0) for i, v in enumerate(torch.aminmax(x)))
+    amax = (torch.maximum(-low, high) if bound is None else bound.to(x.device)).clamp(min=1e-30)
+    options: list[tuple[Tensor, Tensor | None]] = [(amax * clip / largest, None) for clip in _clips_of(num_bits, clips)]
+    if shifted and isinstance(num_bits, int):
+        for clip in _clips_of(num_bits, clips):
+            scale = ((high * clip - low) / (largest - smallest)).clamp(min=1e-30)
+            options.append((scale, scale * torch.round(low / scale - smallest)))
+    best, error = x, float("inf")
+    for scale, offset in options:
+        tried = fake_quantize(x, scale, offset, num_bits)
+        found = error if len(options) == 1 else float((tried - x).square().sum())
+        if len(options) == 1 or found < error:
+            best, error = tried, found
+    return best
+
+
+def _least_layer_error(
+    model: nn.Module, groups: list[list[SmoothedLayer]], replay: Replay, config: CalibrationFields, follow: set[str]
+) -> list[Tensor | None]:
+    """The vector of each group with the least error of its layers' outputs, over all times; None: not smoothed."""
+    vectors = []
+    trials: dict[int, _Trial] = {}
+    handles = []
+    times = union(set(replay.times))
+    for group in groups:
+        tried = [shared_vector(group, strength) for strength in STRENGTHS]
+        vectors.append([torch.ones_like(tried[0]), *tried])
+        for layer in group:
+            temporal = f"{layer.name}.input_quantizer" in follow and config.bins != 1
+            trials[id(layer)] = _Trial(layer, vectors[-1], config, temporal, len(times))
+            handles.append(layer.module.register_forward_hook(trials[id(layer)], with_kwargs=True))
+    try:
+        with full_precision(model), torch.no_grad():
+            for batch in tqdm(replay.batches(times), "strengths", len(times), disable=not config.progress, unit="step"):
+                for trial in trials.values():
+                    trial.row, trial.counts = batch.row, batch.own
+                model(**batch.call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[Tensor | None] = []
+    for group, tried in zip(groups, vectors, strict=True):
+        errors = torch.stack([trials[id(layer)].error() for layer in group]).sum(0)
+        errors[0] *= _WORTH
+        best = int(errors.argmin())
+        found.append(tried[best] if best else None)
+    return found
+
+
+class _Judge:
+    """The error of the model's output for a choice of vectors, on replayed calls at a few times.
+
+    Weights are quantized as they will be; activations with a scale for each call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quantizers: dict[str, TensorQuantizer],
+        replay: Replay,
+        config: CalibrationFields,
+    ) -> None:
+        self._model, self._replay, self._config = model, replay, config
+        self._activations = list(quantizers.values())
+        inner = [part for q in weight_quantizers(model) for part in q.modules()]
+        self._weights = [q for q in inner if isinstance(q, TensorQuantizer) and q.is_enabled]
+        times = union(set(replay.times))
+        count = min(len(times), _JUDGED)
+        self._times = [times[(2 * i + 1) * len(times) // (2 * count)] for i in range(count)]
+        self._references: dict[int, Tensor] = {}
+
+    @contextmanager
+    def _rounding(self) -> Iterator[None]:
+        clips = (1.0,) if self._config.statistic == "max" else _CLIPS
+
+        def hook(quantizer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            shifted = bool(self._config.asymmetric)
+            return _rounded_activation(output.float(), quantizer.num_bits, clips, shifted, None).to(output.dtype)
+
+        handles = [quantizer.register_forward_hook(hook) for quantizer in self._activations]
+        for quantizer in self._weights:
+            quantizer.enable_quant()
+        try:
+            yield
+        finally:
+            for quantizer in self._weights:
+                quantizer.disable_quant()
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """Mean over the times of the error of the model as it is now, in dB."""
+        calibrate_weights(self._model, self._config.weights, remember=False)
+        found: dict[int, list[tuple[Sequence[float], Tensor]]] = defaultdict(list)
+        with full_precision(self._model):
+            for number, batch in enumerate(self._replay.batches(self._times)):
+                if number not in self._references:
+                    self._references[number] = first_output(self._model(**batch.call)).float()
+                reference = self._references[number]
+                with self._rounding():
+                    difference = first_output(self._model(**batch.call)).float() - reference
+                if batch.counts:
+                    powers = [value.flatten(1).double().square().sum(1) for value in (difference, reference)]
+                    found[batch.row].append((batch.order, torch.stack(powers, 1)))
+        rows = [sums.sum(0).clamp(min=1e-30) for sums in all_samples(found).values()]
+        return sum(10 * math.log10(float(row[0] / row[1])) for row in rows) / max(len(rows), 1)
+
+
+def chosen_vectors(
+    model: nn.Module,
+    groups: list[list[SmoothedLayer]],
+    quantizers: dict[str, TensorQuantizer],
+    replay: Replay,
+    timestep: CurrentTimestep,
+    config: CalibrationFields,
+) -> list[Tensor | None]:
+    """The vectors of ``auto``: those with the least error of the model's output.
+
+    Among none, those that are best for each tensor by itself, and some strengths everywhere. What rounding does to
+    a weight is the same for all samples and times, and adds up through the layers: the best for each layer may not be
+    the best for all.
+
+    Where samples are spread over several processes, or over other batches, scales of a call differ a little, and so may
+    the choice; all processes make the same one.
+    """
+    follow = temporal_names(config.temporal, list(quantizers))
+    own = _least_layer_error(model, groups, replay, config, follow)
+    choices: list[list[Tensor | None]] = [[None] * len(groups), own]
+    choices += [[shared_vector(group, strength) for group in groups] for strength in STRENGTHS[:_UNIFORM]]
+    judge, errors = _Judge(model, quantizers, replay, config), []
+    for choice in tqdm(choices, "smoothings", disable=not config.progress):
+        smooth(groups, choice, timestep)
+        errors.append(judge())
+    errors[0] -= _CLEAR
+    return choices[errors.index(min(errors))]
