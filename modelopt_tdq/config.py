@@ -185,9 +185,10 @@ class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
         title="Smoothing over channels",
         description=(
             "The channels of the inputs of linear layers and convolutions are divided by "
-            "c = max|x|^a / max|w|^(1 - a), and the weights multiplied; a number is a, auto chooses one for each "
-            "tensor, or none, by the squared error of the layers' outputs. Exact, and free when deployed: c is part of "
-            "the division by the scale. Runs `forward_loop` twice. Not together with ModelOpt's smoothquant."
+            "c = max|x|^a / max|w|^(1 - a), and the weights multiplied; a number is a, auto chooses: one for each "
+            "tensor by the error of the layers' outputs, one for all, or none, by the error of the model's output. "
+            "Exact, and free when deployed: c is part of the division by the scale. Runs `forward_loop` twice. Not "
+            "together with ModelOpt's smoothquant."
         ),
     )
     asymmetric: bool | Literal["auto"] = ModeloptField(

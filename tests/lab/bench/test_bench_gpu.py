@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -20,26 +21,51 @@ from modelopt_tdq.lab.bench.gpu.command import run_gpu
 pytest.importorskip("triton")
 
 
-def test_rehearsal_runs_every_part(tmp_path: Path) -> None:
-    said = CliRunner().invoke(app, ["bench", "gpu", "--rehearse", "--output", str(tmp_path)])
+def test_rehearsal_of_the_kernels(tmp_path: Path) -> None:
+    said = CliRunner().invoke(
+        app, ["bench", "gpu", "--rehearse", "--only", "machine,lookup,products", "--output", str(tmp_path)]
+    )
     assert said.exit_code == 0, said.output
     result = json.loads((tmp_path / "rehearsal.json").read_text())
     assert result["rehearsal"]
     parts = {found["part"]: found for found in result["parts"]}
-    assert list(parts) == [name for name, _, _ in part.PARTS]
+    assert list(parts) == ["machine", "lookup", "products"]
     assert not [found.get("said") for found in result["parts"] if "error" in found]
     assert [row["different"] for row in parts["lookup"]["rows"]] == [0]
     assert parts["products"]["rows"][0]["largest difference from the definition"] < 1e-3  # float16 outputs
-    calibrated = parts["model"]["rows"][0]
-    assert calibrated["scales within 1e-4"].split(" of ")[0] == calibrated["scales within 1e-4"].split(" of ")[1]
-    engines = [row for row in parts["engines"]["rows"] if "graph" in row]
-    assert len(engines) == 1
-    assert not [row["error"] for row in engines if "error" in row]
-    for row in engines:
-        assert len(set(row["quantizers whose codes are equal"].split(" of "))) == 1
     text = (tmp_path / "rehearsal.md").read_text()
     assert "no number here says anything about a GPU" in text
     assert all(f"## {name}:" in text for name in parts)
+
+
+def _rehearsed(name: str, folder: Path) -> list[part.Row]:
+    """In this process, where everything is imported already."""
+    kept: list[part.Row] = []
+    module = importlib.import_module(f"modelopt_tdq.lab.bench.gpu.{name}")
+    rows: list[part.Row] = module.run(part.Asked(True, folder, kept.extend))
+    assert kept
+    assert not [row["error"] for row in rows if "error" in row and row.get("backend") != "tensorrt"]
+    return rows
+
+
+def test_rehearsal_of_the_model(tmp_path: Path) -> None:
+    rows = _rehearsed("model", tmp_path)
+    right, compared = rows[0]["scales within 1e-4"].split(" of ")
+    assert right == compared
+    assert [row["weights folded"] for row in rows if row["what"] == "forward"] == [False, True]
+
+
+def test_rehearsal_of_the_real_size(tmp_path: Path) -> None:
+    rows = _rehearsed("real_size", tmp_path)
+    assert sum("seconds" in row for row in rows) == 4
+    assert rows[-1]["by time / ModelOpt static"] > 0
+
+
+def test_rehearsal_of_the_engines(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    engines = [row for row in _rehearsed("engines", tmp_path) if "graph" in row]
+    assert len(engines) == 1
+    assert len(set(engines[0]["quantizers whose codes are equal"].split(" of "))) == 1
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
