@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Two quantized linear layers in a row that OpenVINO's CPU plugin computes wrongly, or does not compile, with one thread.
+"""Quantized linear layers in a row that OpenVINO's CPU plugin computes wrongly, or does not compile, with one thread.
 
 Needs onnx, openvino and NumPy only. Prints, for each graph and number of threads, the largest difference from the graph
 computed in NumPy, relative to the largest value, and how many FullyConnected kernels OpenVINO runs; or why it does not
@@ -15,6 +15,7 @@ usage: python openvino_one_thread.py
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def graph(sizes: tuple[int, ...], rows: int = 1, *, biased: bool = False, apart:
     if biased:
         inputs.append(helper.make_tensor_value_info("factor", TensorProto.FLOAT, [1, 1]))
     scale, zero, axis, value = constant(SCALE), constant(0, np.int8), constant([1], np.int64), "x"
-    for number, (width, channels) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (width, channels) in enumerate(itertools.pairwise(sizes)):
         between = apart and number > 0
         codes = node("QuantizeLinear", node("Unsqueeze", value, axis) if between else value, scale, zero)
         activation = node("DequantizeLinear", node("Squeeze", codes, axis) if between else codes, scale, zero)
@@ -99,7 +100,9 @@ def main() -> None:
         print(name)
         for threads in (1, 2):
             found = difference(make(), threads)
-            said = found if isinstance(found, str) else f"{found[0]:.3g} of the largest value, {found[1]} FullyConnected"
+            said = (
+                found if isinstance(found, str) else f"{found[0]:.3g} of the largest value, {found[1]} FullyConnected"
+            )
             print(f"    {threads} thread{'s' * (threads > 1)}: {said}")
 
 

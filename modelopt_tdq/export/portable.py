@@ -166,7 +166,9 @@ def _part_products(editor: GraphEditor, quantize: ir.Node) -> None:
     name, axis = str(codes.name).rpartition("/")[0], editor.ints([1])
     form: dict[str, Any] = {"dtype": value.dtype, "shape": [rows, 1, columns]}
     quantize.replace_input_with(0, editor.before(quantize, "Unsqueeze", [value, axis], f"{name}/apart", **form))
-    matrix = editor.before(users[0][0], "Squeeze", [codes, axis], f"{name}/matrix", dtype=codes.dtype, shape=codes.shape)
+    matrix = editor.before(
+        users[0][0], "Squeeze", [codes, axis], f"{name}/matrix", dtype=codes.dtype, shape=codes.shape
+    )
     codes.shape = editor.ir.Shape(form["shape"])
     for user, index in users:
         user.replace_input_with(index, matrix)

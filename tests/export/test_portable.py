@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ class Rows(nn.Module):
     def __init__(self, bias: bool) -> None:
         super().__init__()
         widths = (96, 8, 12, 24)
-        layers = [nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False)]
+        layers = [nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(widths)]
         self.layers = nn.Sequential(layers[0], layers[1], nn.GELU(), layers[2])
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:

@@ -133,7 +133,13 @@ def test_bfloat16(plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         assert found.dtype == torch.bfloat16
         assert torch.equal(found.float(), wanted)
     monkeypatch.setattr(DeviceQueue, "holds", lambda queue, tensor: False)  # as tensors of the CPU beside a GPU
-    for given in (values, values.bfloat16(), values.numpy(), values.numpy().astype(ml_dtypes.bfloat16), values.tolist()):
+    for given in (
+        values,
+        values.bfloat16(),
+        values.numpy(),
+        values.numpy().astype(ml_dtypes.bfloat16),
+        values.tolist(),
+    ):
         array = session({"x": given})["y"]
         assert isinstance(array, np.ndarray)
         assert array.dtype == np.float32
