@@ -20,6 +20,11 @@ numbers, or make a graph that it then refuses. Seen in 1.31 and 1.32, and avoide
   of attention in float.)
 
 TensorRT-RTX and OpenVINO have the same kernels with and without, but for the last.
+
+OpenVINO's CPU plugin (2026.4) makes one kernel of matrix products in a row where it has few rows per thread, so mostly
+with one thread. Of INT8 codes it returns other numbers, or does not compile for want of registers
+(``benchmarks/upstream/openvino_one_thread.py``). It does so only with matrices [M, K] all along: where a product is
+behind another one, its input is quantized as [M, 1, K].
 """
 
 from __future__ import annotations
@@ -45,6 +50,8 @@ OPSET_REPEATED = 21
 #: What may stand between a product and the QuantizeLinear that ONNX Runtime finds behind it.
 _PASSED = (*LAYOUT, "Slice", "MaxPool", "Relu", "Clip")
 
+_MATRIX_PRODUCTS = ("MatMul", "Gemm")
+
 #: Behind these ONNX Runtime repeats QuantizeLinear.
 _REPEATED_BEHIND = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "MaxPool")
 
@@ -66,6 +73,8 @@ def portable(model: ir.Model, editor: GraphEditor) -> None:
             _hide_matrix(editor, node)
         elif node.op_type == "Relu" and types.FLOAT8E4M3FN in _quantized_again(node.outputs[0]):
             _keep_relu(editor, node)
+        elif node.op_type == "QuantizeLinear":
+            _part_products(editor, node)
     if model.opset_imports[""] >= OPSET_REPEATED:
         _dequantize_behind_layout(editor)
 
@@ -143,6 +152,46 @@ def _keep_relu(editor: GraphEditor, relu: ir.Node) -> None:
     new = editor.before(relu, "Max", inputs, f"{output.name}/not_negative", dtype=output.dtype, shape=output.shape)
     editor.replace(output, new)
     editor.graph.remove(relu, safe=True)
+
+
+def _part_products(editor: GraphEditor, quantize: ir.Node) -> None:
+    value, codes = quantize.inputs[0], quantize.outputs[0]
+    if value is None or codes.dtype != editor.ir.DataType.INT8 or not _is_matrix(value) or codes.is_graph_output():
+        return
+    behind = [user for node, _ in codes.uses() for user, _ in node.outputs[0].uses()]
+    if not any(user.op_type in _MATRIX_PRODUCTS for user in behind) or not _behind_a_product(value):
+        return
+    users = list(codes.uses())
+    rows, columns = codes.shape or (None, None)
+    name, axis = str(codes.name).rpartition("/")[0], editor.ints([1])
+    form: dict[str, Any] = {"dtype": value.dtype, "shape": [rows, 1, columns]}
+    quantize.replace_input_with(0, editor.before(quantize, "Unsqueeze", [value, axis], f"{name}/apart", **form))
+    matrix = editor.before(
+        users[0][0], "Squeeze", [codes, axis], f"{name}/matrix", dtype=codes.dtype, shape=codes.shape
+    )
+    codes.shape = editor.ir.Shape(form["shape"])
+    for user, index in users:
+        user.replace_input_with(index, matrix)
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and len(value.shape) == 2
+
+
+def _behind_a_product(value: ir.Value) -> bool:
+    """Whether it comes from a product of matrices, of matrices all along."""
+    waiting, seen = [value], {value}
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None:
+            continue
+        if node.op_type in _MATRIX_PRODUCTS:
+            return True
+        for found in node.inputs:
+            if found is not None and found not in seen and _is_matrix(found):
+                seen.add(found)
+                waiting.append(found)
+    return False
 
 
 def _keep_added_bias(editor: GraphEditor, add: ir.Node) -> None:

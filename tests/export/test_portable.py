@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,16 +199,69 @@ def test_opset_of_packed_weights(pack: Any, tmp_path: Path) -> None:
     assert max(errors.values()) < SAME, errors
 
 
-def test_the_upstream_reproduction_still_reproduces() -> None:
-    """If this fails, ONNX Runtime has mended something: see what the graphs need no longer."""
+class Rows(nn.Module):
+    """Layers in a row, of vectors: as those that make modulations of a transformer from the embedded time."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        widths = (96, 8, 12, 24)
+        layers = [nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(widths)]
+        self.layers = nn.Sequential(layers[0], layers[1], nn.GELU(), layers[2])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        out: Tensor = self.layers(sample)
+        return out
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_in_a_row_in_openvino(bias: bool, rows: int, tmp_path: Path) -> None:
+    """OpenVINO makes one kernel of them, which returns garbage or finds no registers, where a thread has few rows."""
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model, sample = Rows(bias).eval(), noise(rows, 96)
+    config = fast_config(high_precision=())
+    mtq.quantize(model, config, lambda m: [m(sample * s, torch.tensor(t)) for s, t in ((1.0, 0.0), (3.0, 9.0))])
+    for key, case in cases(model, {"sample": sample, "timestep": torch.tensor(0.0)}).items():
+        onnx.save(case.proto, tmp_path / "m.onnx")
+        assert max(case.errors(("none", *OPTIMIZED)).values()) < SAME, key
+        for threads in (1, 2):
+            session = tdq.OpenVinoSession(tmp_path / "m.onnx", num_threads=threads)
+            found = session({name: case.inputs[name] for name in session.inputs})
+            assert case.expected.error(list(found.values())) < SAME, (key, threads)
+        kernels = [kernel for kernel in session.executed_precisions().values() if "FullyConnected" in kernel]
+        assert kernels == ["FullyConnected i8"] * 3, key
+
+
+def _upstream(name: str) -> Any:
     import sys
 
     folder = Path(__file__).parents[2] / "benchmarks" / "upstream"
     sys.path.insert(0, str(folder))
     try:
-        reproduction = importlib.import_module("onnxruntime_qdq")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(folder))
+
+
+def test_the_reproduction_for_openvino_still_reproduces() -> None:
+    """If this fails, OpenVINO has mended something: see what the graphs need no longer."""
+    pytest.importorskip("openvino")
+    reproduction = _upstream("openvino_one_thread")
+    found = reproduction.difference(reproduction.graph((24, 12, 24)), 1)
+    assert found[0] > 0.1
+    assert found[1] == 0
+    assert "registers" in reproduction.difference(reproduction.graph((96, 8, 12), 3, biased=True), 1)
+    for sizes, rows, biased in (((24, 12, 24), 1, False), ((96, 8, 12), 3, True)):
+        model = reproduction.graph(sizes, rows, biased=biased, apart=True)
+        difference, kernels = reproduction.difference(model, 1)
+        assert difference < 1e-6
+        assert kernels == 2
+
+
+def test_the_upstream_reproduction_still_reproduces() -> None:
+    """If this fails, ONNX Runtime has mended something: see what the graphs need no longer."""
+    reproduction = _upstream("onnxruntime_qdq")
     plain = reproduction.run(reproduction.linear(opset=20), "ORT_ENABLE_ALL")
     assert not isinstance(plain, str)
     model = reproduction.convolution(True, True)

@@ -7,6 +7,7 @@ given, with the shapes that it is given, when it is told to execute. What the cl
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import enum
 import types
@@ -27,6 +28,7 @@ from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 class DataType(enum.Enum):
     FLOAT = "float32"
     HALF = "float16"
+    BF16 = "bfloat16"
     INT64 = "int64"
 
 
@@ -174,6 +176,7 @@ class IExecutionContext:
         def compute(state: int | None = None) -> None:
             assert state in (None, self._state), "the context has changed since the graph was captured"
             feeds = {name: memory[name].array() for name in self._engine._inputs}
+            feeds = {name: _without_bfloat16(value) for name, value in feeds.items()}
             for name, result in self._engine._session(feeds).items():
                 memory[name].array()[...] = result
 
@@ -185,13 +188,27 @@ class IExecutionContext:
         return True
 
 
+def _without_bfloat16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def _float_outside(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with float32 in place of bfloat16, which ONNX Runtime's arrays do not have: a buffer's numbers."""
+    model = copy.deepcopy(model)
+    kinds = onnx.TensorProto
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == kinds.BFLOAT16:
+            value.type.tensor_type.elem_type = kinds.FLOAT
+    return model
+
+
 class ICudaEngine:
     device_memory_size_v2 = 512
 
     def __init__(self, module: Any, logger: Any, content: bytes) -> None:
         model = onnx.load_from_string(content)
         self._module, self._logger = module, logger
-        self._session = OnnxRuntimeSession(model)
+        self._session = OnnxRuntimeSession(_float_outside(model))
         self._tensors: dict[str, tuple[str, tuple[int, ...], TensorIOMode]] = {}
         for values, mode in ((model.graph.input, TensorIOMode.INPUT), (model.graph.output, TensorIOMode.OUTPUT)):
             for value in values:

@@ -115,6 +115,38 @@ def test_dtypes_are_converted(trt: Any, onnx_file: Path, tmp_path: Path) -> None
     np.testing.assert_array_equal(session(inputs)["output"].numpy(), wanted)
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_bfloat16(plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda_graph: bool) -> None:
+    """Tensors on the device give bfloat16 tensors; what NumPy holds gives float32 arrays, with the same numbers."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BFLOAT16, ["batch", 3]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "graph", [x], [y])
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)], ir_version=10)
+    onnx.save(proto, tmp_path / "m.onnx")
+    session = session_of(plain, tmp_path / "m.onnx", tmp_path, cuda_graph=cuda_graph)
+    assert session.inputs == {"x": np.dtype(ml_dtypes.bfloat16)}
+    values = torch.tensor([[1.5, 2.0**40, -2.25], [1 + 2.0**-7, 1 + 2.0**-9, 2.0**-130]])  # rounded: 1 + 2**-9
+    wanted = 2 * values.bfloat16().float()
+    for given in (values, values.bfloat16(), values.double()):
+        found = session({"x": given})["y"]
+        assert isinstance(found, torch.Tensor)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found.float(), wanted)
+    monkeypatch.setattr(DeviceQueue, "holds", lambda queue, tensor: False)  # as tensors of the CPU beside a GPU
+    for given in (
+        values,
+        values.bfloat16(),
+        values.numpy(),
+        values.numpy().astype(ml_dtypes.bfloat16),
+        values.tolist(),
+    ):
+        array = session({"x": given})["y"]
+        assert isinstance(array, np.ndarray)
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, wanted.numpy())
+    assert session({"x": torch.tensor([[1, 2, 3]])})["y"].tolist() == [[2, 4, 6]]
+
+
 def test_what_is_no_input_of_the_engine(trt: Any, onnx_file: Path, tmp_path: Path) -> None:
     session = session_of(trt, onnx_file, tmp_path)
     with pytest.raises(tdq.TdqError, match=r"not the inputs of the engine. Pass \['sample', 'timestep'\]"):

@@ -22,6 +22,12 @@ class OpenVinoSession:
     would otherwise choose bfloat16 or float16 by itself where the processor has it, and quantize the activations of
     layers of which only the weights are quantized (or whose scale is looked up, as in the reference lowering).
 
+    bfloat16 inputs are taken as tensors or arrays of any floating type; bfloat16 outputs are float32 arrays.
+
+    OpenVINO 2026.4 makes one kernel of linear layers in a row where a thread has few rows, which mostly means one
+    thread. Of INT8 layers this kernel is wrong, or does not compile; files that :func:`~modelopt_tdq.export_onnx` wrote
+    keep their INT8 layers apart, files of earlier versions or of others do not: give those more threads.
+
     Args:
         path: Of an ONNX file.
         num_threads: 1 for a single thread; None for OpenVINO's own choice.

@@ -144,6 +144,8 @@ class TensorRTSession:
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name.
 
+        bfloat16 results are bfloat16 tensors on the GPU, and float32 arrays, which hold the same numbers, elsewhere.
+
         Args:
             inputs: By name: NumPy arrays, torch tensors or numbers. On the GPU, dtypes are converted there, without
                 a look at the values; so a tensor of fractions is refused where the engine takes integers.
