@@ -73,7 +73,7 @@ def test_what_was_not_quantized_is_not_touched_and_modes_come_back() -> None:
     assert torch.equal(model.conv1.bias, reference.conv1.bias)
     assert not any(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
-    assert not model._forward_hooks
+    assert [type(hook).__name__ for hook in model._forward_hooks.values()] == ["_EndHook"]  # that of the time
     mixed = converted().train()
     mixed.conv2.eval()
     before = {name: module.training for name, module in mixed.named_modules()}
