@@ -71,7 +71,7 @@ def main(name: str, folder: str, rehearse: str) -> int:
     asked = Asked(rehearse == "1", Path(folder), _writer(answer))
     found: dict[str, Any] = {"rows": []}
     try:
-        module = importlib.import_module(f"modelopt_tdq.lab.bench.gpu.{name}")
+        module = importlib.import_module(f".{name}", __package__)
         found["rows"] = module.run(asked)
     except BaseException as error:  # whatever it is, it is a result of this part, and no other part shall miss it
         traceback.print_exc()
