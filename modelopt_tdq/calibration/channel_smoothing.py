@@ -34,6 +34,7 @@ from modelopt_tdq.core.distributed import all_reduce, gather
 from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.intact import writes
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
@@ -112,8 +113,7 @@ class _Readers:
         """Layer ``number`` reads ``x``: the same as an earlier one, if the same memory has not been written since."""
         # as long as it is kept, no other memory has its address
         storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
-        version = -1 if x.is_inference() else x._version
-        key = storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, version, trailing
+        key = storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, writes(x), trailing
         known = self._readers.setdefault(key, (storage, number))
         self.join(known[1], number)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
@@ -22,7 +22,7 @@ from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
 
-__all__ = ["output_curves"]
+__all__ = ["LayerProbe", "output_curves", "run_probes"]
 
 #: Candidate scales per quantizer; between these fractions of the smallest and of the largest per-row optimum.
 _CANDIDATES = 16
@@ -61,6 +61,42 @@ def _refined(evidence: Evidence, smoothing: float) -> tuple[Tensor, Tensor]:
     low, high = base * smallest + offset, base * largest + offset
     pairs = shifted_pairs(grid, low, high, useful, num_bits, _COVERAGES, 2 * _CANDIDATES)
     return torch.cat([scale, pairs[0]]), torch.cat([zero, pairs[1]])
+
+
+class LayerProbe(Protocol):
+    """A forward hook on one layer, for :func:`run_probes`.
+
+    Attributes:
+        row: Of the time of the call.
+        counts: Whether its samples are this process's.
+    """
+
+    row: int
+    counts: bool
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """See the layer's inputs and output."""
+
+
+def run_probes(
+    model: nn.Module,
+    probes: Sequence[tuple[nn.Module, LayerProbe]],
+    replay: Replay,
+    times: list[float],
+    description: str,
+    progress: bool,
+) -> None:
+    """Run the replayed calls in full precision, with each probe on its layer."""
+    handles = [layer.register_forward_hook(probe, with_kwargs=True) for layer, probe in probes]
+    try:
+        with full_precision(model), torch.no_grad():
+            for batch in tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step"):
+                for _, probe in probes:
+                    probe.row, probe.counts = batch.row, batch.own
+                model(**batch.call)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Probe:
@@ -160,24 +196,13 @@ def output_curves(
         progress: Show a progress bar.
     """
     probes: dict[str, _Probe] = {}
-    handles = []
     for name, known in evidence.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         weight_quantizer = getattr(parent, "weight_quantizer", None)
         quantizer = getattr(parent, "input_quantizer", None)
         if isinstance(weight_quantizer, TensorQuantizer) and isinstance(quantizer, TemporalQuantizer):
             probes[name] = _Probe(parent, known, smoothing, len(times))
-            handles.append(parent.register_forward_hook(probes[name], with_kwargs=True))
-    try:
-        with full_precision(model), torch.no_grad():
-            bar = tqdm(replay.batches(times), "output error", len(times), disable=not progress, unit="step")
-            for batch in bar:
-                for probe in probes.values():
-                    probe.row, probe.counts = batch.row, batch.own
-                model(**batch.call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_probes(model, [(probe.layer, probe) for probe in probes.values()], replay, times, "output error", progress)
     rows = torch.tensor(times)
     found = {name: probe.curves(rows) for name, probe in probes.items()}
     return {name: curves for name, curves in found.items() if curves is not None}

@@ -9,7 +9,8 @@ one by one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,18 @@ def prediction_error(
     references: dict[int, Tensor],
     description: str,
     progress: bool,
+    quantized: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[int, Tensor]:
     """Squared error of the model's output against ``references``, by the number of the call; filled where empty.
+
+    Args:
+        model: Quantized.
+        replay: Recorded calls.
+        times: Those that are run.
+        references: Outputs in full precision, by the number of the call.
+        description: Of the progress bar.
+        progress: Show it.
+        quantized: Entered around each call that is compared, where the model is not as it is to be judged.
 
     Returns:
         By row, [n, 2] float64 on the CPU: for each replayed sample of any process, the squared error and what of the
@@ -57,7 +68,8 @@ def prediction_error(
                 with full_precision(model):
                     references[number] = first_output(model(**batch.call)).float()
             reference = references[number]
-            difference = first_output(model(**batch.call)).float() - reference
+            with quantized():
+                difference = first_output(model(**batch.call)).float() - reference
             if batch.counts:
                 powers = [value.flatten(1).double().square().sum(1) for value in (difference, reference)]
                 found[batch.row].append((batch.order, torch.stack(powers, 1)))

@@ -63,7 +63,7 @@ def recalibrate_weights(model: nn.Module, method: Literal["max", "mse"] | None =
                 "its scale is learned together with the weight",
                 "Train on, or call modelopt_tdq.stop_learning(model) first",
             )
-        change = weight_change(name, weight, quantizer, layer)
+        change = weight_change(name, layer, weight, quantizer)
         if change.is_another:
             changed.append((change, layer, weight, quantizer, method or calibration_method(quantizer)))
     unknown = [change.name for change, *_, how in changed if how is None]

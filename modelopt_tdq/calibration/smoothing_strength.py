@@ -6,8 +6,7 @@ See :mod:`modelopt_tdq.calibration.channel_smoothing`.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +15,8 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modelopt_tdq.calibration.output_error import run_probes
+from modelopt_tdq.calibration.protect import prediction_error
 from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields
@@ -24,7 +25,6 @@ from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code
 from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay import Replay
-from modelopt_tdq.model.replay_ranks import all_samples
 from modelopt_tdq.model.select import temporal_names, weight_quantizers
 from modelopt_tdq.model.timestep import CurrentTimestep
 
@@ -58,14 +58,13 @@ class _Trial:
         self, layer: SmoothedLayer, vectors: list[Tensor], config: CalibrationFields, temporal: bool, rows: int
     ) -> None:
         self.layer, self.vectors = layer, vectors
-        self.clips = (1.0,) if config.statistic == "max" else _CLIPS
+        self.clips = _clips(config.statistic)
         self.shifted = bool(config.asymmetric)
         self.static = not temporal
         self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
         self.row = 0
         self.counts = True
-        clips = (1.0,) if config.weights == "max" else _CLIPS
-        self.weights = [_rounded_weight(layer, vector, clips) for vector in vectors]
+        self.weights = [_rounded_weight(layer, vector, _clips(config.weights)) for vector in vectors]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self.counts:
@@ -88,6 +87,10 @@ class _Trial:
         """[number of vectors] of each, relative to the output, summed over the times; over all processes."""
         squares = all_reduce(self.squares, "sum")
         return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30)).sum(0)
+
+
+def _clips(method: str) -> tuple[float, ...]:
+    return (1.0,) if method == "max" else _CLIPS
 
 
 def _clips_of(num_bits: NumBits, clips: tuple[float, ...]) -> tuple[float, ...]:
@@ -142,7 +145,6 @@ def _least_layer_error(
     """The vector of each group with the least error of its layers' outputs, over all times; None: not smoothed."""
     vectors = []
     trials: dict[int, _Trial] = {}
-    handles = []
     times = union(set(replay.times))
     for group in groups:
         tried = [shared_vector(group, strength) for strength in STRENGTHS]
@@ -150,16 +152,8 @@ def _least_layer_error(
         for layer in group:
             temporal = f"{layer.name}.input_quantizer" in follow and config.bins != 1
             trials[id(layer)] = _Trial(layer, vectors[-1], config, temporal, len(times))
-            handles.append(layer.module.register_forward_hook(trials[id(layer)], with_kwargs=True))
-    try:
-        with full_precision(model), torch.no_grad():
-            for batch in tqdm(replay.batches(times), "strengths", len(times), disable=not config.progress, unit="step"):
-                for trial in trials.values():
-                    trial.row, trial.counts = batch.row, batch.own
-                model(**batch.call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    probes = [(trial.layer.module, trial) for trial in trials.values()]
+    run_probes(model, probes, replay, times, "strengths", config.progress)
     found: list[Tensor | None] = []
     for group, tried in zip(groups, vectors, strict=True):
         errors = torch.stack([trials[id(layer)].error() for layer in group]).sum(0)
@@ -193,7 +187,7 @@ class _Judge:
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:
-        clips = (1.0,) if self._config.statistic == "max" else _CLIPS
+        clips = _clips(self._config.statistic)
 
         def hook(quantizer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             shifted = bool(self._config.asymmetric)
@@ -214,18 +208,11 @@ class _Judge:
     def __call__(self) -> float:
         """Mean over the times of the error of the model as it is now, in dB."""
         calibrate_weights(self._model, self._config.weights, remember=False)
-        found: dict[int, list[tuple[Sequence[float], Tensor]]] = defaultdict(list)
         with full_precision(self._model):
-            for number, batch in enumerate(self._replay.batches(self._times)):
-                if number not in self._references:
-                    self._references[number] = first_output(self._model(**batch.call)).float()
-                reference = self._references[number]
-                with self._rounding():
-                    difference = first_output(self._model(**batch.call)).float() - reference
-                if batch.counts:
-                    powers = [value.flatten(1).double().square().sum(1) for value in (difference, reference)]
-                    found[batch.row].append((batch.order, torch.stack(powers, 1)))
-        rows = [sums.sum(0).clamp(min=1e-30) for sums in all_samples(found).values()]
+            found = prediction_error(
+                self._model, self._replay, self._times, self._references, "", False, self._rounding
+            )
+        rows = [powers.sum(0).clamp(min=1e-30) for powers in found.values()]
         return sum(10 * math.log10(float(row[0] / row[1])) for row in rows) / max(len(rows), 1)
 
 

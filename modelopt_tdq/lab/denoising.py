@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.model.call import first_output
 
-__all__ = ["NoisyBatch", "class_count", "noise_loss", "noisy_batch", "predict", "sample_labels"]
+__all__ = ["NoisyBatch", "Prediction", "class_count", "noise_loss", "noisy_batch", "predict", "sample_labels"]
 
 #: Noisy images [B, C, H, W], times [B], the noise in them [B, C, H, W], labels [B] or None.
 NoisyBatch = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
@@ -71,3 +71,15 @@ def noise_loss(model: nn.Module, batch: NoisyBatch) -> Tensor:
     """Mean squared error of the predicted noise, the plain diffusion loss: a scalar."""
     noisy, times, noise, labels = batch
     return F.mse_loss(predict(model, noisy, times, labels).float(), noise)
+
+
+class Prediction(nn.Module):
+    """The prediction alone, as a tensor: what lowerings return, for the export of a full-precision model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """What the model predicts for these inputs."""
+        return first_output(self.model(sample, timestep))

@@ -27,12 +27,13 @@ def _giving_back(exchange: Callable[..., AbstractContextManager[None]]) -> Calla
         package: Any, name: str, new_func: Callable[..., Any], og_func_cache_name: str | None = None
     ) -> Iterator[None]:
         """ModelOpt's, with both attributes as they were afterwards, whatever happens inside."""
-        before = {key: vars(package)[key] for key in (name, og_func_cache_name or f"_{name}") if key in vars(package)}
+        keys = name, og_func_cache_name or f"_{name}"
+        before = {key: vars(package)[key] for key in keys if key in vars(package)}
         try:
             with exchange(package, name, new_func, og_func_cache_name):
                 yield
         finally:
-            for key in (name, og_func_cache_name or f"_{name}"):
+            for key in keys:
                 if key in before:
                     setattr(package, key, before[key])
                 elif key in vars(package):

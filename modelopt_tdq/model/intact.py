@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["Intact", "averaged", "checksum"]
+__all__ = ["Intact", "averaged", "checksum", "writes"]
 
 #: Odd 64-bit numbers, for mixing.
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
@@ -35,7 +35,8 @@ def checksum(buffers: Sequence[Tensor]) -> Tensor:
     return (total ^ (total >> 24) ^ (total >> 48)) & _BITS
 
 
-def _version(tensor: Tensor) -> int:
+def writes(tensor: Tensor) -> int:
+    """How often somebody wrote to ``tensor``; -1 where nobody counts, in inference mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -53,10 +54,10 @@ class Intact:
 
     def __call__(self, buffers: Sequence[Tensor], expected: Tensor) -> bool:
         """True if they are, or cannot be looked at."""
-        now = [(tensor, _version(tensor)) for tensor in (*buffers, expected)]
+        now = [(tensor, writes(tensor)) for tensor in (*buffers, expected)]
         if len(now) == len(self._checked) and all(
-            tensor is before and version == then
-            for (tensor, version), (before, then) in zip(now, self._checked, strict=True)
+            tensor is before and count == then
+            for (tensor, count), (before, then) in zip(now, self._checked, strict=True)
         ):
             return True
         if any(tensor.is_meta for tensor, _ in now):

@@ -238,10 +238,8 @@ def calibration_method(quantizer: TensorQuantizer) -> str | None:
 
 
 @torch.no_grad()
-def weight_change(
-    name: str, weight: Tensor, quantizer: TensorQuantizer, layer: nn.Module | None = None
-) -> WeightChange:
-    """What has become of one weight of :func:`plain_weights`; of the ``layer``, whether its channels are smoothed."""
+def weight_change(name: str, layer: nn.Module, weight: Tensor, quantizer: TensorQuantizer) -> WeightChange:
+    """What has become of one weight of :func:`plain_weights`, given as that gives it."""
     amax = quantizer.amax
     kept: dict[str, Any] | None = vars(quantizer).get(_CALIBRATED)
     energy, noise, rounding = _energy_and_noise(weight, amax, quantizer)
@@ -255,14 +253,14 @@ def weight_change(
     size, own_size = (
         now / was if was > 0 else (math.inf if now > 0 else 1.0) for was in (kept["size"], kept["own_size"])
     )
-    return WeightChange(name, size, own_size, noise, kept["noise"], rounding, layer is not None and _is_smoothed(layer))
+    return WeightChange(name, size, own_size, noise, kept["noise"], rounding, _is_smoothed(layer))
 
 
 def require_smoothed_weights(model: nn.Module) -> None:
     """Raise if a weight whose channels were smoothed was replaced or merged since, as by ``pipeline.fuse_lora()``."""
     settle_weights(model)
     for name, layer, weight, quantizer in plain_weights(model):
-        if _is_smoothed(layer) and weight_change(name, weight, quantizer, layer).is_foreign:
+        if _is_smoothed(layer) and weight_change(name, layer, weight, quantizer).is_foreign:
             problem = "its weight changed after the channels in front of it were smoothed"
             raise TdqError("model", name, problem, _FOREIGN)
 
@@ -350,7 +348,7 @@ def settle_weights(model: nn.Module) -> None:
 def changed_weights(model: nn.Module) -> list[WeightChange]:
     """The weights that the scales of ``model`` do not fit any more, in module order."""
     settle_weights(model)
-    changes = (weight_change(name, weight, q, layer) for name, layer, weight, q in plain_weights(model))
+    changes = (weight_change(*entry) for entry in plain_weights(model))
     return [change for change in changes if change.is_resized or change.misfits or change.is_foreign]
 
 

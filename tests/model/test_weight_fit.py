@@ -135,7 +135,7 @@ def test_training_with_the_quantizers_in_the_loop_is_no_change(seen: str) -> Non
     before = {name: weight.detach().clone() for name, weight in weights(model).items()}
     _train(model)
     assert all(float((w.detach() - before[n]).norm() / before[n].norm()) > 0.05 for n, w in weights(model).items())
-    assert any(weight_change(name, w, q).misfits for name, _, w, q in plain_weights(model))  # by its numbers alone
+    assert any(weight_change(*entry).misfits for entry in plain_weights(model))  # by its numbers alone
     if seen == "evaluated":
         with torch.no_grad():
             model(noise(1, 3, 8, 8), torch.tensor(300.0))
@@ -182,7 +182,7 @@ def test_rounding_that_was_learned_is_no_change() -> None:
     )
     torch.manual_seed(0)
     model = mtq.quantize(TinyDenoiser().eval(), config, loop(calls()))
-    changes = [weight_change(name, weight, q) for name, _, weight, q in plain_weights(model)]
+    changes = [weight_change(*entry) for entry in plain_weights(model)]
     folded = [c.name.removesuffix(".weight_quantizer") for c in changes if c.noise < 1e-10]
     assert folded  # these weights are their quantized values now
     assert _names(copy.deepcopy(model).half()) == _names(model) == []

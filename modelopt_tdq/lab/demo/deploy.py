@@ -17,10 +17,10 @@ from modelopt_tdq.errors import require
 from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.demo.cache import StageResult
 from modelopt_tdq.lab.demo.settings import DEPLOYED, DemoSettings, cores
+from modelopt_tdq.lab.denoising import Prediction
 from modelopt_tdq.lab.judge import Reference
 from modelopt_tdq.lab.model_folder import load_model, load_quantized
 from modelopt_tdq.lab.trajectories import noise, sample_shape
-from modelopt_tdq.model.call import first_output
 
 __all__ = ["DEPLOYED_VARIANTS", "export_and_build", "measure_openvino"]
 
@@ -39,17 +39,6 @@ def _inputs(model: nn.Module, batch: int) -> dict[str, Tensor]:
     return {"sample": noise(batch, sample_shape(model), 0), "timestep": torch.tensor([500])}
 
 
-class _Prediction(nn.Module):
-    """The prediction alone: what both lowerings return, for the export of the full-precision model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return first_output(self.model(sample, timestep))
-
-
 def export_and_build(
     settings: DemoSettings, variant: str, engine: bool, report: Callable[[float], None]
 ) -> StageResult:
@@ -65,7 +54,7 @@ def export_and_build(
         require("onnxscript", "onnx")
         model = load_model(bundled_model())
         inputs = _inputs(model, settings.batch)
-        program = torch.onnx.export(_Prediction(model), (), kwargs=inputs, dynamo=True, opset_version=21, verbose=False)
+        program = torch.onnx.export(Prediction(model), (), kwargs=inputs, dynamo=True, opset_version=21, verbose=False)
         program.save(str(path))  # type: ignore[union-attr]
         return StageResult({}, files=files)
     model = load_quantized(settings.output / "models" / f"{DEPLOYED}-{variant}").model

@@ -13,22 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.errors import TdqError, require
-from modelopt_tdq.lab.bench.gpu.model import full_precision, recorded_calls
+from modelopt_tdq.lab.bench.gpu.model import TIME, full_precision, recorded_calls, replayed
 from modelopt_tdq.lab.bench.gpu.part import Asked, Row
 from modelopt_tdq.lab.bench.gpu.timing import median_times
+from modelopt_tdq.lab.denoising import Prediction
 from modelopt_tdq.lab.trajectories import noise, sample_shape
 
 __all__ = ["run"]
 
 _BACKENDS = ("tensorrt_rtx", "tensorrt")
-_TIME = 401.0
-
 #: Compute capability that a rehearsal builds for.
 _REHEARSED = "8.9"
 
@@ -48,23 +46,11 @@ class _Graph:
     per_sample: bool = False
 
 
-class _Plain(nn.Module):
-    """A diffusers model that returns a tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        y: Tensor = self.model(sample, timestep).sample
-        return y
-
-
 def _float16(full: nn.Module, file: Path, shape: tuple[int, ...]) -> _Graph:
     batch = torch.export.Dim("batch", min=1, max=64)
-    example = (noise(2, shape, 0).half(), torch.tensor([_TIME]))
+    example = (noise(2, shape, 0).half(), torch.tensor([TIME]))
     torch.onnx.export(
-        _Plain(copy.deepcopy(full).half()), example, str(file), dynamo=True, verbose=False, external_data=False,
+        Prediction(copy.deepcopy(full).half()), example, str(file), dynamo=True, verbose=False, external_data=False,
         input_names=["sample", "timestep"], output_names=["output"], dynamic_shapes=({0: batch}, None),
     )  # fmt: skip
     return _Graph(file)
@@ -77,12 +63,8 @@ def _graphs(asked: Asked, full: nn.Module) -> dict[str, Callable[[], _Graph]]:
     import modelopt_tdq as tdq
 
     shape = sample_shape(full)
-    calls = recorded_calls(asked, full)
+    forward_loop = replayed(recorded_calls(asked, full))
     made: dict[str, nn.Module] = {}
-
-    def forward_loop(model: nn.Module) -> None:
-        for x, t in calls:
-            model(x, t)
 
     def quantized(bins: Any) -> nn.Module:
         if str(bins) not in made:
@@ -97,7 +79,7 @@ def _graphs(asked: Asked, full: nn.Module) -> dict[str, Callable[[], _Graph]]:
         tdq.export_onnx(model, file, inputs, dynamic_batch=True, **options)
         return _Graph(file, model, times.numel() > 1)
 
-    one, two = torch.tensor([_TIME]), torch.tensor([_TIME, 11.0])
+    one, two = torch.tensor([TIME]), torch.tensor([TIME, 11.0])
     graphs = {
         "static": lambda: exported("static", 1, one),
         "by time": lambda: exported("ratio", "per_step", one),
@@ -111,7 +93,7 @@ def _graphs(asked: Asked, full: nn.Module) -> dict[str, Callable[[], _Graph]]:
 
 
 def _table(graph: _Graph) -> dict[str, Any]:
-    """What an engine with a table input needs."""
+    """The table's inputs of the graph by name; none where the scales are constants."""
     import onnx
 
     import modelopt_tdq as tdq
@@ -121,7 +103,7 @@ def _table(graph: _Graph) -> dict[str, Any]:
     names = {value.name for value in onnx.load(graph.file, load_external_data=False).graph.input}
     if graph.model is None or not names & set(TABLE_INPUTS):
         return {}
-    return {"table": engine_table(graph.file, tdq.scale_table(graph.model))}
+    return dict(engine_table(graph.file, tdq.scale_table(graph.model)))
 
 
 def _build(asked: Asked, backend: str, file: Path, engine: Path) -> Any:
@@ -134,20 +116,23 @@ def _build(asked: Asked, backend: str, file: Path, engine: Path) -> Any:
     return tdq.build_engine(file, engine, backend=backend, allow_float=True, **options)
 
 
+def _reference(file: Path, table: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """ONNX Runtime on the graph."""
+    from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
+
+    session = OnnxRuntimeSession(file)
+    return lambda inputs: session({**inputs, **table})
+
+
 def _open(asked: Asked, file: Path, engine: Path, table: Mapping[str, Any], **options: Any) -> Any:
     """The engine's session; in a rehearsal, that of ONNX Runtime on its graph."""
-    from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
     from modelopt_tdq.runtime.sessions.tensorrt import TensorRTSession
 
-    if not asked.rehearse:
-        return TensorRTSession(engine, **({"table": table["table"]} if table else {}), **options)
-    session = OnnxRuntimeSession(file)
-    given = {name: np.asarray(value) for name, value in table.get("table", {}).items()}
-    return lambda inputs: session({**inputs, **given})
+    return _reference(file, table) if asked.rehearse else TensorRTSession(engine, table=table or None, **options)
 
 
 def _feeds(graph: _Graph, shape: tuple[int, ...], batch: int) -> dict[str, Tensor]:
-    times = torch.tensor([_TIME]) if not graph.per_sample else torch.linspace(990, 5, batch)
+    times = torch.tensor([TIME]) if not graph.per_sample else torch.linspace(990, 5, batch)
     return {"sample": noise(batch, shape, 4), "timestep": times}
 
 
@@ -156,17 +141,15 @@ def _codes(asked: Asked, backend: str, graph: _Graph, name: str, shape: tuple[in
     import onnx
 
     from modelopt_tdq.compare.layers import codes_by_quantizer, returning_codes
-    from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
     file = graph.file.with_name(f"{graph.file.stem}_codes.onnx")
     onnx.save(returning_codes(onnx.load(graph.file)), file)
     engine = file.with_suffix(f".{backend}")
     _build(asked, backend, file, engine)
-    table, feeds = _table(graph), _feeds(graph, shape, 2)
-    reference = OnnxRuntimeSession(file)
-    given = {key: np.asarray(value) for key, value in table.get("table", {}).items()}
-    expected = codes_by_quantizer(reference({**{k: v.numpy() for k, v in feeds.items()}, **given}).items())
-    found = codes_by_quantizer(_open(asked, file, engine, table)({k: v.numpy() for k, v in feeds.items()}).items())
+    table = _table(graph)
+    feeds = {key: value.numpy() for key, value in _feeds(graph, shape, 2).items()}
+    expected = codes_by_quantizer(_reference(file, table)(feeds).items())
+    found = codes_by_quantizer(_open(asked, file, engine, table)(feeds).items())
     different = {key: float((found[key].values != expected[key].values).mean()) for key in expected}
     first = next((key for key, share in different.items() if share), None)
     return {
@@ -179,8 +162,6 @@ def _codes(asked: Asked, backend: str, graph: _Graph, name: str, shape: tuple[in
 
 def _run(asked: Asked, backend: str, name: str, graph: _Graph, full: nn.Module, rows: list[Row]) -> None:
     """Build, load, compare the output and time one graph; appends to ``rows`` what was found."""
-    from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
-
     shape = sample_shape(full)
     row: Row = {"backend": backend, "graph": name}
     rows.append(row)
@@ -190,6 +171,8 @@ def _run(asked: Asked, backend: str, name: str, graph: _Graph, full: nn.Module, 
     asked.keep(rows)
     table = _table(graph)
     session = _open(asked, graph.file, engine, table)
+    reference = None if graph.model is None else _reference(graph.file, table)
+    captured = None if asked.rehearse else _open(asked, graph.file, engine, table, cuda_graph=True)
     half = torch.float16 if graph.model is None else torch.float32
     for batch in (2,) if asked.rehearse else (1, 8, 64):
         feeds = {
@@ -200,19 +183,19 @@ def _run(asked: Asked, backend: str, name: str, graph: _Graph, full: nn.Module, 
         with torch.no_grad():
             expected = full(feeds["sample"].float(), feeds["timestep"]).sample
         row[f"SQNR to full precision, batch {batch}"] = round(sqnr_db(expected, found), 2)
-        if graph.model is not None and batch <= 8:
-            given = {key: np.asarray(value) for key, value in table.get("table", {}).items()}
-            reference = OnnxRuntimeSession(graph.file)({**{k: v.numpy() for k, v in feeds.items()}, **given})["output"]
-            row[f"SQNR to ONNX Runtime, batch {batch}"] = round(sqnr_db(torch.from_numpy(reference), found), 2)
-        if not asked.rehearse:
+        if reference is not None and batch <= 8:
+            wanted = reference({key: value.numpy() for key, value in feeds.items()})["output"]
+            row[f"SQNR to ONNX Runtime, batch {batch}"] = round(sqnr_db(torch.from_numpy(wanted), found), 2)
+        if captured is not None:
             times = median_times({"plain": partial(session, there)}, repeats=50, graphs=False)
             row[f"ms, batch {batch}"] = round(times["plain"] * 1e3, 4)
-            with _open(asked, graph.file, engine, table, cuda_graph=True) as captured:
-                again = captured(there)["output"].float().cpu()
-                row[f"same in a CUDA graph, batch {batch}"] = bool(torch.equal(again, found))
-                times = median_times({"graph": partial(captured, there)}, repeats=50, graphs=False)
-                row[f"ms in a CUDA graph, batch {batch}"] = round(times["graph"] * 1e3, 4)
+            again = captured(there)["output"].float().cpu()
+            row[f"same in a CUDA graph, batch {batch}"] = bool(torch.equal(again, found))
+            times = median_times({"graph": partial(captured, there)}, repeats=50, graphs=False)
+            row[f"ms in a CUDA graph, batch {batch}"] = round(times["graph"] * 1e3, 4)
         asked.keep(rows)
+    if captured is not None:
+        captured.close()
     if graph.model is not None:
         row |= _codes(asked, backend, graph, name, shape)
 

@@ -18,10 +18,19 @@ from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.model_folder import load_model
 from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
 
-__all__ = ["forward_times", "full_precision", "recorded_calls", "run", "static_config", "timed_quantize"]
+__all__ = [
+    "TIME",
+    "forward_times",
+    "full_precision",
+    "recorded_calls",
+    "replayed",
+    "run",
+    "static_config",
+    "timed_quantize",
+]
 
 #: A time between two rows, of the middle of the process.
-_TIME = 401.0
+TIME = 401.0
 
 
 def full_precision(asked: Asked) -> nn.Module:
@@ -49,7 +58,9 @@ def recorded_calls(asked: Asked, model: nn.Module) -> list[tuple[Tensor, Tensor]
     return calls
 
 
-def _loop(calls: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], None]:
+def replayed(calls: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], None]:
+    """A ``forward_loop`` over these calls, on the device of the model."""
+
     def forward_loop(model: nn.Module) -> None:
         device = next(model.parameters()).device
         for x, t in calls:
@@ -92,12 +103,12 @@ def _calibrated(
     # a row that is protected or not by a hair would hide what the devices differ in
     config = tdq.make_config(weights="max", protect_steps=False, progress=False)
     there = copy.deepcopy(full).to(asked.device)
-    warm, _ = timed_quantize(there, static_config(config), _loop(calls[:1]))
-    _loop(calls[:1])(warm)  # ModelOpt compiles its CUDA extension for a minute when a quantizer first quantizes
-    static, static_seconds = timed_quantize(there, static_config(config), _loop(calls))
-    by_time, seconds = timed_quantize(there, config, _loop(calls))
-    _, protected_seconds = timed_quantize(there, tdq.make_config(weights="max", progress=False), _loop(calls))
-    on_cpu, cpu_seconds = timed_quantize(full, config, _loop(calls))
+    warm, _ = timed_quantize(there, static_config(config), replayed(calls[:1]))
+    replayed(calls[:1])(warm)  # ModelOpt compiles its CUDA extension for a minute when a quantizer first quantizes
+    static, static_seconds = timed_quantize(there, static_config(config), replayed(calls))
+    by_time, seconds = timed_quantize(there, config, replayed(calls))
+    _, protected_seconds = timed_quantize(there, tdq.make_config(weights="max", progress=False), replayed(calls))
+    on_cpu, cpu_seconds = timed_quantize(full, config, replayed(calls))
     found, expected = tdq.scale_table(by_time), tdq.scale_table(on_cpu)
     difference = (found.scale.cpu() - expected.scale).abs() / expected.scale
     decibels = []
@@ -153,7 +164,7 @@ def forward_times(
 
 
 def _forward_times(asked: Asked, models: dict[str, nn.Module], rows: list[Row], folded: bool) -> None:
-    t = torch.tensor([_TIME], device=asked.device)
+    t = torch.tensor([TIME], device=asked.device)
     for batch in (2,) if asked.rehearse else (1, 8, 64):
         x = noise(batch, sample_shape(models["full precision"]), 1).to(asked.device)
         calls = {name: partial(_answer, m, x, t) for name, m in models.items()}
@@ -185,7 +196,7 @@ def _several_at_once(asked: Asked, model: nn.Module) -> Row:
 def _compiled(model: nn.Module, asked: Asked) -> Row:
     """``torch.compile``: how long, how fast, how far from eager."""
     x = noise(8, sample_shape(model), 3).to(asked.device)
-    t = torch.tensor([_TIME], device=asked.device)
+    t = torch.tensor([TIME], device=asked.device)
     expected = _answer(model, x, t)
     compiled = torch.compile(model)
     start = time.perf_counter()
