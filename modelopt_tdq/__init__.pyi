@@ -8,6 +8,7 @@ from .config import TDQ_W4A4_CFG as TDQ_W4A4_CFG
 from .config import TDQ_W4A8_CFG as TDQ_W4A8_CFG
 from .config import TDQ_W8A4_CFG as TDQ_W8A4_CFG
 from .config import TdqCalibConfig as TdqCalibConfig
+from .config import TdqCorrectConfig as TdqCorrectConfig
 from .config import make_config as make_config
 from .config import recipe as recipe
 from .training.config import TdqQatConfig as TdqQatConfig
@@ -20,12 +21,15 @@ from .analysis.analyze import analyze as analyze
 from .pipeline.quantize import quantize_pipeline as quantize_pipeline
 from .pipeline.diffusers_config import diffusers_config as diffusers_config
 
-# The scales of a quantized model, and what to do when its weights have changed.
+# The scales of a quantized model, the corrections of its layers, and what to do when its weights have changed.
 from .core.table import ScaleTable as ScaleTable
 from .model.quantizer import TemporalQuantizer as TemporalQuantizer
 from .model.model_table import scale_table as scale_table
 from .model.model_table import set_scale_table as set_scale_table
 from .model.model_table import temporal_quantizers as temporal_quantizers
+from .core.layer_correction import LayerCorrection as LayerCorrection
+from .model.output_correction import layer_correction as layer_correction
+from .model.output_correction import set_layer_correction as set_layer_correction
 from .calibration.recalibrate import recalibrate_weights as recalibrate_weights
 
 # Learn: quantization-aware training and reconstruction.

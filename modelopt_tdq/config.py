@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from importlib import resources
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from modelopt.torch.opt.config import ModeloptField
@@ -14,6 +14,9 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 
 from modelopt_tdq.core.fake_quant import SUPPORTED_BITS, NumBits
 from modelopt_tdq.errors import TdqError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "ALGORITHMS",
@@ -27,7 +30,10 @@ __all__ = [
     "TDQ_W4A8_CFG",
     "TDQ_W8A4_CFG",
     "CalibrationFields",
+    "CorrectionFields",
+    "RunFields",
     "TdqCalibConfig",
+    "TdqCorrectConfig",
     "make_config",
     "recipe",
 ]
@@ -133,10 +139,39 @@ HIGH_PRECISION = (
 )
 
 
-class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
-    """What all algorithms of this package know about calibration."""
+class RunFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
+    """What all algorithms of this package know about a run of ``forward_loop``."""
 
     _mutates_weights: ClassVar[bool] = False
+
+    timestep_argument: str = ModeloptField(
+        default="timestep", title="Argument of the model's forward that holds the time"
+    )
+    replay_samples: int = ModeloptField(
+        default=8, ge=1, title="Samples per time kept for `statistic: output` and `protect_steps`"
+    )
+    expected_calls: int | None = ModeloptField(
+        default=None, ge=1, title="Model calls in one `forward_loop`; lets the progress bar tell the time left"
+    )
+    progress: bool = ModeloptField(default=True, title="Show progress bars")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            config = handler(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"][:1]) or "algorithm"
+            cure = f"Known fields: {', '.join(cls.model_fields)}"
+            if field in cls.model_fields:
+                cure = f"Allowed: {_allowed(cls, field)}"
+            raise TdqError(field, first.get("input"), first["msg"], cure) from error
+        return config
+
+
+class CalibrationFields(RunFields):
+    """What all algorithms of this package know about calibration."""
 
     statistic: Literal["max", "mse", "percentile", "entropy", "output"] = ModeloptField(
         default="mse",
@@ -211,9 +246,6 @@ class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
     temporal: list[str] = ModeloptField(
         default=["*"], title="Globs over quantizer names: these follow time, the other activations get one scale"
     )
-    timestep_argument: str = ModeloptField(
-        default="timestep", title="Argument of the model's forward that holds the time"
-    )
     protect_steps: bool = ModeloptField(
         default=True,
         title="Fall back to static scales per row",
@@ -222,45 +254,60 @@ class CalibrationFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
             "than a standard error."
         ),
     )
-    replay_samples: int = ModeloptField(
-        default=8, ge=1, title="Samples per time kept for `statistic: output` and `protect_steps`"
-    )
     max_steps: int = ModeloptField(default=1024, ge=2, title="Most different times that a calibration may visit")
-    expected_calls: int | None = ModeloptField(
-        default=None, ge=1, title="Model calls in one `forward_loop`; lets the progress bar tell the time left"
+
+    @model_validator(mode="after")
+    def _has_bins(self) -> Self:
+        if isinstance(self.bins, int) and self.bins < 1:
+            raise TdqError("bins", self.bins, "not a positive number", "Use 'per_step', 'optimal', or a number of bins")
+        return self
+
+
+class CorrectionFields(RunFields):
+    """How the outputs of quantized layers are corrected."""
+
+    correction: Literal["auto", "none", "static", "per_step"] = ModeloptField(
+        default="auto",
+        title="Gain and bias of each output channel of the quantized layers",
+        description=(
+            "Fitted to the full-precision outputs, layer by layer. static: one of each channel, which becomes part of "
+            "the scales and biases of the weights; per_step: one per calibrated time, which needs no further node in "
+            "the engine; auto: for each layer whichever has the least error on replayed samples that it was not fitted "
+            "to, and none at all where the model predicts no better with them; nothing is fitted where all codes have "
+            "8 bits, which leave nothing to correct."
+        ),
     )
-    progress: bool = ModeloptField(default=True, title="Show progress bars")
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[CalibrationFields]) -> CalibrationFields:
-        try:
-            config = handler(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"][:1]) or "algorithm"
-            cure = f"Known fields: {', '.join(cls.model_fields)}"
-            if field in cls.model_fields:
-                cure = f"Allowed: {_allowed(cls, field)}"
-            raise TdqError(field, first.get("input"), first["msg"], cure) from error
-        if isinstance(config.bins, int) and config.bins < 1:
-            raise TdqError(
-                "bins", config.bins, "not a positive number", "Use 'per_step', 'optimal', or a number of bins"
-            )
-        return config
+    correction_budget: float = ModeloptField(
+        default=64.0,
+        gt=0.0,
+        title="MiB",
+        description=(
+            "Most that gains and biases may take, as float32. Where those over time take more, the layers that gain "
+            "least by them get static ones."
+        ),
+    )
 
 
-class TdqCalibConfig(CalibrationFields):
+class TdqCalibConfig(CalibrationFields, CorrectionFields):
     """Algorithm ``{"method": "tdq", ...}``: an activation scale per calibrated time, from one ``forward_loop``."""
 
     method: Literal["tdq"] = ModeloptField("tdq")
 
 
+class TdqCorrectConfig(CorrectionFields):
+    """Algorithm ``{"method": "tdq_correct", ...}``: correct the outputs of layers that are quantized already.
+
+    Behind any other algorithm, of this package or of ModelOpt, as long as the weights are not folded.
+    """
+
+    method: Literal["tdq_correct"] = ModeloptField("tdq_correct")
+
+
 #: The config of each algorithm, by its method.
-ALGORITHMS: dict[str, type[CalibrationFields]] = {"tdq": TdqCalibConfig}
+ALGORITHMS: dict[str, type[RunFields]] = {"tdq": TdqCalibConfig, "tdq_correct": TdqCorrectConfig}
 
 
-def _allowed(config: type[CalibrationFields], field: str) -> str:
+def _allowed(config: type[RunFields], field: str) -> str:
     info = config.model_fields[field]
     bounds = "".join(f", {bound!r}" for bound in info.metadata)
     return f"{str(info.annotation).replace('typing.', '')}{bounds}"

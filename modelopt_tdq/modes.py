@@ -19,9 +19,9 @@ from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, Calibr
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
-from modelopt_tdq.config import CalibrationFields, TdqCalibConfig
+from modelopt_tdq.config import RunFields, TdqCalibConfig, TdqCorrectConfig
 from modelopt_tdq.model.exchanged import give_back_exchanged_functions
-from modelopt_tdq.model.model_table import temporal_quantizers
+from modelopt_tdq.model.output_correction import OutputCorrection
 from modelopt_tdq.model.place import execution_device, put_hooks_around_quantizers, require_tensors_on_hand
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.saving import no_checkpoint
@@ -67,7 +67,7 @@ def _update(model: nn.Module, config: QuantizeAlgorithmConfig, metadata: dict[st
         metadata.pop(_INTERVALS, None)
 
 
-def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
+def _restore(model: nn.Module, config: RunFields, metadata: dict[str, Any]) -> nn.Module:
     """Make the saved quantizers what they were, before ModelOpt fills them."""
     require_tensors_on_hand(model, "be restored")
     states = metadata.get("quantizer_state", {})
@@ -79,6 +79,8 @@ def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, An
             continue
         if state.get("_is_temporal_quantizer"):
             TemporalQuantizer.from_tensor_quantizer(module, timestep, name)
+        if state.get("_is_output_correction"):
+            OutputCorrection.from_tensor_quantizer(module, timestep, name)
         if state.get("_learns"):
             from modelopt_tdq.training.attach import as_learned
 
@@ -88,8 +90,10 @@ def _restore(model: nn.Module, config: CalibrationFields, metadata: dict[str, An
 
             module.__class__ = LearnedWeightQuantizer
     restored: nn.Module = restore_quantizer_state(model, config, metadata)
-    for name, quantizer in temporal_quantizers(restored).items():
+    for name, quantizer in restored.named_modules():
         # ModelOpt puts all of them on the first device of a model that is spread over several
+        if not isinstance(quantizer, (TemporalQuantizer, OutputCorrection)) or not quantizer.is_enabled:
+            continue
         if not any(tensor.is_meta for tensor in (*quantizer.parameters(), *quantizer.buffers())):
             quantizer.to(execution_device(restored.get_submodule(name.rpartition(".")[0])))
     if _INTERVALS in metadata:
@@ -111,7 +115,7 @@ def _update_features(model: nn.Module, config: QuantizeAlgorithmConfig, metadata
         metadata.pop(DESCRIPTION, None)
 
 
-def _restore_features(model: nn.Module, config: CalibrationFields, metadata: dict[str, Any]) -> nn.Module:
+def _restore_features(model: nn.Module, config: RunFields, metadata: dict[str, Any]) -> nn.Module:
     """Likewise, with the layers that look up what was saved."""
     from modelopt_tdq.temporal_features.runtime import has_features, restore_features, uninstall_features
     from modelopt_tdq.temporal_features.saved_state import DESCRIPTION
@@ -128,7 +132,7 @@ class TdqMode(BaseCalibrateModeDescriptor):  # type: ignore[misc]
     """Mode of one algorithm; a subclass sets ``_calib_func`` and ``_config``."""
 
     _supports_layerwise = False
-    _config: ClassVar[type[CalibrationFields]]
+    _config: ClassVar[type[RunFields]]
 
     @property
     def config_class(self) -> type[QuantizeAlgorithmConfig]:
@@ -170,6 +174,15 @@ class _Tdq(TdqMode):
         _run(tdq_calibrate, model, forward_loop, fields)
 
 
+class _TdqCorrect(TdqMode):
+    _config = TdqCorrectConfig
+
+    def _calib_func(model: nn.Module, forward_loop: _ForwardLoop | None = None, **fields: Any) -> None:  # noqa: N805
+        from modelopt_tdq.calibration.correct import tdq_correct
+
+        _run(tdq_correct, model, forward_loop, fields)
+
+
 class _TdqQat(TdqMode):
     _config = TdqQatConfig
 
@@ -201,7 +214,7 @@ class _TdqTemporal(TdqMode):
         """As for all algorithms. The description of the features is part of it: in a list, nobody asks again."""
         convert = super().convert
 
-        def converted(model: nn.Module, config: CalibrationFields, **arguments: Any) -> Any:
+        def converted(model: nn.Module, config: RunFields, **arguments: Any) -> Any:
             model, metadata = convert(model, config, **arguments)
             _update_features(model, config, metadata)
             return model, metadata
@@ -246,7 +259,7 @@ def register() -> None:
     register_wrappers()
     give_back_exchanged_functions()
     _register_refusal()
-    for mode in (_Tdq, _TdqQat, _TdqReconstruct, _TdqTemporal):
+    for mode in (_Tdq, _TdqCorrect, _TdqQat, _TdqReconstruct, _TdqTemporal):
         for descriptor in (mode, _found_by_saved_name(mode)):
             if not CalibrateModeRegistry.contained_in_any(descriptor().name):
                 CalibrateModeRegistry.register_mode(descriptor)

@@ -19,7 +19,7 @@ from modelopt_tdq.calibration.others import load_amax
 from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics, too_many_times
 from modelopt_tdq.calibration.weights import calibrate_weights
-from modelopt_tdq.config import TdqCalibConfig
+from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.core.together import check
@@ -58,7 +58,7 @@ def _run(
     model: nn.Module,
     forward_loop: Callable[[nn.Module], Any],
     timestep: CurrentTimestep,
-    config: TdqCalibConfig,
+    config: CalibrationFields,
     statistics: dict[str, StepStatistics],
     others: list[TensorQuantizer],
 ) -> Replay:
@@ -107,7 +107,9 @@ def _filled(statistics: StepStatistics, times: list[float]) -> ActivationStatist
     )
 
 
-def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, config: TdqCalibConfig) -> Calibration:
+def collect(
+    model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, config: CalibrationFields
+) -> Calibration:
     """Promote the activation quantizers, calibrate the weights, and gather the evidence for every scale.
 
     Raises:
@@ -164,7 +166,7 @@ def collect(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None, c
     return Calibration(quantizers, times, evidence, replay)
 
 
-def _require_the_same(model: nn.Module, config: TdqCalibConfig) -> None:
+def _require_the_same(model: nn.Module, config: CalibrationFields) -> None:
     """All processes calibrate the same quantizers in the same way."""
     agreed("algorithm", config.model_dump(exclude={"progress", "expected_calls"}))
     enabled = {n: m for n, m in model.named_modules() if isinstance(m, TensorQuantizer) and m.is_enabled}
@@ -172,7 +174,7 @@ def _require_the_same(model: nn.Module, config: TdqCalibConfig) -> None:
 
 
 def _activation_evidence(
-    statistics: StepStatistics, times: list[float], quantizer: TemporalQuantizer, config: TdqCalibConfig
+    statistics: StepStatistics, times: list[float], quantizer: TemporalQuantizer, config: CalibrationFields
 ) -> Evidence:
     rows, num_bits = _filled(statistics, times), quantizer.num_bits
     asymmetric = bool(config.asymmetric) and isinstance(num_bits, int)  # FP8 has a sign of its own
@@ -181,7 +183,7 @@ def _activation_evidence(
     )
 
 
-def _settled(evidence: Evidence, config: TdqCalibConfig, temporal: bool) -> Evidence:
+def _settled(evidence: Evidence, config: CalibrationFields, temporal: bool) -> Evidence:
     """With `asymmetric: auto`, the evidence without offsets where these gain too little."""
     undecided = evidence.asymmetric and config.asymmetric == "auto"
     return evidence if not undecided or worth_an_offset(evidence, config, temporal) else evidence.symmetric()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modelopt_tdq.calibration.choose import Evidence, choose_rows
 from modelopt_tdq.calibration.pooling import bin_pooling, optimal_bins, smoothing_pooling, uniform_bins
-from modelopt_tdq.config import TdqCalibConfig
+from modelopt_tdq.config import CalibrationFields
 
 __all__ = ["columns", "worth_an_offset"]
 
@@ -17,13 +17,13 @@ __all__ = ["columns", "worth_an_offset"]
 _ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
 
 
-def columns(evidence: Evidence, config: TdqCalibConfig, temporal: bool) -> tuple[Tensor, Tensor | None]:
+def columns(evidence: Evidence, config: CalibrationFields, temporal: bool) -> tuple[Tensor, Tensor | None]:
     """Scale [K] and offset [K] (None if symmetric) of one quantizer."""
     scale, offset = _chosen(evidence, config, temporal)
     return scale.contiguous(), offset.contiguous() if bool(offset.any()) else None
 
 
-def worth_an_offset(evidence: Evidence, config: TdqCalibConfig, temporal: bool) -> bool:
+def worth_an_offset(evidence: Evidence, config: CalibrationFields, temporal: bool) -> bool:
     """Whether ``asymmetric: auto`` takes an offset: the squared error of what :func:`columns` gives falls by 1 dB."""
 
     def error(option: Evidence) -> float:
@@ -32,7 +32,7 @@ def worth_an_offset(evidence: Evidence, config: TdqCalibConfig, temporal: bool) 
     return error(evidence) < error(evidence.symmetric()) * _ASYMMETRIC_GAIN
 
 
-def _chosen(evidence: Evidence, config: TdqCalibConfig, temporal: bool) -> tuple[Tensor, Tensor]:
+def _chosen(evidence: Evidence, config: CalibrationFields, temporal: bool) -> tuple[Tensor, Tensor]:
     rows = len(evidence.statistics.low)
     one = torch.ones(1, rows, dtype=torch.float64)
     scale, offset = (v.expand(rows) for v in choose_rows(evidence, one, config.statistic, config.percentile))

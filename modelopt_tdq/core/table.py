@@ -16,7 +16,7 @@ from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["SCHEMA_VERSION", "ScaleTable", "number_format"]
+__all__ = ["SCHEMA_VERSION", "ScaleTable", "number_format", "own_floats"]
 
 #: The newest that is read. Version 2 is version 1 with the array ``dequant_offset``; tables without it are version 1.
 SCHEMA_VERSION = 2
@@ -56,7 +56,7 @@ class ScaleTable:
         for name in _ARRAYS:
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _own(name, value))
+                object.__setattr__(self, name, own_floats(name, value))
         object.__setattr__(self, "names", tuple(self.names))
         self._validate()
 
@@ -228,7 +228,7 @@ def number_format(bits: Any) -> Any:
     return tuple(bits) if isinstance(bits, (list, tuple)) else bits
 
 
-def _own(name: str, value: Any) -> Tensor:
+def own_floats(name: str, value: Any) -> Tensor:
     """A float32 copy on the CPU, which nobody else can change."""
     try:
         return torch.as_tensor(value).detach().to("cpu", torch.float32).clone().contiguous()

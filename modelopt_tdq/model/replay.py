@@ -185,13 +185,32 @@ class Replay:
         """Those that have samples, ascending."""
         return sorted(time for time, heap in self._heaps.items() if heap)
 
-    def batches(self, times: list[float]) -> Iterator[Batch]:
+    @property
+    def timestep(self) -> CurrentTimestep:
+        """Of the model."""
+        return self._timestep
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no process of a lower rank saw the very same samples; known after :meth:`agree`."""
+        return self._first
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the calls are made of samples, which can be put together in other ways."""
+        return self._axis is not None
+
+    def batches(self, times: list[float], twice: bool = False) -> Iterator[Batch]:
         """Calls of the model for each time at which any process has samples, in order.
 
         One per time, with all samples of it that fit into one call (other shapes, other flags, other values of what
         samples share are left out: the largest group stays); or one for each call that was kept whole.
         Every process that saw a call in :meth:`record` makes one call per such time; see
         :mod:`modelopt_tdq.model.replay_ranks`. One that saw none makes none: the model ran without it already.
+
+        Args:
+            times: Those that are run.
+            twice: Each call has its samples, and behind them the same once more; only where :attr:`has_samples`.
 
         Raises:
             TdqError: The model's forward takes arguments that cannot be passed by name.
@@ -217,13 +236,12 @@ class Replay:
                 check()
                 if own < len(calls[row]):
                     samples = calls[row][own]
-                    call = self._together([sample for _, _, sample in samples])
+                    call = self._together([sample for _, _, sample in samples] * (1 + twice))
                     yield Batch(row, call, tuple(item[0] for item in samples), self._first)
                 elif self._spare:
                     nearest = min(self._spare, key=lambda other: abs(other - times[row]))
-                    yield Batch(
-                        row, at_time(self._spare[nearest], self._timestep.argument, times[row]), (), self._first
-                    )
+                    call = self._together([self._spare[nearest]] * (1 + twice))
+                    yield Batch(row, at_time(call, self._timestep.argument, times[row]), (), self._first)
 
     def _together(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return samples[0] if self._axis is None or len(samples) == 1 else self._axis.together(samples)

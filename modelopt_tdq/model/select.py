@@ -30,6 +30,8 @@ def activation_quantizers(model: nn.Module) -> tuple[dict[str, TensorQuantizer],
     for name, module in model.named_modules():
         if not isinstance(module, TensorQuantizer) or not module.is_enabled or id(module) in weights:
             continue
+        if getattr(module, "_is_output_correction", False):
+            continue  # it quantizes nothing
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, SequentialQuantizer) and id(parent) in weights:
             continue

@@ -15,7 +15,13 @@ from torch import nn
 
 from modelopt_tdq.errors import TdqWarning
 
-__all__ = ["forget_left_out", "leave_out", "unquantized_layers", "warn_of_unquantized_layers"]
+__all__ = [
+    "folded_weights",
+    "forget_left_out",
+    "leave_out",
+    "unquantized_layers",
+    "warn_of_unquantized_layers",
+]
 
 #: Attribute of the quantizers of a layer that calibration has left out: why; saved with ModelOpt's state.
 _LEFT_OUT = "_left_out"
@@ -188,6 +194,19 @@ def unquantized_layers(model: nn.Module) -> dict[str, str]:
     if _are_current(rules, model):
         for name, reason in _by_class(model, rules):
             found.setdefault(name, reason)
+    return found
+
+
+def folded_weights(model: nn.Module) -> list[str]:
+    """The layers whose weights are rounded for good (``mtq.fold_weight``) or stored compressed, as far as is known."""
+    found, rules = [], _rules(model)
+    for name, layer in model.named_modules():
+        quantizer: Any = layer._modules.get("weight_quantizer")
+        if not isinstance(layer, QuantModule) or quantizer is None:
+            continue
+        meant = _is_meant(rules, f"{name}.weight_quantizer", layer) and _LEFT_OUT not in vars(quantizer)
+        if (meant and not quantizer.is_enabled) or (quantizer.is_enabled and not quantizer.fake_quant):
+            found.append(name)
     return found
 
 

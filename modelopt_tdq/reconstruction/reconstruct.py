@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.calibrate import tdq_calibrate
+from modelopt_tdq.calibration.calibrate import calibrate_scales
 from modelopt_tdq.core.distributed import processes
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.place import require_weights
@@ -31,7 +31,7 @@ from modelopt_tdq.reconstruction.observe import calls_in_order, probe
 from modelopt_tdq.reconstruction.resume import BlockResult, Progress
 from modelopt_tdq.reconstruction.rounding import RoundingQuantizer, can_learn_rounding
 from modelopt_tdq.reconstruction.samples import Samples, SpreadReplay, require_enough_samples
-from modelopt_tdq.training.attach import calibration_fields, learn_scales
+from modelopt_tdq.training.attach import calibration_config, learn_scales
 from modelopt_tdq.training.learned import learned_intervals, learned_quantizers
 
 __all__ = ["reconstruction_report", "tdq_reconstruct"]
@@ -47,7 +47,7 @@ def tdq_reconstruct(model: nn.Module, forward_loop: Callable[[nn.Module], Any] |
 
     Args:
         model: Quantized by ``mtq.quantize``.
-        forward_loop: As for :func:`modelopt_tdq.calibration.calibrate.tdq_calibrate`.
+        forward_loop: As for :func:`modelopt_tdq.calibration.calibrate.calibrate_scales`.
         **fields: Fields of :class:`TdqReconstructConfig`.
 
     Raises:
@@ -108,7 +108,7 @@ def _reconstruct(
     activation_quantizers(model)
     recorder = SpreadReplay(model, deliver_timestep(model, config.timestep_argument), config.samples)
     recorded = None if forward_loop is None else recorder.recorded(forward_loop)
-    tdq_calibrate(model, recorded, **calibration_fields(config))
+    calibrate_scales(model, recorded, calibration_config(config))
     learn_scales(model, config)
     samples = recorder.chosen()
     learned = learned_intervals(model)

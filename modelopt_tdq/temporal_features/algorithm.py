@@ -9,8 +9,7 @@ import torch
 from modelopt.torch.utils.distributed import is_dtensor_sharded
 from torch import nn
 
-from modelopt_tdq.calibration.calibrate import tdq_calibrate
-from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.calibration.calibrate import calibrate_scales
 from modelopt_tdq.core.distributed import broadcast, gather
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
@@ -29,7 +28,7 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
 
     Args:
         model: Quantized by ``mtq.quantize``; its forward takes the time.
-        forward_loop: As for :func:`modelopt_tdq.calibration.calibrate.tdq_calibrate`.
+        forward_loop: As for :func:`modelopt_tdq.calibration.calibrate.calibrate_scales`.
         **fields: Fields of :class:`TdqTemporalConfig`.
 
     Raises:
@@ -57,8 +56,7 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
 
         loop = None if forward_loop is None else recorded
         if config.recalibrate:
-            fields = {name: getattr(config, name) for name in CalibrationFields.model_fields if name != "method"}
-            tdq_calibrate(model, loop, **fields)
+            calibrate_scales(model, loop, config)
         elif loop is None:
             raise TdqError("forward_loop", None, "a call of the model is needed", "Pass a forward_loop to mtq.quantize")
         else:

@@ -9,8 +9,9 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration.calibrate import tdq_calibrate
+from modelopt_tdq.calibration.calibrate import calibrate_scales
 from modelopt_tdq.calibration.pooling import uniform_bins
+from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.fake_quant import code_range
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
@@ -41,7 +42,7 @@ def tdq_qat(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = 
 
     Args:
         model: Quantized by ``mtq.quantize``.
-        forward_loop: As for :func:`modelopt_tdq.calibration.calibrate.tdq_calibrate`.
+        forward_loop: As for :func:`modelopt_tdq.calibration.calibrate.calibrate_scales`.
         **fields: Fields of :class:`TdqQatConfig`.
 
     Raises:
@@ -50,16 +51,13 @@ def tdq_qat(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = 
     """
     config = TdqQatConfig(**{name: value for name, value in fields.items() if name in TdqQatConfig.model_fields})
     with restored_on_error(model), together("tdq_qat"):
-        tdq_calibrate(model, forward_loop, **calibration_fields(config))
+        calibrate_scales(model, forward_loop, calibration_config(config))
         learn_scales(model, config)
 
 
-def calibration_fields(config: LearningFields) -> dict[str, Any]:
-    """Fields of the calibration that comes before learning: one row per time only where each will be learned."""
-    fields = {name: getattr(config, name) for name in type(config).model_fields if name != "method"}
-    if config.intervals != "table":
-        fields["bins"] = 1
-    return fields
+def calibration_config(config: LearningFields) -> CalibrationFields:
+    """Of the calibration that comes before learning: one row per time only where each will be learned."""
+    return config if config.intervals == "table" else config.model_copy(update={"bins": 1})
 
 
 def _bins(scale: Tensor, offset: Tensor | None, config: LearningFields) -> Tensor:

@@ -1,0 +1,280 @@
+"""OutputCorrection: what stands where ModelOpt has a quantizer of a layer's output, and corrects that output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from torch import Tensor, nn
+
+from modelopt_tdq.core.layer_correction import LayerCorrection
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.intact import Intact, averaged, checksum
+from modelopt_tdq.model.place import execution_device, require_tensors_on_hand, require_unattended
+from modelopt_tdq.model.rows import TimesKey, current_rows
+from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep, per_sample
+from modelopt_tdq.model.wrapped import unwrapped
+
+__all__ = [
+    "OutputCorrection",
+    "channel_dimension",
+    "correctable_layers",
+    "forget_layer_correction",
+    "layer_correction",
+    "output_channels",
+    "output_corrections",
+    "set_layer_correction",
+]
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+_BUFFERS = ("_correction_times_bits", "_gain_bits", "_bias_bits")
+_CHECKSUM = "_correction_checksum"
+
+#: A float32 NaN as an integer: what a restored correction computes with until its rows are loaded.
+_NAN_BITS = 0x7FC00000
+
+
+class OutputCorrection(TensorQuantizer):  # type: ignore[misc]
+    """y * gain + bias in float32, in the dtype of y; made in place from a disabled ``output_quantizer``.
+
+    So it has a place in ModelOpt's module tree, is saved, restored, disabled and enabled like a quantizer, and passes y
+    on where quantizers do (:func:`modelopt_tdq.model.full_precision.full_precision`). It quantizes nothing.
+
+    Buffers, float32 numbers as the bits of int32, which casts leave alone: ``_correction_times_bits`` [K],
+    ``_gain_bits`` and ``_bias_bits`` [K, C], or [1, C] where they do not depend on time.
+    """
+
+    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {
+        "_timestep",
+        "_intact",
+        "_times_key",
+    }
+
+    _timestep: CurrentTimestep
+    _intact: Intact
+    _times_key: TimesKey
+    _quantizer_name: str = ""
+
+    #: Dimensions of y behind that of the channels.
+    _trailing: int = 0
+
+    @classmethod
+    def from_tensor_quantizer(
+        cls, quantizer: TensorQuantizer, timestep: CurrentTimestep, name: str
+    ) -> OutputCorrection:
+        """Turn ``quantizer``, which has this name, into a correction in place; its rows are still to be set."""
+        quantizer.__class__ = cls
+        promoted: OutputCorrection = quantizer
+        promoted._is_output_correction = True
+        promoted._timestep = timestep
+        promoted._intact = Intact()
+        promoted._times_key = TimesKey()
+        promoted._quantizer_name = name
+        promoted.enable()
+        return promoted
+
+    def forget(self) -> None:
+        """Become the disabled quantizer again that it was made from."""
+        for name in (*_BUFFERS, _CHECKSUM):
+            self._buffers.pop(name, None)
+        for name in ("_is_output_correction", "_timestep", "_intact", "_times_key", "_quantizer_name", "_trailing"):
+            self.__dict__.pop(name, None)
+        self.__class__ = TensorQuantizer
+        self.disable()
+
+    def set_rows(self, timesteps: Tensor, gain: Tensor, bias: Tensor, trailing: int) -> None:
+        """Set gain and bias [K, C] or [1, C] at ``timesteps`` [K]; channels are ``trailing`` dimensions from the last.
+
+        All float32, on the device on which the layer computes.
+        """
+        for name, value in zip(_BUFFERS, (timesteps, gain, bias), strict=True):
+            self._buffers.pop(name, None)
+            self.register_buffer(name, value.detach().float().clone().contiguous().view(torch.int32))
+        self._buffers.pop(_CHECKSUM, None)
+        self.register_buffer(_CHECKSUM, checksum([self._buffers[name] for name in _BUFFERS]))
+        self._trailing = trailing
+
+    def _read(self, name: str) -> Tensor:
+        bits: Tensor = getattr(self, name)
+        return bits.view(torch.float32)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """[K] float32."""
+        return self._read("_correction_times_bits")
+
+    @property
+    def gain(self) -> Tensor:
+        """[K, C] or [1, C] float32."""
+        return self._read("_gain_bits")
+
+    @property
+    def bias(self) -> Tensor:
+        """Of the same shape."""
+        return self._read("_bias_bits")
+
+    @property
+    def trailing(self) -> int:
+        """Dimensions of y behind that of the channels."""
+        return self._trailing
+
+    def require_usable(self) -> None:
+        """Raise a TdqError if somebody has computed with the bits of the rows."""
+        buffers = [self._buffers[name] for name in _BUFFERS]
+        if not self._intact(buffers, self._buffers[_CHECKSUM]) and not bool(self.gain.isnan().any()):
+            raise averaged("layer", self._quantizer_name.rpartition(".")[0], "its correction")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The layer's output, corrected at the time of the call."""
+        if self._disabled or not self._if_quant:
+            return inputs
+        if not torch.compiler.is_compiling():
+            self.require_usable()
+        gain, bias = (self._of_call(rows.to(inputs.device), inputs) for rows in (self.gain, self.bias))
+        corrected: Tensor = (inputs.float() * gain + bias).to(inputs.dtype)
+        return corrected
+
+    def _of_call(self, rows: Tensor, y: Tensor) -> Tensor:
+        """[C, 1, ...], or [B * n, 1, ..., C, 1, ...] for a time per sample."""
+        if len(rows) > 1:
+            rows = rows[current_rows(self._timestep, self._correction_times_bits, self._times_key, y.device)]
+        behind = (1,) * self._trailing
+        if len(rows) == 1:
+            return rows.reshape(-1, *behind)
+        samples = per_sample(torch.arange(len(rows), device=y.device), y).flatten()  # row of each sample
+        between = (1,) * (y.dim() - 2 - self._trailing)
+        return rows[samples].reshape(len(samples), *between, -1, *behind)
+
+    def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
+        super()._reset_pytorch_state_from_metadata(metadata)
+        for name in _BUFFERS:
+            if name in self._buffers:
+                self._buffers[name].fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
+        if _CHECKSUM in self._buffers:
+            self._buffers[_CHECKSUM].copy_(checksum([self._buffers[name] for name in _BUFFERS]))
+
+    def extra_repr(self) -> str:
+        """What ModelOpt's summaries show."""
+        if self._disabled or "_gain_bits" not in self._buffers:
+            return str(super().extra_repr())
+        rows, channels = self.gain.shape
+        low, high = float(self.gain.min()), float(self.gain.max())
+        kind = "static" if rows == 1 else f"{rows} rows"
+        return f"correction {kind}, {channels} channels, gain=[{low:.4f}, {high:.4f}]"
+
+
+def channel_dimension(layer: nn.Module) -> int:
+    """Dimensions behind that of the channels in the output of a layer: of a convolution, those of its kernel."""
+    return len(getattr(layer, "kernel_size", ()))
+
+
+def output_corrections(model: nn.Module) -> dict[str, OutputCorrection]:
+    """The enabled corrections of ``model``, by name of the layer, in module order."""
+    modules = unwrapped(model).named_modules()
+    return {n.rpartition(".")[0]: m for n, m in modules if isinstance(m, OutputCorrection) and m.is_enabled}
+
+
+def correctable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The quantized linear layers and convolutions whose output nothing else quantizes, by name, in module order."""
+    found: dict[str, nn.Module] = {}
+    for name, layer in model.named_modules():
+        output = layer._modules.get("output_quantizer")
+        if not isinstance(layer, QuantModule) or not isinstance(layer, _LAYERS) or output is None:
+            continue
+        if not isinstance(output, OutputCorrection) and (type(output) is not TensorQuantizer or output.is_enabled):
+            continue
+        others = (layer._modules.get(key) for key in ("input_quantizer", "weight_quantizer"))
+        if any(getattr(quantizer, "is_enabled", False) for quantizer in others):
+            found[name] = layer
+    return found
+
+
+def layer_correction(model: nn.Module) -> LayerCorrection | None:
+    """The corrections of the layers of ``model``, copied to the CPU; None if it has none.
+
+    Raises:
+        TdqError: Their state is not loaded, or on disk, or somebody has computed with it.
+    """
+    model = unwrapped(model)
+    corrections = output_corrections(model)
+    if not corrections:
+        return None
+    require_tensors_on_hand(model, "show its corrections", scales_only=True)
+    empty = [name for name, c in corrections.items() if c.gain.is_meta or bool(c.gain.isnan().any())]
+    if empty:
+        raise TdqError(
+            "model",
+            empty[:3],
+            "these corrections were restored, but their rows were not loaded",
+            "Load the state dict that was saved with the ModelOpt state",
+        )
+    for correction in corrections.values():
+        correction.require_usable()
+    timesteps = max((c.timesteps for c in corrections.values()), key=len).cpu()
+    return LayerCorrection(
+        timesteps,
+        {name: c.gain for name, c in corrections.items()},
+        {name: c.bias for name, c in corrections.items()},
+    )
+
+
+def forget_layer_correction(model: nn.Module) -> None:
+    """Take all corrections off ``model``: its layers give again what quantization makes of them."""
+    for module in list(model.modules()):
+        if isinstance(module, OutputCorrection):
+            module.forget()
+
+
+def set_layer_correction(model: nn.Module, correction: LayerCorrection | None) -> None:
+    """Let the layers of ``model`` be corrected so, and no others.
+
+    Args:
+        model: The module that ``mtq.quantize`` was called with.
+        correction: For quantized layers of it; None: no corrections.
+
+    Raises:
+        TdqError: There is no such quantized layer, it has another number of output channels, the model is not told
+            the time, or hooks around its layers would not know the corrections. Nothing is changed then.
+    """
+    model = unwrapped(model)
+    require_unattended(model, "have its layers corrected")
+    if correction is None:
+        forget_layer_correction(model)
+        return
+    timestep = find_timestep(model)
+    layers = correctable_layers(model)
+    unknown = [name for name in correction.names if name not in layers]
+    if unknown or timestep is None:
+        raise TdqError(
+            "names",
+            unknown[:3] or type(model).__name__,
+            "no quantized linear layers or convolutions of this model, or their outputs are quantized"
+            if unknown
+            else "the model is not told the time",
+            "Use the correction that was fitted to this model and quant_cfg, and the module that was quantized",
+        )
+    for name in correction.names:
+        width = output_channels(layers[name])
+        if correction.gain[name].shape[1] != width:
+            raise TdqError(
+                "gain",
+                tuple(correction.gain[name].shape),
+                f"{name} has {width} output channels",
+                "Use the correction that was fitted to this model",
+            )
+    forget_layer_correction(model)
+    for name in correction.names:
+        layer: Any = layers[name]
+        device = execution_device(layer)
+        made = OutputCorrection.from_tensor_quantizer(layer.output_quantizer, timestep, f"{name}.output_quantizer")
+        rows = (correction.timesteps, correction.gain[name], correction.bias[name])
+        times, gain, bias = (value.to(device) for value in rows)
+        made.set_rows(times if len(gain) > 1 else times[:1], gain, bias, channel_dimension(layer))
+
+
+def output_channels(layer: nn.Module) -> int:
+    """Of a linear layer or convolution."""
+    found = getattr(layer, "out_features", None)
+    return int(getattr(layer, "out_channels", 0) if found is None else found)
