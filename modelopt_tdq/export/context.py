@@ -30,6 +30,7 @@ class LoweringContext:
         shapes: Those that each marker saw in the sample run, by quantizer name.
         samples: Times per call in the sample run.
         batch: Samples per call in the sample run.
+        table_input: Whether the scales are an input of the graph.
         features: Names of the layers whose output is looked up.
         limited: Quantizers in low precision whose product has a low-precision kernel on some backends only, with which.
     """
@@ -41,6 +42,7 @@ class LoweringContext:
     shapes: dict[str, list[tuple[int, ...]]]
     samples: int
     batch: int = 1
+    table_input: bool = False
     features: list[str] = field(default_factory=list)
     low_precision: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -61,10 +63,17 @@ class LoweringContext:
             TdqError: Times are per sample, and the activation's rows are no multiple of the samples.
         """
         name = marker_name(marker)
+        temporal = self.lookup.is_temporal(name, "scale", "offset", "dequant_scale", "ratio", "dequant_offset")
+        return self._fold(name) if temporal else 1
+
+    def fold_of_correction(self, marker: ir.Node) -> int:
+        """Rows per sample of the output that a marker corrects; errors as of :meth:`fold`."""
+        name = marker_name(marker)
+        return self._fold(name) if self.spec.corrections[name].is_temporal else 1
+
+    def _fold(self, name: str) -> int:
         shapes = self.shapes.get(name, [])
-        if not self.lookup.per_sample or not self.lookup.is_temporal(
-            name, "scale", "offset", "dequant_scale", "ratio", "dequant_offset"
-        ):
+        if not self.lookup.per_sample:
             return 1
         rows = {shape[0] if shape else 0 for shape in shapes}
         if len(rows) != 1 or 0 in rows or min(rows) % self.samples:

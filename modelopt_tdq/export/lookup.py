@@ -67,7 +67,7 @@ class TimeRow:
         self.anchor = editor.graph[0] if anchor is None else anchor
         self.size: int | str = "batch" if times is None else times
 
-    def with_edges(self, edges: ir.Value) -> TimeRow:
+    def with_edges(self, edges: _Array | ir.Value) -> TimeRow:
         """The same time, and its row of another table."""
         times = self.size if isinstance(self.size, int) else None
         return TimeRow(self._editor, edges, self._timestep, times, self.anchor)

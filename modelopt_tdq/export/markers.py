@@ -1,8 +1,8 @@
 """A copy of the model in which every enabled quantizer is a marker, one node of the exported graph.
 
 The graph that torch exports then has standard operators only, except for ``tdq::FakeQuantize`` where an
-activation is quantized, ``tdq::QuantizedWeight`` where a weight is, and ``tdq::TemporalFeature`` where a layer's output
-is looked up; the lowerings replace those.
+activation is quantized, ``tdq::QuantizedWeight`` where a weight is, ``tdq::LayerCorrection`` where a layer's output is
+corrected, and ``tdq::TemporalFeature`` where it is looked up; the lowerings replace those.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from modelopt_tdq.export.spec import weight_quantizers
 from modelopt_tdq.model.call import layer_input
+from modelopt_tdq.model.output_correction import OutputCorrection
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import without_delivery
 from modelopt_tdq.model.weight_fit import require_own_weight
@@ -30,6 +31,7 @@ from modelopt_tdq.temporal_features.looked_up import LookedUp, output_dtype, own
 
 __all__ = [
     "ACTIVATION_MARKER",
+    "CORRECTION_MARKER",
     "DOMAIN",
     "FEATURE_MARKER",
     "WEIGHT_MARKER",
@@ -41,6 +43,7 @@ __all__ = [
 DOMAIN = "tdq"
 ACTIVATION_MARKER = "FakeQuantize"
 WEIGHT_MARKER = "QuantizedWeight"
+CORRECTION_MARKER = "LayerCorrection"
 FEATURE_MARKER = "TemporalFeature"
 
 
@@ -206,7 +209,8 @@ def with_markers(model: nn.Module) -> nn.Module:
             facts = {"marker_type": WEIGHT_MARKER, "marker_weight": weights[id(module)]}
             _put_in_front(module, Marker, marker_name=name, shapes=[], **facts)
         elif isinstance(module, TensorQuantizer) and module.is_enabled:
-            _put_in_front(module, Marker, marker_name=name, marker_type=ACTIVATION_MARKER, shapes=[])
+            stands_for = CORRECTION_MARKER if isinstance(module, OutputCorrection) else ACTIVATION_MARKER
+            _put_in_front(module, Marker, marker_name=name, marker_type=stands_for, shapes=[])
         elif isinstance(module, TensorQuantizer):
             _put_in_front(module, _Disabled)
         elif issubclass(type(module), LookedUp):

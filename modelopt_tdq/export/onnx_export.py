@@ -16,6 +16,7 @@ from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.features import lower_features
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.inputs import FIXED, flatten_inputs
+from modelopt_tdq.export.layer_correction import fold_static
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
 from modelopt_tdq.export.open_sizes import open_sizes
@@ -171,6 +172,7 @@ def lower(
         require_table_input(graph.spec, lowering)
         graph = replace(graph, spec=all_rows(graph.spec))
     editor = GraphEditor(graph.model.graph)
+    graph = replace(graph, spec=fold_static(editor, graph.spec))
     time = next((v for v in graph.model.graph.inputs if v.name == graph.spec.timestep), None)
     times = None if graph.dynamic_batch and graph.samples > 1 else graph.samples
     source: ColumnSource = gathered
@@ -180,7 +182,9 @@ def lower(
         source = looked_up_by_plugin(graph.spec)
     lookup = Lookup(editor, graph.spec, time, times, ratios=lowering != "reference", source=source)
     weights = lower_weights(editor, graph.spec, pack_weights)
-    context = LoweringContext(editor, graph.spec, lookup, weights, graph.shapes, graph.samples, graph.batch)
+    context = LoweringContext(
+        editor, graph.spec, lookup, weights, graph.shapes, graph.samples, graph.batch, table_input
+    )
     lower_features(context, gather_int8=lowering == "reference")
     _LOWERINGS[lowering](context)
     portable(graph.model, editor)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from modelopt_tdq.errors import require
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ __all__ = [
     "LAYOUT",
     "PRODUCTS",
     "Path",
+    "bias_of",
+    "computes_bias",
     "constant_of",
     "offset_problem",
     "pads_of",
@@ -134,3 +138,28 @@ def offset_problem(path: Path, is_constant: Callable[[ir.Value | None], bool]) -
     if product.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
         return "it has an offset, and the padding of its convolution is automatic"
     return None
+
+
+def bias_of(product: ir.Node) -> tuple[Any | None, ir.Value]:
+    """The constant bias [C] of a product, its own or that of an Add behind it; and the value that includes it.
+
+    None where there is none, or it is computed: see :func:`computes_bias`.
+    """
+    output = product.outputs[0]
+    if len(product.inputs) > 2 and product.inputs[2] is not None:
+        bias = constant_of(product.inputs[2])
+        if bias is None:
+            return None, output
+        return bias.astype(np.float64).reshape(-1) * product.attributes.get_float("beta", 1.0), output
+    uses = output.uses()
+    if product.op_type == "MatMul" and len(uses) == 1 and not output.is_graph_output():
+        node, index = next(iter(uses))
+        bias = constant_of(node.inputs[1 - index]) if node.op_type == "Add" and len(node.inputs) == 2 else None
+        if bias is not None and bias.ndim == 1 and output.shape is not None and bias.shape[0] == output.shape[-1]:
+            return bias.astype(np.float64), node.outputs[0]
+    return None, output
+
+
+def computes_bias(product: ir.Node) -> bool:
+    """Whether the bias of a product is no constant."""
+    return len(product.inputs) > 2 and product.inputs[2] is not None and constant_of(product.inputs[2]) is None

@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.activation import ActivationEmitter
 from modelopt_tdq.export.context import LoweringContext
-from modelopt_tdq.export.correction import correct_product
+from modelopt_tdq.export.layer_correction import (
+    CorrectionRows,
+    add_in_place,
+    correction_behind,
+    corrections,
+    lower_correction,
+)
 from modelopt_tdq.export.product import (
     LAYOUT,
     PRODUCTS,
@@ -33,6 +39,8 @@ from modelopt_tdq.export.product import (
     paths_to_products,
     per_sample_problem,
 )
+from modelopt_tdq.export.rescale import Correction, plan_correction, rescale_product
+from modelopt_tdq.export.weights import marker_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -75,9 +83,22 @@ def lower_ratio(context: LoweringContext) -> None:
                 context.skip(
                     lowered.spec.name, f"stored in low precision, but {node.op_type} computes in floating point"
                 )
+    rows = CorrectionRows(context)
+    planned: dict[ir.Node, Correction] = {}
     for product, operands in products.items():
         _report_float_partner(context, product, operands)
-        correct_product(context, product, operands)
+        corrected = correction_behind(product)
+        if corrected is not None and context.spec.corrections[marker_name(corrected)].is_temporal:
+            planned[product] = plan_correction(context, rows, product, operands, corrected)
+    behind = {id(correction.marker) for correction in planned.values()}
+    others = [marker for marker in corrections(context.editor.graph) if id(marker) not in behind]
+    for marker in others:
+        add_in_place(rows, marker, context.spec.corrections[marker_name(marker)])
+    rows.emit()
+    for product, operands in products.items():
+        rescale_product(context, product, operands, planned.get(product))
+    for marker in others:
+        lower_correction(context, rows, marker)
 
 
 def _is_constant(context: LoweringContext, value: ir.Value | None) -> bool:

@@ -2,13 +2,15 @@
 
 A scale that depends on time is a Gather'ed operand of both. Standard operators only; the numeric
 yardstick. QuantizeLinear takes one scale per tensor, so times per sample divide and multiply around a
-scale of 1 instead.
+scale of 1 instead. Corrections of layers' outputs are a Mul and an Add.
 """
 
 from __future__ import annotations
 
 from modelopt_tdq.export.activation import ActivationEmitter
 from modelopt_tdq.export.context import LoweringContext
+from modelopt_tdq.export.layer_correction import CorrectionRows, add_in_place, corrections, lower_correction
+from modelopt_tdq.export.weights import marker_name
 
 __all__ = ["lower_reference"]
 
@@ -20,3 +22,9 @@ def lower_reference(context: LoweringContext) -> None:
         emitter = ActivationEmitter(context.editor, context.lookup, spec, marker, context.fold(marker))
         context.editor.replace(marker.outputs[0], emitter.in_place(constant_scale=False))
         context.quantized(spec.name)
+    rows, markers = CorrectionRows(context), corrections(context.editor.graph)
+    for marker in markers:
+        add_in_place(rows, marker, context.spec.corrections[marker_name(marker)])
+    rows.emit()
+    for marker in markers:
+        lower_correction(context, rows, marker)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code
 from modelopt_tdq.core.schedule import edges
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
+from modelopt_tdq.model.output_correction import OutputCorrection, layer_correction, output_corrections
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import find_timestep
 from modelopt_tdq.temporal_features.runtime import feature_table, has_features, idle_layers
@@ -22,6 +23,7 @@ from modelopt_tdq.training.weights import LearnedWeightQuantizer
 
 __all__ = [
     "ActivationSpec",
+    "CorrectionSpec",
     "QuantizationSpec",
     "WeightSpec",
     "read_quantization",
@@ -181,6 +183,28 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
+class CorrectionSpec:
+    """y <- gain * y + bias for the output channels of one layer.
+
+    Attributes:
+        layer: As in ``model.named_modules()``.
+        gain: [K, C] float32, positive, or [1, C] where it does not depend on time.
+        bias: Likewise.
+        trailing: Dimensions of y behind that of the channels.
+    """
+
+    layer: str
+    gain: _Rows
+    bias: _Rows
+    trailing: int
+
+    @property
+    def is_temporal(self) -> bool:
+        """Whether it depends on time."""
+        return len(self.gain) > 1
+
+
+@dataclass(frozen=True)
 class QuantizationSpec:
     """All that the graph needs to know about the quantizers of one model.
 
@@ -194,6 +218,8 @@ class QuantizationSpec:
         features: The outputs of layers that are looked up, on the CPU; None if there are none.
         temporal: Names in the scale table: of the temporal quantizers, whether their scales depend on time or not, and
             whether their layers run or not.
+        corrections: Of layers' outputs, by the name of the quantizer in whose place they are.
+        correction_times: [K] float32, the times of their rows; None if none depends on time.
     """
 
     activations: dict[str, ActivationSpec]
@@ -203,6 +229,8 @@ class QuantizationSpec:
     timestep: str | None
     features: FeatureTable | None = None
     temporal: tuple[str, ...] = ()
+    corrections: dict[str, CorrectionSpec] = field(default_factory=dict)
+    correction_times: _Rows | None = None
 
     @property
     def edges(self) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -258,9 +286,26 @@ def _temporal_activations(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict
     return activations, None if static else table.timesteps
 
 
-def _times(model: nn.Module, scales: Tensor | None, features: FeatureTable | None) -> tuple[Tensor, str | None]:
+def _corrections(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict[str, CorrectionSpec], Tensor | None]:
+    """Of layers that run; and the times [K] of their rows, if one depends on time."""
+    found = {name: c for name, c in output_corrections(model).items() if not f"{name}.".startswith(idle)}
+    correction = layer_correction(model)
+    if correction is None:
+        return {}, None
+    specs = {
+        f"{name}.output_quantizer": CorrectionSpec(
+            name, correction.gain[name].numpy(), correction.bias[name].numpy(), quantizer.trailing
+        )
+        for name, quantizer in found.items()
+    }
+    return specs, correction.timesteps if any(spec.is_temporal for spec in specs.values()) else None
+
+
+def _times(
+    model: nn.Module, scales: Tensor | None, features: FeatureTable | None, corrections: Tensor | None
+) -> tuple[Tensor, str | None]:
     """[K] the times that rows stand for, and the argument of the model that holds the time."""
-    if scales is None and features is None:
+    if scales is None and features is None and corrections is None:
         return torch.zeros(1), None
     if scales is not None and features is not None and not torch.equal(scales, features.timesteps):
         raise TdqError(
@@ -277,7 +322,8 @@ def _times(model: nn.Module, scales: Tensor | None, features: FeatureTable | Non
             "its scales depend on time, but it is not the module that was calibrated",
             "Pass the module that mtq.quantize was called with",
         )
-    return scales if features is None else features.timesteps, delivery.argument  # type: ignore[return-value]
+    times = next(t for t in (scales, None if features is None else features.timesteps, corrections) if t is not None)
+    return times, delivery.argument
 
 
 def read_quantization(model: nn.Module) -> QuantizationSpec:
@@ -293,7 +339,8 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
     idle = tuple(f"{name}." for name in idle_layers(model))
     activations, timesteps = _temporal_activations(model, idle)
     temporal = tuple(temporal_quantizers(model))
-    times, argument = _times(model, timesteps, features)
+    corrections, correction_times = _corrections(model, idle)
+    times, argument = _times(model, timesteps, features, correction_times)
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.rotate_is_enabled:
             raise unsupported(name, "rotate", "a quantizer that rotates its input")
@@ -313,11 +360,23 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
                 weights[name] = spec
             else:
                 folded[name] = spec
-        elif isinstance(module, TensorQuantizer) and module.is_enabled and not isinstance(module, TemporalQuantizer):
+        elif isinstance(module, (TemporalQuantizer, OutputCorrection)):
+            continue
+        elif isinstance(module, TensorQuantizer) and module.is_enabled:
             parent = model.get_submodule(name.rpartition(".")[0])
             if id(parent) in found:
                 continue
             if isinstance(parent, SequentialQuantizer):
                 raise unsupported(name, "SequentialQuantizer", "several activation quantizers in a row")
             activations[name] = _static_activation(name, module)
-    return QuantizationSpec(activations, weights, folded, times.numpy(), argument, features, temporal)
+    return QuantizationSpec(
+        activations,
+        weights,
+        folded,
+        times.numpy(),
+        argument,
+        features,
+        temporal,
+        corrections,
+        None if correction_times is None else correction_times.numpy(),
+    )
