@@ -6,8 +6,7 @@ codes anyway (:mod:`modelopt_tdq.export.rescale`), a row of channels each:
 
     factor = gain * s' / s_ref,    addend = gain * (bias of the layer + o' * sum(w)) + bias        [K, C] float32
 
-Elsewhere it is a Mul and an Add in place. All rows are parts of one row of one table, or of two where some channels are
-in the second dimension and others in the last.
+Elsewhere it is a Mul and an Add in place. All rows are parts of one row of one table.
 """
 
 from __future__ import annotations
@@ -154,28 +153,36 @@ class CorrectionRows:
         self._added[owner, what] = rows.astype(np.float32), rank, trailing
 
     def emit(self) -> None:
-        """Look up the row of the time."""
+        """Look up the row of the time: one Gather, laid out as most of the channels want it."""
         editor, anchor = self._context.editor, self._time.anchor
-        groups: dict[tuple[int, int], list[tuple[Any, str]]] = defaultdict(list)
+        widths: dict[tuple[int, int], int] = defaultdict(int)
+        temporal = []
         for key, (rows, rank, trailing) in self._added.items():
             if len(rows) == 1:
                 self._values[key] = editor.constant(f"correction/{key[1]}", _placed(rows, rank, trailing)[0])
             else:
-                groups[rank, trailing].append(key)
-        for (rank, trailing), keys in groups.items():
-            axis = rank - 1 - trailing
-            parts = [_placed(self._added[key][0], rank, trailing) for key in keys]
-            packed = np.ascontiguousarray(np.concatenate(parts, axis))
-            table, shape = editor.constant("correction/table", packed), [self._time.size, *packed.shape[1:]]
-            row = editor.before(anchor, "Gather", [table, self._time.row], "correction/row", shape=shape, axis=0)
-            if len(keys) == 1:
-                self._values[keys[0]] = row
-                continue
+                widths[rank, trailing] += rows.shape[1]
+                temporal.append(key)
+        if not temporal:
+            return
+        layout = max(widths, key=lambda kind: widths[kind])
+        axis = layout[0] - 1 - layout[1]
+        parts = [_placed(self._added[key][0], *layout) for key in temporal]
+        packed = np.ascontiguousarray(np.concatenate(parts, axis))
+        table, shape = editor.constant("correction/table", packed), [self._time.size, *packed.shape[1:]]
+        row = editor.before(anchor, "Gather", [table, self._time.row], "correction/row", shape=shape, axis=0)
+        values = [row]
+        if len(parts) > 1:
             sizes = editor.ints([part.shape[axis] for part in parts])
-            outputs = editor.before(anchor, "Split", [row, sizes], "correction/part", outputs=len(keys), axis=axis)
-            for key, part, value in zip(keys, parts, outputs, strict=True):
-                value.shape = editor.ir.Shape([self._time.size, *part.shape[1:]])
-                self._values[key] = value
+            values = editor.before(anchor, "Split", [row, sizes], "correction/part", outputs=len(parts), axis=axis)
+        for key, part, value in zip(temporal, parts, values, strict=True):
+            value.shape = editor.ir.Shape([self._time.size, *part.shape[1:]])
+            rows, rank, trailing = self._added[key]
+            self._values[key] = value
+            if (rank, trailing) != layout:
+                placed = [self._time.size, *_placed(rows, rank, trailing).shape[1:]]
+                inputs = [value, editor.ints([-1, *placed[1:]])]
+                self._values[key] = editor.before(anchor, "Reshape", inputs, f"correction/{key[1]}", shape=placed)
 
     def value(self, owner: Any, what: str, fold: int) -> ir.Value:
         """The row of the time, to broadcast; ``fold`` rows of the tensor belong to one sample."""

@@ -37,14 +37,15 @@ class Correction:
         rows: Those of the graph; ``factor``, ``addend`` and ``moved`` of the marker are among them.
         marker: Behind the product and its bias.
         spec: Gain and bias.
-        whole: Whether factor and addend hold the ratio and the offset as well; they are inputs of the graph, or have
-            rows at other times, where not.
+        with_ratio: Whether the factor is that of the ratio as well.
+        with_offset: Whether the addend is that of the offset as well.
     """
 
     rows: CorrectionRows
     marker: ir.Node
     spec: CorrectionSpec
-    whole: bool
+    with_ratio: bool
+    with_offset: bool
 
 
 class _Parts:
@@ -71,13 +72,19 @@ def plan_correction(
     operands: dict[int, ActivationEmitter],
     marker: ir.Node,
 ) -> Correction:
-    """Add the rows of a correction that depends on time, behind a product of codes."""
+    """Add the rows of a correction that depends on time, behind a product of codes.
+
+    Ratio and offset become part of them, unless these are inputs of the graph or have rows at other times. So does the
+    ratio not where several products take the codes of one tensor (q, k, v): TensorRT-RTX scales the outputs of all in
+    one kernel where they share a factor.
+    """
     spec, parts = context.spec.corrections[marker_name(marker)], _Parts(context, product, operands)
     whole = rows.same_times and not context.table_input
+    with_ratio = whole and not any(_is_shared(emitter) for emitter in parts.ratios)
     gain, shift = spec.gain.astype(np.float64), spec.bias.astype(np.float64)
     factor: Any = spec.gain
     addend = shift if parts.bias is None else gain * parts.bias + shift
-    if whole:
+    if with_ratio:
         for emitter in parts.ratios:  # of one operand: the other is a weight
             factor = factor * (emitter.spec.value_scale / reference_scale(emitter.spec))[:, None]
     found = {"factor": factor, "addend": addend}
@@ -91,7 +98,13 @@ def plan_correction(
     rank = len(marker.outputs[0].shape or ())
     for what, values in found.items():
         rows.add(marker, what, values, rank, spec.trailing)
-    return Correction(rows, marker, spec, whole)
+    return Correction(rows, marker, spec, with_ratio, whole)
+
+
+def _is_shared(emitter: ActivationEmitter) -> bool:
+    """Whether other quantizers take the same tensor."""
+    source = emitter.marker.inputs[0]
+    return source is not None and sum(node.op_type == emitter.marker.op_type for node, _ in source.uses()) > 1
 
 
 def rescale_product(
@@ -125,7 +138,7 @@ def rescale_product(
         inputs.append(editor.constant(f"{name}/bias", bias.astype(np.float32)))
         bias = None
     y = editor.before(product, product.op_type, inputs, f"{name}/product", shape=output.shape, **attributes)
-    factors = [] if correction is not None and correction.whole else parts.ratios
+    factors = [] if correction is not None and correction.with_ratio else parts.ratios
     values = [context.lookup.value(e.spec.name, "ratio", rank, e.fold) for e in factors]
     fold = 1
     if correction is not None:
@@ -157,7 +170,7 @@ def _corrected_addend(
     name: str,
 ) -> ir.Value:
     addend = correction.rows.value(correction.marker, "addend", fold)
-    if moving is None or correction.whole:
+    if moving is None or correction.with_offset:
         return addend
     offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.fold)
     moved = correction.rows.value(correction.marker, "moved", fold)
