@@ -12,6 +12,7 @@ from torch import nn
 
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.errors import TdqError, TdqWarning
+from modelopt_tdq.model.output_correction import OutputCorrection
 from modelopt_tdq.model.select import weight_quantizers
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.model.weight_fit import (
@@ -31,7 +32,8 @@ def recalibrate_weights(model: nn.Module, method: Literal["max", "mse"] | None =
 
     Weights that did not change keep their scales, and the rounding that a reconstruction has found for them. The scales
     of the activations stay as they are: where a weight is of another size than before, the activations behind it are
-    too, and the model has to be calibrated again; a warning then says so.
+    too, and the model has to be calibrated again; a warning then says so. Corrections of the outputs of these layers,
+    which took back what rounding did to the old weights, are taken off.
 
     Args:
         model: Quantized by ``mtq.quantize``.
@@ -84,6 +86,10 @@ def recalibrate_weights(model: nn.Module, method: Literal["max", "mse"] | None =
                 calibrate_weights(layers, wanted, remember=False)
             for _, weight, quantizer in group:
                 remember_weight(weight, quantizer, wanted, size=False)
+            for layer, _, _ in group:
+                output = layer._modules.get("output_quantizer")
+                if isinstance(output, OutputCorrection):
+                    output.forget()
     resized = [str(change) for change, *_ in changed if change.is_resized]
     if resized:
         warnings.warn(

@@ -74,6 +74,12 @@ def quantize(
     table = tdq.scale_table(prepared.model)
     following = int((~table.is_static).sum())
     typer.echo(f"{folder}: {len(table.names)} quantized activations, {following} of them follow {len(table)} times")
+    correction = tdq.layer_correction(prepared.model)
+    if correction is not None:
+        over_time = sum(len(gain) > 1 for gain in correction.gain.values())
+        typer.echo(
+            f"{len(correction.names)} layers corrected, {over_time} of them over time: {correction.nbytes:,} bytes"
+        )
     if has_features(prepared.model):
         tdq.feature_table(prepared.model).save(folder / FEATURE_TABLE)
         typer.echo(f"\n{tdq.temporal_report(prepared.model)}\n")

@@ -1,8 +1,8 @@
 """Folders with a diffusers model, and what ``modelopt-tdq quantize`` adds to one.
 
 A quantized folder holds the model as ``save_pretrained`` writes it (weights and ModelOpt's state), the
-scales (``scale_table.safetensors``), and ``quantization.json``: what was done, and the
-shapes of the model's inputs.
+scales (``scale_table.safetensors``), the corrections of its layers if it has any (``layer_correction.safetensors``),
+and ``quantization.json``: what was done, and the shapes of the model's inputs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from modelopt_tdq.core.files import replacing, write_text
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
+from modelopt_tdq.model.output_correction import layer_correction
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
 
 DESCRIPTION = "quantization.json"
 TABLE = "scale_table"
+CORRECTION = "layer_correction"
 SCHEMA_VERSION = 1
 
 #: Where ModelOpt's ``save_pretrained`` puts its state.
@@ -186,6 +188,9 @@ def save_quantized(
         saved.save_pretrained(str(partial))
         if temporal_quantizers(model):
             scale_table(model).save(partial / TABLE)
+        correction = layer_correction(model)
+        if correction is not None:
+            correction.save(partial / CORRECTION)
         write_text(partial / DESCRIPTION, json.dumps(content, indent=1) + "\n")
     return target
 

@@ -160,3 +160,13 @@ def test_the_cures_help() -> None:
         assert tdq.recalibrate_weights(copy.deepcopy(model)) == ()
     add_low_rank(weights(model)["mix"], 0.5)
     assert tdq.recalibrate_weights(model) == ("mix.weight_quantizer",)
+
+
+def test_corrections_of_changed_layers_are_taken_off() -> None:
+    model = quantized(data=calls(samples=8), weight_bits=4, correction="per_step")
+    with torch.no_grad():
+        model.mix.weight.mul_(1.01).add_(0.02 * torch.randn_like(model.mix.weight))
+    assert tdq.recalibrate_weights(model) == ("mix.weight_quantizer",)
+    correction = tdq.layer_correction(model)
+    assert correction is not None
+    assert correction.names == ("conv1", "conv2")

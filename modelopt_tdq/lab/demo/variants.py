@@ -15,6 +15,7 @@ from modelopt_tdq.config import recipe
 from modelopt_tdq.core.fake_quant import code_range
 from modelopt_tdq.lab.maintenance import with_maintenance
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
+from modelopt_tdq.model.output_correction import layer_correction
 
 __all__ = ["VARIANTS", "quantized", "static_scales", "table_facts", "variant_config", "variant_label"]
 
@@ -39,9 +40,16 @@ def variant_config(
         return config
     config["algorithm"]["progress"] = False
     if variant == "static":
-        config["algorithm"]["bins"] = 1
+        # corrections as well: one for all times, where the recipe makes any
+        config["algorithm"] |= {"bins": 1, "correction": "static" if _is_coarse(config) else "none"}
         return config
     return with_maintenance(config, maintenance, times)
+
+
+def _is_coarse(config: dict[str, Any]) -> bool:
+    """Whether codes have less than 8 bits."""
+    formats = [rule["cfg"]["num_bits"] for rule in config["quant_cfg"] if "cfg" in rule]
+    return any(not isinstance(bits, int) or bits < 8 for bits in formats)
 
 
 def variant_label(recipe_name: str, variant: str, maintenance: str = "none") -> str:
@@ -67,7 +75,8 @@ def static_scales(model: nn.Module, names: tuple[str, ...]) -> Tensor:
 def table_facts(model: nn.Module) -> dict[str, int]:
     """Rows, quantizers, those that follow time, and the size in bytes of what a deployment carries, as float32.
 
-    A quantizer that does not follow time carries one scale; the times are carried once.
+    A quantizer that does not follow time carries one scale; the times are carried once. Corrections of layers' outputs
+    count where they follow time; the others are part of the weights.
     """
     if not temporal_quantizers(model):  # ModelOpt's own calibration
         quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and m.axis is None]
@@ -81,5 +90,8 @@ def table_facts(model: nn.Module) -> dict[str, int]:
     temporal = int((~static).sum())
     if temporal:
         numbers += len(table)
+    correction = layer_correction(model)
+    if correction is not None:
+        numbers += sum(2 * gain.numel() for gain in correction.gain.values() if len(gain) > 1)
     times = len(table) if temporal else 1
     return {"rows": times, "quantizers": len(table.names), "temporal": temporal, "bytes": 4 * numbers}
