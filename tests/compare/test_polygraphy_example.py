@@ -17,7 +17,7 @@ import onnx
 import pytest
 import torch
 from support.export import lowered, trace
-from support.models import fast_config
+from support.models import SMALL_UNET, fast_config
 
 import modelopt_tdq as tdq
 from modelopt_tdq.lab.model_folder import load_model
@@ -144,15 +144,7 @@ def test_the_bundled_model(tmp_path: Path, run: Any) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    ).save_pretrained(folder)
+    SMALL_UNET.make().save_pretrained(folder)
     diffusers.DDIMScheduler().save_pretrained(folder / "scheduler")
     return folder
 

@@ -39,9 +39,7 @@ def trace(model: nn.Module, inputs: dict[str, Any], dynamic_batch: bool = False)
     return marker_graph(model, inputs, dynamic_batch=dynamic_batch)
 
 
-def lowered(
-    graph: MarkerGraph, lowering: str, model: nn.Module | None = None, *, table_input: bool = False
-) -> Lowered:
+def lowered(graph: MarkerGraph, lowering: str, model: nn.Module | None = None, *, table_input: bool = False) -> Lowered:
     """A lowering of ``graph``, which stays as it is; with the present scales of ``model`` if given.
 
     It has passed the full checker.
