@@ -16,9 +16,7 @@ import torch
 from modelopt_tdq.core.table import ScaleTable
 
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("accelerate")
-
-from accelerate.state import AcceleratorState
+accelerate = pytest.importorskip("accelerate")
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "trt_examples" / "ddim_cifar10"
 
@@ -81,7 +79,7 @@ def run(
         return capsys.readouterr().out
 
     yield command
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_training_from_scratch_resumes(folder: Path, run: Callable[..., str]) -> None:
