@@ -148,6 +148,17 @@ def _small_unet() -> nn.Module:
     )
 
 
+def unet_condition() -> nn.Module:
+    """The denoiser of the example, with a second level."""
+    blocks: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    model: nn.Module = stable_diffusion.tiny_denoiser(**blocks)
+    return model
+
+
 def _cogvideox() -> nn.Module:
     from diffusers import CogVideoXTransformer3DModel
 
@@ -219,7 +230,7 @@ def _flux_inputs(batch: int, time: Tensor, seed: int, guidance: bool) -> dict[st
 FAMILIES = {
     "plain": Family(TinyDenoiser, _plain_inputs),
     "unet": Family(_unet, _plain_inputs),
-    "unet_condition": Family(stable_diffusion.tiny_denoiser, _unet_condition_inputs),
+    "unet_condition": Family(unet_condition, _unet_condition_inputs),
     "dit": Family(lambda: dit.tiny_denoiser(classes=10), _dit_inputs),
     "sd3": Family(sd3.tiny_denoiser, _sd3_inputs),
     "flux": Family(lambda: flux.tiny_denoiser(guidance=False), lambda b, t, s: _flux_inputs(b, t, s, False)),
