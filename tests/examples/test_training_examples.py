@@ -93,10 +93,18 @@ def test_training_from_scratch_resumes(folder: Path, run: Callable[..., str]) ->
     assert (folder / "trained" / "diffusion_pytorch_model.safetensors").is_file()
 
 
+def written(folder: Path) -> dict[Path, int]:
+    """When each file of a folder was written."""
+    assert folder.is_dir()
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
 def test_qat_trains_resumes_and_saves_a_table_and_samples(begun: Path, run: Callable[..., str]) -> None:
     table = ScaleTable.load(begun / "whole" / "scale_table")
     assert not bool(table.is_static.all())
-    run(*_QAT, "--resume")  # nothing left to do
+    checkpoint = written(begun / "whole" / "checkpoint")
+    run(*_QAT, "--resume")
+    assert written(begun / "whole" / "checkpoint") == checkpoint  # nothing was left to do
     shown = run("sample.py", "--model", "model", "--quantized", "whole", "--images", "2", "--steps", "2")
     assert torch.equal(ScaleTable.load(begun / "whole" / "scale_table").scale, table.scale)
     assert "dB PSNR" in shown
@@ -105,5 +113,7 @@ def test_qat_trains_resumes_and_saves_a_table_and_samples(begun: Path, run: Call
 
 def test_ptq_reconstructs_and_resumes(begun: Path, run: Callable[..., str]) -> None:
     table = ScaleTable.load(begun / "ptq" / "scale_table")
+    blocks = written(begun / "ptq.blocks")
     run(*_PTQ)
+    assert written(begun / "ptq.blocks") == blocks != {}
     assert torch.equal(ScaleTable.load(begun / "ptq" / "scale_table").scale, table.scale)
