@@ -25,7 +25,7 @@ def tiny_denoiser(**config: Any) -> Any:
         "attention_head_dim": 2,
         "cross_attention_dim": tiny.WIDTH,
         "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
+        "up_block_types": ("UpBlock2D",),
     }
     return UNet2DConditionModel(**{**small, **config})
 
