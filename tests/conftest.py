@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,26 @@ settings.load_profile("repeatable")
 def seed() -> None:
     """Random weights and inputs are the same in every run and in every order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def operators_are_read_once() -> Iterator[None]:
+    """torch.onnx reads the sources of all its operators anew in every export, a second each: here once per opset."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # of no version of torch known so far: exports only take longer
+        yield
+        return
+    read = functools.cache(ONNXRegistry.from_torchlib)
+
+    def copied(opset_version: int) -> Any:
+        registry = copy.copy(read(opset_version))
+        registry.functions = {name: list(found) for name, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -35,6 +36,7 @@ ORDER = (
 )
 
 
+@cache
 def _imports() -> dict[str, set[str]]:
     """Module to the modules of the package that it imports, wherever in the file; without imports for types alone."""
     files = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in PACKAGE.rglob("*.py")}
@@ -114,22 +116,28 @@ def test_the_package_and_its_command_line_import_nothing_heavy() -> None:
         assert done.returncode == 0, done.stderr
 
 
+#: Each in a process of its own, forked from one that has imported what ModelOpt needs, and not ModelOpt.
 _REGISTERED = """
-{before}
-import modelopt_tdq
-{after}
-from modelopt.torch.quantization.mode import CalibrateModeRegistry
-assert "tdq_calibrate" in CalibrateModeRegistry and "tdq_temporal_calibrate" in CalibrateModeRegistry
+import os, sys
+import diffusers, torch, transformers
+for script in {scripts!r}:
+    assert not {{"modelopt", "modelopt_tdq"}} & set(sys.modules)
+    process = os.fork()
+    if not process:
+        exec(script)
+        from modelopt.torch.quantization.mode import CalibrateModeRegistry
+        there = all(name in CalibrateModeRegistry for name in ("tdq_calibrate", "tdq_temporal_calibrate"))
+        os._exit(0 if there else 1)
+    assert os.waitpid(process, 0)[1] == 0, script
 """
 
 
-def test_algorithms_are_registered_whatever_comes_first() -> None:
-    """ModelOpt, this package, a public name of it, or one of its modules, which imports ModelOpt itself."""
-    for before, after in (
-        ("import modelopt.torch.quantization", ""),
-        ("", "modelopt_tdq.make_config"),
-        ("from modelopt_tdq.config import make_config", ""),
-    ):
-        script = _REGISTERED.format(before=before, after=after)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+def test_algorithms_are_registered_without_an_import_of_modelopt() -> None:
+    """By a public name of this package, or one of its modules; ``test_registration.py`` imports ModelOpt first."""
+    scripts = [
+        "import modelopt_tdq; modelopt_tdq.make_config",
+        "from modelopt_tdq.config import make_config",
+    ]
+    script = _REGISTERED.format(scripts=scripts)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from modelopt.torch.quantization.mode import CalibrateModeRegistry
+from support.processes import run_fresh
 
 import modelopt_tdq
 from modelopt_tdq.modes import register
@@ -36,6 +36,7 @@ from modelopt.torch.quantization.mode import CalibrateModeRegistry
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import _QUANT_FUNCTIONAL_BACKENDS
 
+assert "modelopt_tdq" not in sys.modules
 before, modules = attributes(), set(sys.modules)
 modes, backends = set(CalibrateModeRegistry._name2descriptor), dict(_QUANT_FUNCTIONAL_BACKENDS)
 layers = dict(QuantModuleRegistry._registry)
@@ -63,9 +64,9 @@ print("unchanged")
 """
 
 
-def test_nothing_of_modelopt_is_changed() -> None:
-    result = subprocess.run([sys.executable, "-c", _ATTRIBUTES], capture_output=True, text=True, check=False)
-    assert result.stdout.strip().endswith("unchanged"), result.stdout + result.stderr
+def test_nothing_of_modelopt_is_changed(tmp_path: Path) -> None:
+    _, printed = run_fresh(_ATTRIBUTES, tmp_path)
+    assert printed.strip().endswith("unchanged"), printed
 
 
 def test_importing_and_registering_again_is_harmless() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import modelopt.torch.opt as mto
@@ -13,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import FAMILIES, SigmaDenoiser, TinyDenoiser, calls, fast_config, loop, noise, quantized
+from support.processes import run_fresh
 from support.tables import with_dequantization
 from torch import nn
 
@@ -25,20 +24,10 @@ _TESTS = Path(__file__).parent
 _HEAD = f"""
 import sys; sys.path[:0] = [{str(_TESTS)!r}, {str(_TESTS.parent)!r}]
 import warnings; warnings.simplefilter("ignore")
-import torch; torch.set_num_threads(1); torch.set_grad_enabled(False)
+import torch; torch.set_grad_enabled(False)
 import modelopt.torch.opt as mto
+assert "modelopt_tdq" not in sys.modules
 """
-
-
-def _fresh(script: str, *, imported: bool = True) -> subprocess.CompletedProcess[str]:
-    head = _HEAD + ("import modelopt_tdq as tdq\nfrom support.models import *\n" if imported else "")
-    return subprocess.run([sys.executable, "-c", head + script], capture_output=True, text=True, check=False)
-
-
-def _succeeds(script: str) -> None:
-    result = _fresh(script)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.strip().endswith("equal"), result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, diffusers_checkpoints: None
     return folder
 
 
-def test_in_a_fresh_process_bit_for_bit_also_by_diffusers_and_in_half_precision(folder: Path) -> None:
-    _succeeds(f"""
+def test_in_a_fresh_process_bit_for_bit_also_by_diffusers_and_in_half_precision(folder: Path, tmp_path: Path) -> None:
+    script = f"""
+import modelopt_tdq as tdq
+from support.models import *
 from diffusers import UNet2DModel
 folder = {str(folder)!r}
 
@@ -103,10 +94,13 @@ assert all(torch.equal(half(a["sample"].half(), a["timestep"]).sample, e) for a,
 load(torch_dtype=torch.float16, low_cpu_mem_usage=False)
 load(torch_dtype=torch.bfloat16)
 print("equal")
-""")
+"""
+    code, printed = run_fresh(_HEAD + script, tmp_path)
+    assert code == 0, printed
+    assert printed.strip().endswith("equal"), printed
 
 
-def test_without_the_import_the_error_names_it(folder: Path) -> None:
+def test_without_the_import_the_error_names_it(folder: Path, tmp_path: Path) -> None:
     script = f"""
 import diffusers
 for restore in (
@@ -119,9 +113,9 @@ for restore in (
         print(error)
 assert "modelopt_tdq" not in sys.modules
 """
-    result = _fresh(script, imported=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("run `import modelopt_tdq` before restoring") == 2
+    code, printed = run_fresh(_HEAD + script, tmp_path)
+    assert code == 0, printed
+    assert printed.count("run `import modelopt_tdq` before restoring") == 2
 
 
 def test_states_load_with_weights_only(folder: Path) -> None:

@@ -18,9 +18,10 @@ diffusers = pytest.importorskip("diffusers")
 COMMANDS = ("demo", "analyze", "quantize", "export", "twin", "build", "compare", "report", "doctor")
 SMALL = {
     "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D",),
     "norm_num_groups": 4,
     "layers_per_block": 1,
     "attention_head_dim": 8,

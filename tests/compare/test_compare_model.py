@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.export import lowered, trace
-from support.models import FAMILIES, TIMES, TinyDenoiser, quantized
+from support.models import FAMILIES, SMALL_UNET, TIMES, TinyDenoiser, quantized
 
 import modelopt_tdq as tdq
 from modelopt_tdq.core.fake_quant import quantize
@@ -292,11 +292,19 @@ def test_offsets_fp8_and_four_bits(fields: dict[str, object]) -> None:
     assert comparison.compared_codes["torch"] == comparison.compared_codes["onnxruntime"] > 0
 
 
-def test_attention_and_times_per_sample() -> None:
-    family = FAMILIES["unet"]
-    model = quantized(family.make().eval(), [tuple(call.values()) for call in family.data()])
-    data = [{**call, "timestep": torch.stack([call["timestep"], torch.tensor(20.0)])} for call in family.data()]
-    comparison = compare_model(model, data[:2], backends=["torch", "onnxruntime"], progress=False)
+def test_attention_and_times_per_sample(tmp_path: Path) -> None:
+    calls = SMALL_UNET.data()
+    model = quantized(SMALL_UNET.make().eval(), [tuple(call.values()) for call in calls])
+    data = [{**call, "timestep": torch.stack([call["timestep"], torch.tensor(20.0)])} for call in calls]
+    files = written(model, trace(model, data[0]), tmp_path)
+    comparison = compare_model(
+        model,
+        data[:2],
+        backends=["torch", "onnxruntime"],
+        reference_path=files["reference"],
+        lowered_path=files["ratio"],
+        progress=False,
+    )
     assert comparison.passed
 
 

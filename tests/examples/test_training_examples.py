@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from modelopt_tdq.core.table import ScaleTable
 
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "trt_examples" / "ddim_cifar10"
 
@@ -26,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     model = diffusers.UNet2DModel(
         sample_size=32,
-        block_out_channels=(8, 16),
+        block_out_channels=(8, 8),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     model.save_pretrained(folder / "model")
     diffusers.DDPMScheduler().save_pretrained(folder / "model" / "scheduler")
@@ -46,49 +48,72 @@ import json, runpy, sys
 for command in json.loads(sys.argv[1]):
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
-    print("-- end --")
 """
 
+_TRAINING = ("--data", "cifar10.npz", "--batch", "2")
+_QAT = ("qat.py", "--model", "model", *_TRAINING, "--lr", "1e-2", "--ema", "0.5", "--out", "whole", "--steps", "4")
+_PTQ = ("ptq.py", "--model", "model", "--out", "ptq", "--samples", "20", "--iterations", "2")
 
-def run(folder: Path, *commands: tuple[str, ...]) -> list[str]:
-    """What each command prints; all in a process of their own."""
-    every = json.dumps([[str(_EXAMPLES / script), *arguments] for script, *arguments in commands])
+
+@pytest.fixture(scope="module")
+def begun(folder: Path) -> Path:
+    """The folder after one run of each example that can go on, in a process that is over: what they left is on disk."""
+    every = json.dumps([[str(_EXAMPLES / script), *arguments] for script, *arguments in (_QAT, _PTQ)])
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
     command = [sys.executable, "-c", _RUN, every]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.split("-- end --\n")[:-1]
+    return folder
 
 
-def test_training_from_scratch_resumes(folder: Path) -> None:
-    arguments = ("--config", "model", "--data", "cifar10.npz", "--out", "trained", "--batch", "2")
-    first, second = run(folder, *[("train.py", *arguments, "--minutes", minutes) for minutes in ("0.03", "0.06")])
+@pytest.fixture
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Runs a command in this process: what it printed."""
 
-    def steps(text: str) -> int:
+    def command(script: str, *arguments: str) -> str:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(_EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield command
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_training_from_scratch_resumes(folder: Path, run: Callable[..., str]) -> None:
+    arguments = ("--config", "model", *_TRAINING, "--out", "trained")
+
+    def steps(minutes: str) -> int:
+        text = run("train.py", *arguments, "--minutes", minutes)
         return int(text.split(" steps of", maxsplit=1)[0].rsplit(maxsplit=1)[-1])
 
-    assert 0 < steps(first) < steps(second)
+    assert 0 < steps("0.03") < steps("0.06")
     assert (folder / "trained" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-def test_qat_trains_resumes_and_saves_a_table_and_samples(folder: Path) -> None:
-    arguments = ("--model", "model", "--data", "cifar10.npz", "--batch", "2", "--lr", "1e-2", "--ema", "0.5")
-    run(folder, ("qat.py", *arguments, "--out", "whole", "--steps", "4"))
-    table = ScaleTable.load(folder / "whole" / "scale_table")
+def written(folder: Path) -> dict[Path, int]:
+    """When each file of a folder was written."""
+    assert folder.is_dir()
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def test_qat_trains_resumes_and_saves_a_table_and_samples(begun: Path, run: Callable[..., str]) -> None:
+    table = ScaleTable.load(begun / "whole" / "scale_table")
     assert not bool(table.is_static.all())
-    _, shown = run(
-        folder,
-        ("qat.py", *arguments, "--out", "whole", "--steps", "4", "--resume"),  # nothing left to do
-        ("sample.py", "--model", "model", "--quantized", "whole", "--images", "2", "--steps", "2"),
-    )
-    assert torch.equal(ScaleTable.load(folder / "whole" / "scale_table").scale, table.scale)
+    checkpoint = written(begun / "whole" / "checkpoint")
+    run(*_QAT, "--resume")
+    assert written(begun / "whole" / "checkpoint") == checkpoint  # nothing was left to do
+    shown = run("sample.py", "--model", "model", "--quantized", "whole", "--images", "2", "--steps", "2")
+    assert torch.equal(ScaleTable.load(begun / "whole" / "scale_table").scale, table.scale)
     assert "dB PSNR" in shown
     assert "EfficientNet-Lite0" in shown
 
 
-def test_ptq_reconstructs_and_resumes(folder: Path) -> None:
-    arguments = ("--model", "model", "--out", "ptq", "--samples", "20", "--iterations", "2")
-    run(folder, ("ptq.py", *arguments))
-    table = ScaleTable.load(folder / "ptq" / "scale_table")
-    run(folder, ("ptq.py", *arguments))  # in a new process: what it goes on with is on disk
-    assert torch.equal(ScaleTable.load(folder / "ptq" / "scale_table").scale, table.scale)
+def test_ptq_reconstructs_and_resumes(begun: Path, run: Callable[..., str]) -> None:
+    table = ScaleTable.load(begun / "ptq" / "scale_table")
+    blocks = written(begun / "ptq.blocks")
+    run(*_PTQ)
+    assert written(begun / "ptq.blocks") == blocks != {}
+    assert torch.equal(ScaleTable.load(begun / "ptq" / "scale_table").scale, table.scale)

@@ -30,31 +30,31 @@ _OPERATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class Every(nn.Module):
-    """One operator with every constant, on what a layer gives."""
+    """Every operator with every constant, on what a layer gives: an output for each operator."""
 
-    def __init__(self, operator: Callable[[Tensor, float], Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layer, self.operator = nn.Linear(8, 8), operator
+        self.layer = nn.Linear(8, 8)
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
         x = self.layer(sample) * 1e-9 * timestep  # so small that the smallest constants matter
-        found = [self.operator(x, c).reshape(-1) / (abs(c) if 0 < abs(c) < 0.5 else 1e-9) for c in _CONSTANTS]
-        return torch.cat([*found, self.layer(sample).reshape(-1)])
+
+        def outputs(operator: Callable[[Tensor, float], Tensor]) -> Tensor:
+            found = [operator(x, c).reshape(-1) / (abs(c) if 0 < abs(c) < 0.5 else 1e-9) for c in _CONSTANTS]
+            return torch.cat([*found, self.layer(sample).reshape(-1)])
+
+        return tuple(map(outputs, _OPERATORS.values()))
 
 
 @torch.no_grad()
 def test_every_operator_keeps_every_constant(tmp_path: Path) -> None:
     sample, time = torch.randn(2, 8), torch.tensor([3.0])
-    for name, operator in _OPERATORS.items():
-        torch.manual_seed(0)
-        config = tdq.make_config(high_precision=(), progress=False, protect_steps=False)
-        model = mtq.quantize(
-            Every(operator).eval(), config, lambda m: [m(sample, torch.tensor([t])) for t in (1.0, 3.0, 5.0)]
-        )
-        tdq.export_onnx(model, tmp_path / "m.onnx", {"sample": sample, "timestep": time}, lowering="reference")
-        found = tdq.open_session(tmp_path / "m.onnx")({"sample": sample, "timestep": time})["output"]
-        expected = model(sample, time).numpy()
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5, err_msg=name)
+    config = tdq.make_config(high_precision=(), progress=False, protect_steps=False)
+    model = mtq.quantize(Every().eval(), config, lambda m: [m(sample, torch.tensor([t])) for t in (1.0, 3.0, 5.0)])
+    tdq.export_onnx(model, tmp_path / "m.onnx", {"sample": sample, "timestep": time}, lowering="reference")
+    found = tdq.open_session(tmp_path / "m.onnx")({"sample": sample, "timestep": time})
+    for name, output, expected in zip(_OPERATORS, found.values(), model(sample, time), strict=True):
+        np.testing.assert_allclose(output, expected.numpy(), rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.double import run_double
 from support.export import LOWERINGS, Lowered, codes_by_definition, lowered, trace
-from support.models import FAMILIES, TinyDenoiser, fast_config, noise
+from support.models import SMALL_UNET, TinyDenoiser, fast_config, noise
 from support.temporal import UPSTREAM, head_names, make_table, unet_table
 from torch import Tensor, nn
 
@@ -170,7 +170,7 @@ def test_the_number_of_nodes_does_not_grow_with_the_layers() -> None:
     assert counts[0] == counts[1]
 
 
-UNET = FAMILIES["unet"]
+UNET = SMALL_UNET
 
 
 def _unet(high_precision: Any = ()) -> tuple[nn.Module, nn.Module]:

@@ -9,13 +9,12 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.export import lowered, set_table, trace
-from support.models import FAMILIES, fast_config
+from support.models import SMALL_UNET, fast_config
 from support.temporal import unet_table
 from support.zoo import ROWS, quantized_zoo, sample
 
@@ -40,11 +39,7 @@ def zoo() -> tuple[Any, Any]:
 
 def with_table_input(zoo: Any) -> onnx.ModelProto:
     model, graph = zoo
-    own = dataclasses.replace(graph, model=ir.from_proto(ir.to_proto(graph.model)), spec=read_quantization(model))
-    lower(own, "ratio", table_input=True)
-    proto: onnx.ModelProto = ir.to_proto(own.model)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
+    return lowered(graph, "ratio", model, table_input=True).proto
 
 
 def assert_equal(proto: onnx.ModelProto, zoo: Any, times: list[float]) -> None:
@@ -165,23 +160,21 @@ def test_quantizers_of_one_tensor_share_a_column(zoo: Any) -> None:
         engine_table(proto, table)
 
 
-def test_temporal_features_keep_rows_of_their_own(tmp_path: Any) -> None:
-    family = FAMILIES["unet"]
+def test_temporal_features_keep_rows_of_their_own() -> None:
     torch.manual_seed(0)
-    full = family.make().eval()
-    model = mtq.quantize(copy.deepcopy(full), fast_config(), family.forward_loop())
-    call, times = family.data()[0], tdq.scale_table(model).timesteps.tolist()
+    full = SMALL_UNET.make().eval()
+    model = mtq.quantize(copy.deepcopy(full), fast_config(), SMALL_UNET.forward_loop())
+    call, times = SMALL_UNET.data()[0], tdq.scale_table(model).timesteps.tolist()
     install_features(model, *unet_table(full, call, "linear", 8, times), "timestep")
-    forms: dict[str, Any] = {"constant": {}, "input": {"table_input": True}, "plugin": {"lowering": "plugin"}}
-    for name, options in forms.items():
-        assert tdq.export_onnx(model, tmp_path / f"{name}.onnx", call, **options).features
-    constants = OnnxRuntimeSession(tmp_path / "constant.onnx", codes=True)
-    session = OnnxRuntimeSession(onnx.load(tmp_path / "input.onnx"), codes=True)
-    twin = OnnxRuntimeSession(plugin_free(tmp_path / "plugin.onnx"), codes=True)
+    graph = trace(model, call)
+    forms = [lowered(graph, "ratio"), lowered(graph, "ratio", table_input=True), lowered(graph, "plugin")]
+    assert all(form.context.features for form in forms)
+    constants, session = (OnnxRuntimeSession(form.proto, codes=True) for form in forms[:2])
+    twin = OnnxRuntimeSession(plugin_free(forms[2].proto), codes=True)
     # the same scales at twice as many rows: half of the table's rows are no rows of the features
     table = tdq.scale_table(model)
-    finer = engine_table(tmp_path / "input.onnx", table.resample([*times, *(np.array(times[:-1]) + 1e-3)]))
-    same = engine_table(tmp_path / "input.onnx", table)
+    finer = engine_table(forms[1].proto, table.resample([*times, *(np.array(times[:-1]) + 1e-3)]))
+    same = engine_table(forms[1].proto, table)
     for time in [*times, 111.0, 450.5, 2000.0]:
         inputs = {**call, "timestep": torch.tensor(time)}
         expected = constants(inputs)

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from support.models import FAMILIES as MODELS
-from support.models import fast_config
+from support.models import SMALL_UNET, fast_config
 from support.pipelines import FAMILIES
 
 import modelopt_tdq as tdq
@@ -33,7 +32,7 @@ class _Session:
 def ddim() -> Any:
     from diffusers import DDIMPipeline, DDIMScheduler
 
-    return DDIMPipeline(MODELS["unet"].make().eval(), DDIMScheduler())
+    return DDIMPipeline(SMALL_UNET.make().eval(), DDIMScheduler())
 
 
 def _images(pipeline: Any) -> torch.Tensor:

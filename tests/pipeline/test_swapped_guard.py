@@ -94,8 +94,8 @@ ADAPTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 def _lora() -> dict[str, torch.Tensor]:
     """A LoRA of rank 2 on one layer, as a file holds it."""
-    place = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    return {f"{place}.lora_A.weight": torch.ones(2, 16), f"{place}.lora_B.weight": torch.ones(16, 2)}
+    place = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    return {f"{place}.lora_A.weight": torch.ones(2, 8), f"{place}.lora_B.weight": torch.ones(8, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_adapters_stay_as_they_were(with_lora: Any, change: str) -> None:
 def test_adapters_can_be_changed_again_on_the_torch_model(with_lora: Any) -> None:
     pipeline = copy.copy(with_lora)
     tdq.restore_denoiser(pipeline)
-    layer = pipeline.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+    layer = pipeline.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     merged = layer.base_layer.weight.clone()
     pipeline.unfuse_lora()
     assert float((merged - layer.base_layer.weight).mean()) == pytest.approx(2.0)  # B A of ones, rank 2
@@ -183,7 +183,7 @@ def test_a_transformer_refuses_forward_chunking_and_other_attention() -> None:
 
 def test_the_setting_of_an_attention_processor_is_noticed_at_the_next_call(swapped: Any) -> None:
     """`set_ip_adapter_scale` changes the processors one by one, past every method of the model."""
-    attention = swapped.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
+    attention = swapped.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     attention.processor.scale = [1.0]
     pipeline = tdq.swap_denoiser(swapped, _Zeros("encoder_hidden_states"))
     _run(pipeline)

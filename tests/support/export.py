@@ -39,14 +39,14 @@ def trace(model: nn.Module, inputs: dict[str, Any], dynamic_batch: bool = False)
     return marker_graph(model, inputs, dynamic_batch=dynamic_batch)
 
 
-def lowered(graph: MarkerGraph, lowering: str, model: nn.Module | None = None) -> Lowered:
+def lowered(graph: MarkerGraph, lowering: str, model: nn.Module | None = None, *, table_input: bool = False) -> Lowered:
     """A lowering of ``graph``, which stays as it is; with the present scales of ``model`` if given.
 
     It has passed the full checker.
     """
     spec = graph.spec if model is None else read_quantization(model)
     copy = dataclasses.replace(graph, model=ir.from_proto(ir.to_proto(graph.model)), spec=spec)
-    context = lower(copy, lowering)
+    context = lower(copy, lowering, table_input=table_input)
     proto = ir.to_proto(copy.model)
     onnx.checker.check_model(proto, full_check=True)
     return Lowered(proto, context)

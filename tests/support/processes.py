@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,35 @@ def _main(run: Callable[[int], Any], rank: int, number: int, folder: Path) -> No
     except BaseException:  # seen by the test as a missing result
         traceback.print_exc()
     os._exit(0)  # as a process that ends by itself, but without a word with the others
+
+
+def _script(text: str, printed: Path) -> None:
+    torch.set_num_threads(1)
+    for stream in (1, 2):
+        os.dup2(os.open(printed, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    code = 0
+    try:
+        exec(text, {"__name__": "__main__"})
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_fresh(script: str, folder: Path, wait: float = 120.0) -> tuple[int, str]:
+    """Exit code of a process that runs ``script``, and what it printed.
+
+    It has imported torch, ModelOpt and diffusers, nothing of this package, and shares nothing with the test.
+    """
+    printed = folder / "printed.txt"
+    process = _CONTEXT.Process(target=_script, args=(script, printed))
+    process.start()
+    process.join(wait)
+    process.kill()
+    process.join()
+    return process.exitcode if process.exitcode is not None else -1, printed.read_text()
 
 
 def run_in_processes(run: Callable[[int], Any], number: int, folder: Path, wait: float = 120.0) -> list[int]:

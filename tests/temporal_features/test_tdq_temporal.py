@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop, noise
+from support.processes import run_fresh
 from support.unchanged import picture, same
 from temporal_models import CASES
 from torch import Tensor, nn
@@ -495,8 +494,9 @@ SAVED: dict[str, dict[str, Any]] = {
 _SCRIPT = """
 import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/temporal_features", {tests!r} + "/.."]
 import warnings; warnings.simplefilter("ignore")
-import torch; torch.set_num_threads(1); torch.set_grad_enabled(False)
+import torch; torch.set_grad_enabled(False)
 import modelopt.torch.opt as mto
+assert "modelopt_tdq" not in sys.modules
 import modelopt_tdq
 from diffusers import UNet2DModel
 from test_tdq_temporal import SAVED, equal, outputs, unet
@@ -537,8 +537,8 @@ def test_saved_and_restored_bit_for_bit_in_a_fresh_process(tmp_path: Path) -> No
         del ModelMixin._modelopt_cache
         huggingface._PATCHED_CLASSES.discard(ModelMixin)
     script = _SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert result.stdout.strip().endswith("equal"), result.stdout + result.stderr
+    _, printed = run_fresh(script, tmp_path)
+    assert printed.strip().endswith("equal"), printed
 
 
 def test_without_layers_their_weights_are_gone() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from support.processes import results
 from test_qat import adam, batch, qat
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,18 +28,15 @@ def _learn(model: nn.Module, whole: nn.Module, rank: int | None) -> dict[str, Te
     return {name: value.detach().clone() for name, value in whole.named_parameters()}
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _process(rank: int) -> dict[str, Any]:
+    torch.manual_seed(0)
     model = qat(dropout=0.0)
     learned = _learn(DistributedDataParallel(model), model, rank)
-    torch.save({"learned": learned, "scale": tdq.scale_table(model.eval()).scale}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"learned": learned, "scale": tdq.scale_table(model.eval()).scale}
 
 
 def test_two_processes_learn_as_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = results(_process, 2, tmp_path)
     model = qat(dropout=0.0)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     expected = _learn(model, model, None)

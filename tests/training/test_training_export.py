@@ -9,7 +9,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from support.export import LOWERINGS, codes_by_definition, layer_results, lowered, trace
-from support.models import FAMILIES
+from support.models import SMALL_UNET
 from test_qat import adam
 from torch import nn
 
@@ -22,7 +22,7 @@ _TIME = 410.0
 
 def _trained(scheme: str, intervals: str = "mlp") -> tuple[nn.Module, dict[str, Any]]:
     """A tiny UNet, W4A4, after a few steps of QAT."""
-    family = FAMILIES["unet"]
+    family = SMALL_UNET
     torch.manual_seed(0)
     config = tdq.make_config(
         4, 4, method="tdq_qat", scheme=scheme, intervals=intervals, statistic="max", weights="max", progress=False

@@ -17,17 +17,17 @@ from trt_examples.steps import run_script
 def tiny_denoiser(**config: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=tiny.WIDTH,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **config,
-    )
+    small = {
+        "sample_size": 8,
+        "block_out_channels": (8,),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": tiny.WIDTH,
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    }
+    return UNet2DConditionModel(**{**small, **config})
 
 
 def tiny_pipeline() -> Any:

@@ -53,11 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("temporal")
     diffusers.UNet2DModel(
         sample_size=8,
-        block_out_channels=(8, 16),
+        block_out_channels=(8,),
         layers_per_block=1,
         norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
         add_attention=False,
     ).save_pretrained(folder)
     diffusers.DDPMScheduler().save_pretrained(folder / "scheduler")

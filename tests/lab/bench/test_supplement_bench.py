@@ -38,12 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     diffusers.UNet2DModel(
         sample_size=32,
-        block_out_channels=(8, 16),
+        block_out_channels=(8,),
         layers_per_block=1,
         norm_num_groups=4,
         num_class_embeds=10,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
         add_attention=False,
     ).save_pretrained(folder / "model")
     diffusers.DDPMScheduler().save_pretrained(folder / "model" / "scheduler")
