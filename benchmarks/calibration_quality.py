@@ -37,7 +37,7 @@ def main() -> None:
     for recipe_name in arguments.recipes.split(","):
         for statistic in arguments.statistics.split(","):
             config = tdq.recipe(recipe_name)
-            config["algorithm"] |= {"statistic": statistic, "progress": False, **fields}
+            config["algorithm"] |= {"statistic": statistic, "correction": "none", "progress": False, **fields}
             static = {**config, "algorithm": {**config["algorithm"], "bins": 1}}
             sqnr = {}
             for kind, chosen in (("static", static), ("tdq", config)):

@@ -6,13 +6,13 @@ from typing import Literal
 
 from modelopt.torch.quantization.config import ModeloptField
 
-from modelopt_tdq.config import ALGORITHMS
+from modelopt_tdq.config import ALGORITHMS, CorrectionFields
 from modelopt_tdq.training.config import LearningFields
 
 __all__ = ["TdqReconstructConfig"]
 
 
-class TdqReconstructConfig(LearningFields):
+class TdqReconstructConfig(LearningFields, CorrectionFields):
     """Algorithm ``{"method": "tdq_reconstruct", ...}``: calibrate, then learn rounding and intervals block by block.
 
     The papers run 20000 iterations per block, on a GPU. The defaults take minutes on a CPU for a small model.

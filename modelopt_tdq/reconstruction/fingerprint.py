@@ -31,8 +31,8 @@ __all__ = ["computed", "difference", "settings"]
 #: To be raised whenever the same settings, model and data give another result.
 _ALGORITHM = 2
 
-#: Fields that do not change the result.
-_FREE = {"progress", "cache_dir", "expected_calls", "layerwise", "moe_calib_experts_ratio"}
+#: Fields that do not change the result of a block.
+_FREE = {"correction", "correction_budget", "progress", "cache_dir", "expected_calls", "layerwise", "moe_calib_experts_ratio"}
 
 #: Whose versions may change the result.
 _PACKAGES = ("modelopt-tdq", "nvidia-modelopt", "torch")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.calibrate import calibrate_scales
+from modelopt_tdq.calibration.correct import correct_layers
 from modelopt_tdq.core.distributed import processes
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.place import require_weights
@@ -108,7 +109,7 @@ def _reconstruct(
     activation_quantizers(model)
     recorder = SpreadReplay(model, deliver_timestep(model, config.timestep_argument), config.samples)
     recorded = None if forward_loop is None else recorder.recorded(forward_loop)
-    calibrate_scales(model, recorded, calibration_config(config))
+    replay = calibrate_scales(model, recorded, calibration_config(config))
     learn_scales(model, config)
     samples = recorder.chosen()
     learned = learned_intervals(model)
@@ -139,6 +140,8 @@ def _reconstruct(
         missing = [block for name, block in found.items() if name not in counts]
         results += [BlockResult(b.name, b.layers, 0.0, 0.0, False, "the model does not run it") for b in missing]
         learned.materialize(model)
+        if replay is not None:
+            correct_layers(model, replay, config)
         # nothing above touched a weight; from here on, nothing can fail that has not been done before
         for weight, quantizer in rounded:
             quantizer.fold(weight)

@@ -431,3 +431,20 @@ def test_averaged_buffers_are_noticed() -> None:
             buffer.add_(1)
     with pytest.raises(TdqError, match="computed with the buffers"):
         model(*calls()[0])
+
+
+def test_rounding_that_was_learned_is_corrected_against_the_original_weights() -> None:
+    data = calls(samples=16)
+    method = {"method": "tdq_reconstruct", "samples": 32, "iterations": 20, "intervals": "table"}
+    algorithm = {"weights": "max", "statistic": "max", "protect_steps": False, "progress": False, **method}
+    errors = {}
+    torch.manual_seed(0)
+    exact = TinyDenoiser().eval()
+    for correction in ("none", "per_step"):
+        config = {**fast_config(weight_bits=3), "algorithm": {**algorithm, "correction": correction}}
+        model = mtq.quantize(copy.deepcopy(exact), config, loop(data))
+        others = calls(samples=16, batch=16, seed=50)
+        with torch.no_grad():
+            errors[correction] = sum(sqnr_db(exact(*call), model(*call)) for call in others) / len(others)
+    assert rows(model).names == LAYERS
+    assert errors["per_step"] > errors["none"] + 0.3

@@ -57,6 +57,7 @@ class PtqRun:
             self.weight_bits,
             self.activation_bits,
             method="tdq_reconstruct",
+            correction="none",  # the papers have none
             samples=self.samples,
             iterations=budget.iterations,
             seed=self.seed,

@@ -115,6 +115,7 @@ def _calibrated(model: nn.Module, scheduler: Any, run: TemporalRun, budget: Temp
         run.weight_bits,
         run.activation_bits,
         asymmetric="auto" if run.activation_bits < 8 else False,
+        correction="none",  # the papers have none
         progress=False,
     )
     loop = calibration_loop(scheduler, budget.calibration_samples * steps, steps, _CALIBRATION_SEED)
