@@ -1,8 +1,9 @@
 """The ``tdq_correct`` algorithm: which layers' outputs are corrected, by one gain and bias or by those of each time.
 
 What quantization does to mean and amplitude of each output channel is taken back where a quantized product is turned
-back into values anyway: by the factor and the bias behind it. So it costs an engine nothing. See
-:mod:`modelopt_tdq.calibration.correction_fit` for the fit.
+back into values anyway: by the factor and the bias behind it. So it costs an engine nothing. The last layer is corrected
+whether it is quantized or not, for what all before it leave behind. See :mod:`modelopt_tdq.calibration.correction_fit`
+for the fit.
 
 ``auto`` fits to one half of the replayed samples and judges by the other: each layer by its output, all together by the
 model's. What it chooses is fitted anew to all samples. At a time at which the model predicts worse with corrections,
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.correction_fit import fit_corrections, halves_differ, layer_errors
+from modelopt_tdq.calibration.correction_fit import fit_corrections, halves_differ, last_layer, layer_errors
 from modelopt_tdq.calibration.protect import prediction_error
 from modelopt_tdq.config import CorrectionFields, TdqCorrectConfig
 from modelopt_tdq.core.distributed import agreed, gather, union
@@ -177,6 +178,7 @@ def correct_layers(model: nn.Module, replay: Replay, config: CorrectionFields) -
             raise TdqError("correction", config.correction, reason, 'Use "correction": "none"')
         _log.info("no corrections: %s", reason)
         return
+    layers |= last_layer(model, replay, times[0])
     kinds: dict[str, Kind]
     worse = torch.zeros(len(times), dtype=torch.bool)
     if config.correction == "auto":

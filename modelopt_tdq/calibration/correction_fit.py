@@ -14,7 +14,7 @@ part of James and Stein (1961), each number by itself. var(f) is that of a ratio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -28,11 +28,11 @@ from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
-from modelopt_tdq.model.output_correction import channel_dimension
+from modelopt_tdq.model.output_correction import channel_dimension, correctable_layers
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.timestep import CurrentTimestep
 
-__all__ = ["fit_corrections", "halves_differ", "layer_errors"]
+__all__ = ["fit_corrections", "halves_differ", "last_layer", "layer_errors"]
 
 #: A gain is a factor of at most this, or its inverse.
 _MOST = 2.0
@@ -242,6 +242,27 @@ def _run_twice(
             for at_layer in at_layers.values():
                 at_layer.row, at_layer.samples = batch.row, len(batch.order)
             model(**batch.call)
+
+
+def last_layer(model: nn.Module, replay: Replay, time: float) -> dict[str, nn.Module]:
+    """The linear layer or convolution that runs last, by name; none if something else quantizes its output."""
+    ran: list[tuple[str, nn.Module]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda layer, args, output: ran.append((name, layer))
+
+    layers = correctable_layers(model, quantized=False)
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with full_precision(model), torch.no_grad():
+            for batch in replay.batches([time]):
+                model(**batch.call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = gather(ran[-1][0] if ran else None)
+    name = next((name for name in found if name is not None), None)
+    return {} if name is None else {name: layers[name]}
 
 
 def halves_differ(model: nn.Module, replay: Replay, time: float) -> bool:

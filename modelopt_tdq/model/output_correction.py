@@ -176,8 +176,13 @@ def output_corrections(model: nn.Module) -> dict[str, OutputCorrection]:
     return {n.rpartition(".")[0]: m for n, m in modules if isinstance(m, OutputCorrection) and m.is_enabled}
 
 
-def correctable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The quantized linear layers and convolutions whose output nothing else quantizes, by name, in module order."""
+def correctable_layers(model: nn.Module, *, quantized: bool = True) -> dict[str, nn.Module]:
+    """The linear layers and convolutions whose output nothing quantizes, by name, in module order.
+
+    Args:
+        model: That ModelOpt has converted.
+        quantized: Only those with quantized inputs or weights.
+    """
     found: dict[str, nn.Module] = {}
     for name, layer in model.named_modules():
         output = layer._modules.get("output_quantizer")
@@ -186,7 +191,7 @@ def correctable_layers(model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(output, OutputCorrection) and (type(output) is not TensorQuantizer or output.is_enabled):
             continue
         others = (layer._modules.get(key) for key in ("input_quantizer", "weight_quantizer"))
-        if any(getattr(quantizer, "is_enabled", False) for quantizer in others):
+        if not quantized or any(getattr(quantizer, "is_enabled", False) for quantizer in others):
             found[name] = layer
     return found
 
@@ -232,11 +237,11 @@ def set_layer_correction(model: nn.Module, correction: LayerCorrection | None) -
 
     Args:
         model: The module that ``mtq.quantize`` was called with.
-        correction: For quantized layers of it; None: no corrections.
+        correction: For layers of it; None: no corrections.
 
     Raises:
-        TdqError: There is no such quantized layer, it has another number of output channels, the model is not told
-            the time, or hooks around its layers would not know the corrections. Nothing is changed then.
+        TdqError: There is no such layer, its output is quantized, it has another number of output channels, the model
+            is not told the time, or hooks around its layers would not know the corrections. Nothing is changed then.
     """
     model = unwrapped(model)
     require_unattended(model, "have its layers corrected")
@@ -244,13 +249,13 @@ def set_layer_correction(model: nn.Module, correction: LayerCorrection | None) -
         forget_layer_correction(model)
         return
     timestep = find_timestep(model)
-    layers = correctable_layers(model)
+    layers = correctable_layers(model, quantized=False)
     unknown = [name for name in correction.names if name not in layers]
     if unknown or timestep is None:
         raise TdqError(
             "names",
             unknown[:3] or type(model).__name__,
-            "no quantized linear layers or convolutions of this model, or their outputs are quantized"
+            "no linear layers or convolutions of this model, or their outputs are quantized"
             if unknown
             else "the model is not told the time",
             "Use the correction that was fitted to this model and quant_cfg, and the module that was quantized",

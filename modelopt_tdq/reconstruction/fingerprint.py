@@ -32,7 +32,15 @@ __all__ = ["computed", "difference", "settings"]
 _ALGORITHM = 2
 
 #: Fields that do not change the result of a block.
-_FREE = {"correction", "correction_budget", "progress", "cache_dir", "expected_calls", "layerwise", "moe_calib_experts_ratio"}
+_FREE = {
+    "correction",
+    "correction_budget",
+    "progress",
+    "cache_dir",
+    "expected_calls",
+    "layerwise",
+    "moe_calib_experts_ratio",
+}
 
 #: Whose versions may change the result.
 _PACKAGES = ("modelopt-tdq", "nvidia-modelopt", "torch")

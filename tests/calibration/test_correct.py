@@ -27,7 +27,10 @@ from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.output_correction import correctable_layers, output_corrections
 
-LAYERS = ("conv1", "mix", "conv2")
+QUANTIZED = ("conv1", "mix", "conv2")
+
+#: The last layer is corrected too, though it is not quantized.
+LAYERS = (*QUANTIZED, "conv_out")
 COARSE = {"weight_bits": 3, "activation_bits": 4, "replay_samples": 64}
 
 
@@ -256,9 +259,9 @@ def test_corrections_that_do_not_help_are_not_made(monkeypatch: pytest.MonkeyPat
 
 def test_a_budget_makes_the_layers_static_that_gain_least() -> None:
     data = calls(samples=16)
-    channels = 3 * 8
+    channels = 3 * 8 + 3
     everything = 8 * channels * len(TIMES)
-    for budget, static in ((everything, 0), (everything - 1, 1), (8 * channels, 3)):
+    for budget, static in ((everything, 0), (everything - 1, 1), (8 * channels, 4)):
         found = rows(corrected("per_step", data, correction_budget=budget / 2**20))
         assert sum(len(gain) == 1 for gain in found.gain.values()) == static
         assert found.nbytes <= budget
@@ -401,7 +404,7 @@ def test_auto_leaves_alone_what_cannot_be_fitted(make: Any) -> None:
     ("field", "gain"),
     [
         ("names", {"conv9": torch.ones(1, 8)}),
-        ("names", {"conv_in": torch.ones(1, 8)}),
+        ("names", {"": torch.ones(1, 8)}),
         ("gain", {"mix": torch.ones(1, 9)}),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.double import run_double
 from support.export import LOWERINGS, Lowered, codes_by_definition, lowered, set_table, trace
+from support.models import TIMES, quantized
 from support.zoo import ROWS, Zoo, quantized_zoo, sample
 from torch import Tensor, nn
 
@@ -219,3 +220,20 @@ def test_halves() -> None:
     for lowering in LOWERINGS:
         found = OnnxRuntimeSession(lowered(graph, lowering).proto)(inputs)
         assert max(differences(model, found, inputs).values()) < 3e-3
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_last_layer_is_corrected_in_float(lowering: str, rows: int) -> None:
+    model = quantized()
+    gain, bias = {"conv_out": 1 + torch.rand(rows, 3)}, {"conv_out": torch.randn(rows, 3)}
+    tdq.set_layer_correction(model, tdq.LayerCorrection(torch.tensor(sorted(TIMES)), gain, bias))
+    inputs = {"sample": sample(2)[:, :3], "timestep": torch.tensor(300.0)}
+    found = OnnxRuntimeSession(lowered(trace(model, inputs), lowering).proto)(inputs)
+    with torch.no_grad():
+        expected = model(**inputs)
+        tdq.set_layer_correction(model, None)
+        plain = model(**inputs)
+    (value,) = found.values()
+    assert np.allclose(value, expected, atol=1e-4)
+    assert not np.allclose(plain, expected, atol=0.1)
