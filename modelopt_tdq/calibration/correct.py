@@ -1,9 +1,9 @@
 """The ``tdq_correct`` algorithm: which layers' outputs are corrected, by one gain and bias or by those of each time.
 
 What quantization does to mean and amplitude of each output channel is taken back where a quantized product is turned
-back into values anyway: by the factor and the bias behind it. So it costs an engine nothing. The last layer is corrected
-whether it is quantized or not, for what all before it leave behind. See :mod:`modelopt_tdq.calibration.correction_fit`
-for the fit.
+back into values anyway: by the factor and the bias behind it. So it costs an engine nothing. The last layer is
+corrected whether it is quantized or not, for what all before it leave behind. See
+:mod:`modelopt_tdq.calibration.correction_fit` for the fit.
 
 ``auto`` fits to one half of the replayed samples and judges by the other: each layer by its output, all together by the
 model's. What it chooses is fitted anew to all samples. At a time at which the model predicts worse with corrections,
