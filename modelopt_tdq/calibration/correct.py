@@ -38,7 +38,7 @@ from modelopt_tdq.model.output_correction import (
     output_channels,
     set_layer_correction,
 )
-from modelopt_tdq.model.place import require_unattended, require_weights
+from modelopt_tdq.model.place import require_unattended
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
@@ -129,7 +129,6 @@ def _layers(model: nn.Module, config: CorrectionFields) -> dict[str, nn.Module]:
         for name in ("input_quantizer", "weight_quantizer")
     ):
         return {}
-    require_weights(model, "have its layers corrected")
     folded = folded_weights(model)
     if folded:
         raise TdqError(

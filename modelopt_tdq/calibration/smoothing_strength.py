@@ -36,7 +36,8 @@ STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8)
 #: So many of them ``auto`` tries for all tensors at once.
 _UNIFORM = 3
 
-#: Times at which ``auto`` compares outputs of the model; and by how many dB smoothing has to be better than none.
+#: Times at which ``auto`` compares outputs, of the layers and of the model; and by how many dB smoothing has to be
+#: better than none.
 _JUDGED = 8
 _CLEAR = 0.1
 
@@ -87,6 +88,13 @@ class _Trial:
         """[number of vectors] of each, relative to the output, summed over the times; over all processes."""
         squares = all_reduce(self.squares, "sum")
         return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30)).sum(0)
+
+
+def _spread(replay: Replay) -> list[float]:
+    """Some of the times of all processes, evenly."""
+    times = union(set(replay.times))
+    count = min(len(times), _JUDGED)
+    return [times[(2 * i + 1) * len(times) // (2 * count)] for i in range(count)]
 
 
 def _clips(method: str) -> tuple[float, ...]:
@@ -145,7 +153,7 @@ def _least_layer_error(
     """The vector of each group with the least error of its layers' outputs, over all times; None: not smoothed."""
     vectors = []
     trials: dict[int, _Trial] = {}
-    times = union(set(replay.times))
+    times = _spread(replay)
     for group in groups:
         tried = [shared_vector(group, strength) for strength in STRENGTHS]
         vectors.append([torch.ones_like(tried[0]), *tried])
@@ -180,9 +188,7 @@ class _Judge:
         self._activations = list(quantizers.values())
         inner = [part for q in weight_quantizers(model) for part in q.modules()]
         self._weights = [q for q in inner if isinstance(q, TensorQuantizer) and q.is_enabled]
-        times = union(set(replay.times))
-        count = min(len(times), _JUDGED)
-        self._times = [times[(2 * i + 1) * len(times) // (2 * count)] for i in range(count)]
+        self._times = _spread(replay)
         self._references: dict[int, Tensor] = {}
 
     @contextmanager

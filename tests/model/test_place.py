@@ -73,6 +73,22 @@ def plain() -> nn.Module:
     return _quantized()
 
 
+@pytest.fixture(scope="module")
+def corrected() -> nn.Module:
+    return _quantized(config=fast_config(weight_bits=4, correction="per_step"))
+
+
+@every_place
+def test_corrections_are_the_same_wherever_the_weights_are(corrected: nn.Module, place: _Place) -> None:
+    model = _quantized(place, fast_config(weight_bits=4, correction="per_step"))
+    _same_outputs(model, corrected)
+    one, two = tdq.layer_correction(model), tdq.layer_correction(corrected)
+    assert one is not None
+    assert two is not None
+    assert one.names == two.names
+    assert all(torch.equal(one.gain[n], two.gain[n]) and torch.equal(one.bias[n], two.bias[n]) for n in one.names)
+
+
 @every_place
 def test_calibration_gives_the_same_wherever_the_weights_are(plain: nn.Module, place: _Place) -> None:
     model = _quantized(place)
