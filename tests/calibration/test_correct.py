@@ -221,7 +221,7 @@ def test_eight_bits_are_left_alone() -> None:
         calls_made.append(1)
         loop(data)(model)
 
-    model = mtq.quantize(TinyDenoiser().eval(), fast_config(weight_bits=4), counted)
+    model = mtq.quantize(TinyDenoiser().eval(), fast_config(weight_bits=4, correction="auto"), counted)
     assert len(calls_made) == 1  # it is fitted to the samples that calibration kept
     assert tdq.layer_correction(model) is not None
 
@@ -396,7 +396,7 @@ def test_refuses_and_changes_nothing(case: str) -> None:
 @pytest.mark.parametrize("make", [Mixing, SequenceFirst])
 def test_auto_leaves_alone_what_cannot_be_fitted(make: Any) -> None:
     torch.manual_seed(0)
-    config = fast_config(**COARSE, high_precision=())
+    config = fast_config(**COARSE, correction="auto", high_precision=())
     assert tdq.layer_correction(mtq.quantize(make().eval(), config, loop(calls()))) is None
 
 

@@ -11,7 +11,6 @@ from support.models import TIMES, TinyDenoiser, calls, fast_config, loop
 from torch import Tensor, nn
 
 FAST: dict[str, Any] = {
-    "correction": "none",
     "weight_bits": 3,
     "activation_bits": 6,
     "method": "tdq_reconstruct",

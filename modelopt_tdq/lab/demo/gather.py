@@ -69,6 +69,7 @@ def gather(
     arrays = {"reference": reference, **{p: found[f"recipe-{p}"].tensors for p in settings.recipes}}
     arrays_names = {p: found[f"recipe-{p}"].values["names"] for p in settings.recipes}
     results["quantizers"] = arrays_names
+    results["corrected"] = {p: found[f"recipe-{p}"].values.get("corrected", []) for p in settings.recipes}
     if settings.maintenance != "none":
         results["features"] = {p: found[f"recipe-{p}"].values["features"] for p in settings.recipes}
     return results, arrays

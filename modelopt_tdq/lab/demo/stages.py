@@ -22,6 +22,7 @@ from modelopt_tdq.lab.model_folder import describe_inputs, load_model, save_quan
 from modelopt_tdq.lab.provenance import cpu_name
 from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
 from modelopt_tdq.model.model_table import scale_table
+from modelopt_tdq.model.output_correction import layer_correction
 
 __all__ = ["Stage", "load", "run", "stages"]
 
@@ -166,6 +167,12 @@ def _one_recipe(settings: DemoSettings, recipe_name: str, against: Reference, re
         "scale.static": static.scale[0],
         "scale.max": static_scales(models["max"], tuple(static.names)),
     }
+    correction = layer_correction(models["tdq"])
+    if correction is not None:
+        values["corrected"] = list(correction.names)
+        rows = len(correction)
+        sizes = [(gain - 1).square().mean(1).sqrt().expand(rows) for gain in correction.gain.values()]
+        tensors |= {"correction.timesteps": correction.timesteps, "correction.gain": torch.stack(sizes, 1)}
     if settings.maintenance != "none":
         values["features"] = feature_facts(model, models["tdq"], against)
         tensors |= feature_tensors(model, models["tdq"], table.timesteps)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from modelopt_tdq.lab.report.feature_plots import FeatureErrorPanels, draw_feature_errors
-from modelopt_tdq.lab.report.plots import image_grid, scale_heat_map, scales_over_time, sqnr_per_step
+from modelopt_tdq.lab.report.plots import (
+    correction_heat_map,
+    image_grid,
+    scale_heat_map,
+    scales_over_time,
+    sqnr_per_step,
+)
 
 __all__ = ["draw_figures"]
 
@@ -23,8 +29,8 @@ def draw_figures(
     Args:
         results: Of the demo.
         arrays: Per recipe_name ``images.<variant>`` [N, 3, H, W], ``timesteps`` [K], ``scale.tdq`` [K, Q],
-            ``scale.static`` and ``scale.max`` [Q]; ``feature_error.<strategy>`` [F, K] where temporal features are
-            maintained; and ``images`` of "reference".
+            ``scale.static`` and ``scale.max`` [Q]; ``correction.gain`` [K, L] where layers are corrected;
+            ``feature_error.<strategy>`` [F, K] where temporal features are maintained; and ``images`` of "reference".
         folder: Of the demo.
 
     Returns:
@@ -40,6 +46,10 @@ def draw_figures(
     for index, (recipe_name, rows) in enumerate(groups.items()):
         section = "scales" if index == 0 else "details"
         figures += _scales(recipe_name, rows, results["quantizers"][recipe_name], arrays[recipe_name], folder, section)
+        if "correction.gain" in arrays[recipe_name]:
+            figures.append(
+                _correction(recipe_name, rows, results["corrected"][recipe_name], arrays[recipe_name], folder)
+            )
     if results.get("features"):
         figures.append(_features(results, groups, arrays, folder))
     return figures
@@ -103,6 +113,15 @@ def _scales(
         _figure(section, moving, folder, f"{label}: the ten that move most", "Dashed: one scale for all times."),
         _figure("details", every, folder, f"{label}: every quantizer", "In the order of the model."),
     ]
+
+
+def _correction(
+    recipe_name: str, rows: list[dict[str, Any]], names: list[str], arrays: Mapping[str, Tensor], folder: Path
+) -> dict[str, str]:
+    times, gain = arrays["correction.timesteps"], arrays["correction.gain"]
+    path = correction_heat_map(names, times, gain, folder / "plots" / f"{recipe_name}-correction.png")
+    caption = "By how much the corrections multiply the output channels of each layer, to take back what rounding did."
+    return _figure("details", path, folder, f"{rows[0]['label']}: corrections over time", caption)
 
 
 def _features(

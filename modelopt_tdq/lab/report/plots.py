@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modelopt_tdq.lab.report.canvas import COLORS, FONT, new_figure, save_figure, short_name
 
-__all__ = ["image_grid", "scale_heat_map", "scales_over_time", "sqnr_per_step"]
+__all__ = ["correction_heat_map", "image_grid", "scale_heat_map", "scales_over_time", "sqnr_per_step"]
 
 
 def _finite(values: Sequence[float]) -> list[float]:
@@ -121,16 +122,37 @@ def scale_heat_map(names: Sequence[str], times: Tensor, scale: Tensor, path: Pat
         path: Of the PNG to write.
     """
     relative = scale.log2()
-    relative = (relative - relative.mean(0, keepdim=True)).flip(0).T
+    relative = relative - relative.mean(0, keepdim=True)
     limit = max(0.25, float(relative.abs().max()))
+    look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    return _heat_map(names, times, relative, "scale, log2 against its mean over time", path, look)
+
+
+def correction_heat_map(names: Sequence[str], times: Tensor, gain: Tensor, path: Path) -> Path:
+    """How much the gains of each layer are, over time.
+
+    Args:
+        names: [L] layers.
+        times: [K] ascending.
+        gain: [K, L] root mean square of gain - 1 over the channels of the layer.
+        path: Of the PNG to write.
+    """
+    look = {"cmap": "viridis", "vmin": 0.0}
+    return _heat_map(names, times, 100 * gain, "gain - 1, root mean square over channels, %", path, look)
+
+
+def _heat_map(
+    names: Sequence[str], times: Tensor, values: Tensor, label: str, path: Path, look: Mapping[str, Any]
+) -> Path:
+    """[K, N] values, one line for each name, the last time first."""
     figure = new_figure(9.0, 0.135 * len(names) + 1.1)
     axis = figure.subplots()
-    drawn = axis.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    drawn = axis.imshow(values.flip(0).T, aspect="auto", interpolation="nearest", **look)
     axis.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=FONT - 3)
     shown = range(0, len(times), max(1, len(times) // 10))
     axis.set_xticks(list(shown), [f"{t:g}" for t in times.flip(0)[:: max(1, len(times) // 10)]], fontsize=FONT - 1)
     axis.set_xlabel("timestep (sampling runs to the right)", fontsize=FONT)
     bar = figure.colorbar(drawn, ax=axis, shrink=0.8)
-    bar.set_label("scale, log2 against its mean over time", fontsize=FONT)
+    bar.set_label(label, fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT - 1)
     return save_figure(figure, path)
