@@ -129,7 +129,10 @@ def _layers(model: nn.Module, config: CorrectionFields) -> dict[str, nn.Module]:
         for name in ("input_quantizer", "weight_quantizer")
     ):
         return {}
+    wanted = config.correction != "auto" or isinstance(config, TdqCorrectConfig)
     folded = folded_weights(model)
+    if folded and not wanted:
+        return {}
     if folded:
         raise TdqError(
             "correction",

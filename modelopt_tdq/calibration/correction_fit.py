@@ -26,7 +26,7 @@ from tqdm import tqdm
 from modelopt_tdq.core.distributed import all_reduce, gather
 from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.schedule import nearest_known
-from modelopt_tdq.model.call import first_output
+from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.output_correction import channel_dimension, correctable_layers
 from modelopt_tdq.model.replay import Replay
@@ -42,7 +42,7 @@ _MOMENTS = 4
 
 
 def _moments(y: Tensor, z: Tensor, samples: int, trailing: int) -> Tensor:
-    """[samples, 4, C] float64 on the CPU, of outputs [samples * n, ..., C, ...]; and the number of positions behind."""
+    """[samples, 4, C] float64 on the CPU, of outputs [samples * n, ..., C, ...]."""
     channels = y.shape[y.dim() - 1 - trailing]
 
     def by_channel(x: Tensor) -> Tensor:
@@ -110,17 +110,25 @@ class _Twice:
         self._own = vars(layer).get("forward")  # of accelerate
         self._quantizers = [m for m in layer.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % 2:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = layer_input(args, kwargs)
+        if x.dim() == 0 or x.shape[0] % 2:
             with self._exact():  # what all samples share
-                return self._forward(x, *args, **kwargs)
+                return self._forward(*args, **kwargs)
+
+        def computed(half: Tensor) -> Tensor:
+            given = [half if value is x else value for value in args]
+            named = {name: half if value is x else value for name, value in kwargs.items()}
+            output: Tensor = self._forward(*given, **named)
+            return output
+
         exact, rounded = x.chunk(2)
         with self._exact():
-            z = self._forward(exact, *args, **kwargs)
+            z = computed(exact)
         intervals = self._timestep.intervals
         # all samples of the call have one time
         with self._timestep.at(self._timestep.require()[:1], None if intervals is None else intervals[:1]):
-            y = self._forward(rounded, *args, **kwargs)
+            y = computed(rounded)
         if self._at_layer is not None:
             y = self._at_layer(y, z)
         return torch.cat([z, y])

@@ -393,6 +393,25 @@ def test_refuses_and_changes_nothing(case: str) -> None:
     unchanged_by(model, failing)
 
 
+def test_layers_called_by_keyword() -> None:
+    class ByKeyword(TinyDenoiser):
+        def forward(self, sample: Tensor, timestep: Any, context: Any = None) -> Tensor:
+            h = self.conv_in(input=sample)
+            h = h + self.mix(input=self.conv1(input=h).movedim(1, -1)).movedim(-1, 1)
+            return self.conv_out(input=self.conv2(input=h))
+
+    torch.manual_seed(0)
+    assert rows(corrected(data=calls(samples=8), model=ByKeyword().eval())).names == LAYERS
+
+
+def test_auto_does_not_mind_layers_whose_weights_the_user_left_in_float() -> None:
+    model = corrected("none", calls(samples=8))
+    mtq.disable_quantizer(model, "mix.weight_quantizer")
+    algorithm = {"method": "tdq", "progress": False, "correction": "auto"}
+    mtq.calibrate(model, algorithm, loop(calls(samples=8)))
+    assert tdq.layer_correction(model) is None
+
+
 @pytest.mark.parametrize("make", [Mixing, SequenceFirst])
 def test_auto_leaves_alone_what_cannot_be_fitted(make: Any) -> None:
     torch.manual_seed(0)
