@@ -67,7 +67,8 @@ def bundled(name: str, bits: list[tuple[int, int]], settings: list[str], argumen
     held_out = reference(model, scheduler, arguments.held_out, arguments.steps, 1, lambda: None)
     for weights, activations in bits:
         for text in settings:
-            config = tdq.make_config(weights, activations, channel_smoothing=_setting(text), progress=False)
+            smoothing = {"channel_smoothing": _setting(text), "correction": "none"}
+            config = tdq.make_config(weights, activations, progress=False, **smoothing)
             copied = mtq.quantize(copy.deepcopy(model), config, lambda m: sample(m, scheduler, start, arguments.steps))
             found = judge(copied, scheduler, held_out, lambda: None)
             yield Row(name, weights, activations, text, _smoothed(copied), found.sqnr_db, found.psnr_db)
@@ -99,7 +100,13 @@ def terrain(folder: str, script: str, settings: list[str]) -> Iterator[Row]:
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     image = _trajectory(model, other, lambda *call: calls.append(call))
     for text in settings:
-        fields = {"statistic": "max", "replay_samples": 2, "protect_steps": False, "timestep_argument": "sigma"}
+        fields = {
+            "statistic": "max",
+            "correction": "none",
+            "replay_samples": 2,
+            "protect_steps": False,
+            "timestep_argument": "sigma",
+        }
         config = tdq.make_config(
             high_precision=(), channel_smoothing=_setting(text), progress=False, expected_calls=len(SIGMAS), **fields
         )
