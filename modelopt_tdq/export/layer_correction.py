@@ -168,13 +168,22 @@ class CorrectionRows:
         layout = max(widths, key=lambda kind: widths[kind])
         axis = layout[0] - 1 - layout[1]
         parts = [_placed(self._added[key][0], *layout) for key in temporal]
-        packed = np.ascontiguousarray(np.concatenate(parts, axis))
+        # beside the scales, where they are laid out so: one Gather, one kernel
+        scales = self._time.taken if layout == (4, 2) else None
+        others = [] if scales is None else [scales[0]]
+        packed = np.ascontiguousarray(np.concatenate([*others, *parts], axis))
         table, shape = editor.constant("correction/table", packed), [self._time.size, *packed.shape[1:]]
         row = editor.before(anchor, "Gather", [table, self._time.row], "correction/row", shape=shape, axis=0)
+        widths_of = [1] * (0 if scales is None else len(scales[1])) + [part.shape[axis] for part in parts]
         values = [row]
-        if len(parts) > 1:
-            sizes = editor.ints([part.shape[axis] for part in parts])
-            values = editor.before(anchor, "Split", [row, sizes], "correction/part", outputs=len(parts), axis=axis)
+        if len(widths_of) > 1:
+            sizes = editor.ints(widths_of)
+            values = editor.before(anchor, "Split", [row, sizes], "correction/part", outputs=len(widths_of), axis=axis)
+        if scales is not None:
+            shared, values = values[: len(scales[1])], values[len(scales[1]) :]
+            for value in shared:
+                value.shape = editor.ir.Shape([self._time.size, 1, 1, 1])
+            self._context.lookup.replace(dict(zip(scales[1], shared, strict=True)))
         for key, part, value in zip(temporal, parts, values, strict=True):
             value.shape = editor.ir.Shape([self._time.size, *part.shape[1:]])
             rows, rank, trailing = self._added[key]

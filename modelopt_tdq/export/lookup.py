@@ -53,6 +53,7 @@ class TimeRow:
     Attributes:
         anchor: That node.
         size: T, or the name of the dynamic batch.
+        taken: The constant table [K, M, 1, 1] that :func:`gathered` took the row of, and its M parts; else None.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TimeRow:
         self._editor, self._edges, self._timestep = editor, edges, timestep
         self.anchor = editor.graph[0] if anchor is None else anchor
         self.size: int | str = "batch" if times is None else times
+        self.taken: tuple[_Array, list[ir.Value]] | None = None
 
     def with_edges(self, edges: _Array | ir.Value) -> TimeRow:
         """The same time, and its row of another table."""
@@ -123,7 +125,9 @@ def gathered(editor: GraphEditor, time: TimeRow, columns: Mapping[str, _Array]) 
     table = editor.constant("time/table", np.ascontiguousarray(packed))
     shape = [time.size, len(distinct), 1, 1]
     row = editor.before(time.anchor, "Gather", [table, time.row], "time/table_row", shape=shape, axis=0)
-    value_of = dict(zip(distinct, split_columns(editor, time, row, len(distinct)), strict=True))
+    parts = split_columns(editor, time, row, len(distinct))
+    time.taken = np.ascontiguousarray(packed), parts
+    value_of = dict(zip(distinct, parts, strict=True))
     return {name: value_of[column.tobytes()] for name, column in columns.items()}
 
 
@@ -194,6 +198,12 @@ class Lookup:
         self._temporal: dict[str, ir.Value] = {}
         if temporal and timestep is not None:
             self._temporal = source(editor, self.time, temporal)
+
+    def replace(self, renewed: Mapping[ir.Value, ir.Value]) -> None:
+        """Other values that hold the same columns."""
+        for old, new in renewed.items():
+            self._editor.replace(old, new)
+        self._temporal = {name: renewed.get(value, value) for name, value in self._temporal.items()}
 
     def is_temporal(self, quantizer: str, *quantities: str) -> bool:
         """Whether one of these quantities depends on time."""
