@@ -1,6 +1,6 @@
 """Time-step-aware quantization for diffusion models: a plugin to NVIDIA ModelOpt.
 
-Importing this package registers its algorithms with ModelOpt: ``{"method": "tdq"}``, ``"tdq_qat"``,
+Importing this package registers its algorithms with ModelOpt: ``{"method": "tdq"}``, ``"tdq_correct"``, ``"tdq_qat"``,
 ``"tdq_reconstruct"`` and ``"tdq_temporal"``. It has to be imported before a model quantized with one of them is
 restored. The public names are listed in ``__init__.pyi``, in the order in which they are needed; each is imported when
 it is first used.

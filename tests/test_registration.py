@@ -56,7 +56,7 @@ assert len(before) > 10_000, len(before)
 assert not changed, changed
 assert not [key for key in new if key[0].startswith("modelopt")], new
 added = set(CalibrateModeRegistry._name2descriptor) - modes
-ours = {"tdq_calibrate", "tdq_qat_calibrate", "tdq_reconstruct_calibrate", "tdq_temporal_calibrate"}
+ours = {f"{name}_calibrate" for name in ("tdq", "tdq_correct", "tdq_qat", "tdq_reconstruct", "tdq_temporal")}
 assert {name.partition(" ")[0] for name in added} == ours, added
 assert dict(_QUANT_FUNCTIONAL_BACKENDS) == backends
 assert dict(QuantModuleRegistry._registry) == layers

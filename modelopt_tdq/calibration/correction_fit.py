@@ -109,11 +109,12 @@ class _Twice:
         self._layer, self._timestep, self._at_layer, self._forward = layer, timestep, at_layer, layer.forward
         self._own = vars(layer).get("forward")  # of accelerate
         self._quantizers = [m for m in layer.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
+        self._least = 1 if isinstance(layer, nn.Embedding) else 2 + channel_dimension(layer)  # dimensions of a batch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = layer_input(args, kwargs)
-        if x.dim() == 0 or x.shape[0] % 2:
-            with self._exact():  # what all samples share
+        if x.dim() < self._least or x.shape[0] % 2:
+            with self._exact():  # what all samples share, or one of them
                 return self._forward(*args, **kwargs)
 
         def computed(half: Tensor) -> Tensor:
