@@ -85,6 +85,7 @@ def test_the_fit_is_shrunk_and_never_beyond(samples: int, seed: int) -> None:
     shift, wanted = gain.numpy() - 1, np.clip(plain, 0.5, 2.0) - 1
     assert (np.abs(shift) <= np.abs(wanted) + 1e-5).all()
     assert (shift * wanted >= -1e-6).all()
+    assert (np.abs(shift) < np.abs(wanted) - 1e-6).any()
 
 
 def test_one_sample_corrects_nothing() -> None:
