@@ -55,8 +55,9 @@ KINDS: tuple[Kind, ...] = ("none", "static", "per_step")
 #: A dearer kind has to lower the error of a layer's output by this fraction.
 _WORTH = 0.002
 
-#: In dB: by so much the model has to predict better with corrections, and no time may be worse than without.
-_CLEAR, _NO_WORSE = 0.03, 0.02
+#: In dB: by so much the model has to predict better with corrections, and no time may be worse than without. The latter
+#: is larger where corrections cannot be left out at a time.
+_CLEAR, _NO_WORSE, _NO_WORSE_STATIC = 0.03, 0.02, 0.1
 
 
 def tdq_correct(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = None, **fields: Any) -> None:
@@ -226,7 +227,8 @@ def _chosen(
         return nothing, calm
     trial = fit_corrections(model, layers, known, times, config.progress)
     errors = layer_errors(model, trial, judged, times, config.progress)
-    kinds = {name: _kind(errors[name]) if name in errors else "none" for name in layers}
+    static = getattr(config, "bins", None) == 1  # nothing of the model is to follow time
+    kinds = {name: _kind(errors[name][: 2 if static else 3]) if name in errors else "none" for name in layers}
     kinds = _within_budget(layers, kinds, errors, len(times), config)
     references: dict[int, Tensor] = {}
 
@@ -244,15 +246,17 @@ def _chosen(
     corrected = predicted()
     forget_layer_correction(model)
     seen = without.isfinite()
-    worse = seen & (corrected > without + _NO_WORSE)
+    worse = seen & (corrected > without + (_NO_WORSE_STATIC if static else _NO_WORSE))
+    if static and bool(worse.any()):
+        return nothing, calm
     gain = torch.where(worse, 0.0, without - corrected)[seen].mean()
     return (kinds, worse) if gain > _CLEAR else (nothing, calm)
 
 
 def _kind(errors: Tensor) -> Kind:
-    """The cheapest kind whose error is close to the least; ``errors`` [3] in the order of the kinds."""
+    """The cheapest kind whose error is close to the least; ``errors`` [2] or [3] in the order of the kinds."""
     best = 0
-    for number in (1, 2):
+    for number in range(1, len(errors)):
         if errors[number] < (1 - _WORTH) * errors[best]:
             best = number
     return KINDS[best]

@@ -227,6 +227,11 @@ def test_eight_bits_are_left_alone() -> None:
     assert tdq.layer_correction(model) is not None
 
 
+def test_static_scales_get_static_corrections() -> None:
+    found = rows(corrected("auto", calls(samples=32, batch=8), bins=1, weight_bits=2))
+    assert {len(gain) for gain in found.gain.values()} == {1}
+
+
 def test_a_time_that_gets_worse_is_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
     real = correct.fit_corrections
 

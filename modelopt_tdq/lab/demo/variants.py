@@ -40,16 +40,9 @@ def variant_config(
         return config
     config["algorithm"]["progress"] = False
     if variant == "static":
-        # corrections as well: one for all times, where the recipe makes any
-        config["algorithm"] |= {"bins": 1, "correction": "static" if _is_coarse(config) else "none"}
+        config["algorithm"]["bins"] = 1
         return config
     return with_maintenance(config, maintenance, times)
-
-
-def _is_coarse(config: dict[str, Any]) -> bool:
-    """Whether codes have less than 8 bits."""
-    formats = [rule["cfg"]["num_bits"] for rule in config["quant_cfg"] if "cfg" in rule]
-    return any(not isinstance(bits, int) or bits < 8 for bits in formats)
 
 
 def variant_label(recipe_name: str, variant: str, maintenance: str = "none") -> str:

@@ -49,8 +49,8 @@ _AS_INT8 = "as W8A8"
 
 
 def size_text(size: int) -> str:
-    """``"200 B"``, ``"4.1 kB"``."""
-    return f"{size} B" if size < 1000 else f"{size / 1000:.1f} kB"
+    """``"200 B"``, ``"4.1 kB"``, ``"605 kB"``."""
+    return f"{size} B" if size < 1000 else f"{size / 1000:.{1 if size < 100_000 else 0}f} kB"
 
 
 def row_cells(row: dict[str, Any], deployed: bool) -> tuple[str, ...]:
