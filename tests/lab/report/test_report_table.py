@@ -42,6 +42,6 @@ def test_terminal_table_fits_80_columns(tmp_path: Path) -> None:
     assert text.count("W8A8") == 1  # the label of a group is shown once
 
 
-@pytest.mark.parametrize(("size", "text"), [(200, "200 B"), (4080, "4.1 kB"), (999, "999 B")])
+@pytest.mark.parametrize(("size", "text"), [(200, "200 B"), (4080, "4.1 kB"), (999, "999 B"), (605_000, "605 kB")])
 def test_sizes(size: int, text: str) -> None:
     assert size_text(size) == text
