@@ -169,4 +169,4 @@ def test_corrections_of_changed_layers_are_taken_off() -> None:
     assert tdq.recalibrate_weights(model) == ("mix.weight_quantizer",)
     correction = tdq.layer_correction(model)
     assert correction is not None
-    assert correction.names == ("conv1", "conv2")
+    assert correction.names == ("conv1", "conv2", "conv_out")
