@@ -33,9 +33,7 @@ THOROUGH: dict[str, Any] = {"statistic": "output", "weights": "mse", "protect_st
 
 
 def _config(method: str = "tdq", **fields: Any) -> dict[str, Any]:
-    config = fast_config(**(THOROUGH if method == "tdq" else {}))
-    config["algorithm"] |= {"method": method, **fields}
-    return config
+    return fast_config(method=method, **{**(THOROUGH if method == "tdq" else {}), **fields})
 
 
 def _model(place: _Place | None = None) -> nn.Module:

@@ -28,9 +28,7 @@ _CURES = r"modelopt\.torch\.opt\.save.*enable_huggingface_checkpointing.*export_
 @pytest.mark.parametrize("method", ["tdq", "tdq_qat"])
 @pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())], ids=["pickle", "torch"])
 def test_pickling_a_model_says_how_to_save_it(method: str, save: Callable[[nn.Module], Any]) -> None:
-    config = fast_config()
-    config["algorithm"]["method"] = method
-    model = mtq.quantize(TinyDenoiser().eval(), config, loop(calls()))
+    model = mtq.quantize(TinyDenoiser().eval(), fast_config(method=method), loop(calls()))
     with pytest.raises(TdqError, match=rf"cannot be pickled.*{_CURES}"):
         save(model)
     with pytest.raises(TdqError, match="cannot be pickled"):

@@ -89,10 +89,7 @@ def test_calibration_does_not_compile_what_it_runs() -> None:
 
 @pytest.mark.parametrize("method", ["tdq_qat", "tdq_reconstruct"])
 def test_nor_do_the_other_algorithms(method: str) -> None:
-    config = fast_config()
-    config["algorithm"] |= {"method": method}
-    if method == "tdq_reconstruct":
-        config["algorithm"] |= {"iterations": 2, "samples": 16}
+    config = fast_config(method=method, **({"iterations": 2, "samples": 16} if method == "tdq_reconstruct" else {}))
     counter = CompileCounterWithBackend("eager")
     plain = mtq.quantize(_tiny(), config, loop(calls()))
     model = _tiny()
@@ -137,9 +134,7 @@ def test_a_wrapped_model_is_exported(tmp_path: Path) -> None:
 
 
 def test_a_wrapped_model_learns() -> None:
-    config = fast_config()
-    config["algorithm"] |= {"method": "tdq_qat"}
-    model = mtq.quantize(_tiny(), config, loop(calls()))
+    model = mtq.quantize(_tiny(), fast_config(method="tdq_qat"), loop(calls()))
     wrapped = nn.DataParallel(model).train()
     groups = tdq.parameter_groups(wrapped, lr=0.01)
     assert [g["name"] for g in groups] == [g["name"] for g in tdq.parameter_groups(model, lr=0.01)]
@@ -157,8 +152,7 @@ def test_a_wrapped_model_learns() -> None:
 
 def test_temporal_features_of_a_wrapped_model() -> None:
     family = FAMILIES["unet"]
-    config = fast_config()
-    config["algorithm"] |= {"method": "tdq_temporal", "maintenance": "cache", "keep_layers": True}
+    config = fast_config(method="tdq_temporal", maintenance="cache", keep_layers=True)
     model = mtq.quantize(family.make().eval(), config, family.forward_loop())
     wrapped = torch.compile(model, backend="eager")
     table = tdq.feature_table(wrapped)
