@@ -17,7 +17,7 @@ weight other modules use too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,19 +25,19 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from tqdm import tqdm
 
 from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth
 from modelopt_tdq.calibration.smoothing_strength import chosen_vectors
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import all_reduce, gather
-from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.intact import writes
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.recording import counted_calls
 from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.select import trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["smooth_channels", "undo_channel_smoothing"]
@@ -59,7 +59,7 @@ def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> list[Sm
         weight = module._parameters.get("weight")
         if quantizers.get(f"{name}.input_quantizer") is None or weight is None or owners[id(weight)] > 1:
             continue
-        if weight.dim() != 2 + len(getattr(module, "kernel_size", ())):
+        if weight.dim() != 2 + trailing_dimensions(module):
             continue  # compressed
         if isinstance(weight, DTensor):
             raise TdqError(
@@ -133,7 +133,7 @@ class _Readers:
 
 
 @contextmanager
-def _observed(layers: list[SmoothedLayer], readers: _Readers) -> Iterator[None]:
+def _observed(model: nn.Module, layers: list[SmoothedLayer], readers: _Readers) -> Iterator[None]:
     """While the model runs, find the largest magnitudes of the layers' inputs, and who shares one."""
 
     def hook(number: int) -> Callable[..., None]:
@@ -148,7 +148,11 @@ def _observed(layers: list[SmoothedLayer], readers: _Readers) -> Iterator[None]:
 
         return observe
 
+    def over(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        readers.next_call()
+
     handles = [layer.quantizer.register_forward_pre_hook(hook(number)) for number, layer in enumerate(layers)]
+    handles.append(model.register_forward_hook(over))
     try:
         yield
     finally:
@@ -171,24 +175,14 @@ def _run(
     """
     readers = _Readers(layers)
     replay = Replay(model, timestep, config.replay_samples) if config.channel_smoothing == "auto" else None
-    with tqdm(total=config.expected_calls, desc="channels", unit="call", disable=not config.progress) as bar:
-
-        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            check()
-            readers.next_call()
-            if not timestep.aside:
-                bar.update()
-
-        handle = model.register_forward_hook(count)
-        try:
-            with _observed(layers, readers), full_precision(model), torch.no_grad():
-                if replay is None:
-                    forward_loop(model)
-                else:
-                    with replay.recording(model):
-                        forward_loop(model)
-        finally:
-            handle.remove()
+    with (
+        counted_calls(model, timestep, "channels", config.expected_calls, config.progress),
+        _observed(model, layers, readers),
+        nullcontext() if replay is None else replay.recording(model),
+        full_precision(model),
+        torch.no_grad(),
+    ):
+        forward_loop(model)
     if replay is not None:
         replay.agree()
     for layer in layers:

@@ -22,11 +22,11 @@ from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.schedule import nearest_known
-from modelopt_tdq.core.together import check
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.place import release, require_unattended
 from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.recording import counted_calls
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import activation_quantizers, temporal_names
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
@@ -65,27 +65,16 @@ def _run(
     """Run ``forward_loop`` once in full precision, collecting."""
     replay = Replay(model, timestep, config.replay_samples)
     calibrated = [model.get_submodule(name) for name in statistics] + others
-    calls = 0
-    with tqdm(total=config.expected_calls, desc="calibrate", unit="call", disable=not config.progress) as bar:
-
-        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            nonlocal calls
-            check()
-            if not timestep.aside:
-                calls += 1
-                bar.update()
-
-        handle = model.register_forward_hook(count)
+    with counted_calls(model, timestep, "calibrate", config.expected_calls, config.progress) as calls:
         try:
             for quantizer in calibrated:
                 quantizer.enable_calib()
             with replay.recording(model), full_precision(model), require_own_weights(model), torch.no_grad():
                 forward_loop(model)
         finally:
-            handle.remove()
             for quantizer in calibrated:
                 quantizer.disable_calib()
-    if not any(gather(calls)):
+    if not any(gather(calls())):
         cure = "Call the model on calibration data in it"
         if config.channel_smoothing != "none":
             cure += ", each of the two times that it runs with `channel_smoothing`"

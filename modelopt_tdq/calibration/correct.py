@@ -21,7 +21,6 @@ import torch
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from modelopt_tdq.calibration.correction_fit import fit_corrections, halves_differ, last_layer, layer_errors
 from modelopt_tdq.calibration.protect import prediction_error
@@ -29,7 +28,7 @@ from modelopt_tdq.config import CorrectionFields, TdqCorrectConfig
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.fake_quant import FP8_E4M3
 from modelopt_tdq.core.layer_correction import LayerCorrection
-from modelopt_tdq.core.together import check, together
+from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.output_correction import (
@@ -39,6 +38,7 @@ from modelopt_tdq.model.output_correction import (
     set_layer_correction,
 )
 from modelopt_tdq.model.place import require_unattended
+from modelopt_tdq.model.recording import counted_calls
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
@@ -92,19 +92,13 @@ def _recorded(
     model: nn.Module, forward_loop: Callable[[nn.Module], Any], timestep: CurrentTimestep, config: CorrectionFields
 ) -> Replay:
     replay = Replay(model, timestep, config.replay_samples)
-    with tqdm(total=config.expected_calls, desc="record", unit="call", disable=not config.progress) as bar:
-
-        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            check()
-            if not timestep.aside:
-                bar.update()
-
-        handle = model.register_forward_hook(count)
-        try:
-            with replay.recording(model), full_precision(model), torch.no_grad():
-                forward_loop(model)
-        finally:
-            handle.remove()
+    with (
+        counted_calls(model, timestep, "record", config.expected_calls, config.progress),
+        replay.recording(model),
+        full_precision(model),
+        torch.no_grad(),
+    ):
+        forward_loop(model)
     replay.agree()
     if not any(gather(bool(replay.times))):
         raise TdqError("forward_loop", forward_loop, "it never called the model", "Call the model on calibration data")

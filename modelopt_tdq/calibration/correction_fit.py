@@ -28,8 +28,9 @@ from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
-from modelopt_tdq.model.output_correction import channel_dimension, correctable_layers
+from modelopt_tdq.model.output_correction import correctable_layers
 from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.select import has_batch, trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["fit_corrections", "halves_differ", "last_layer", "layer_errors"]
@@ -108,13 +109,12 @@ class _Twice:
     def __init__(self, layer: nn.Module, timestep: CurrentTimestep, at_layer: _AtLayer | None) -> None:
         self._layer, self._timestep, self._at_layer, self._forward = layer, timestep, at_layer, layer.forward
         self._own = vars(layer).get("forward")  # of accelerate
-        self._quantizers = [m for m in layer.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
-        self._least = 1 if isinstance(layer, nn.Embedding) else 2 + channel_dimension(layer)  # dimensions of a batch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = layer_input(args, kwargs)
-        if x.dim() < self._least or x.shape[0] % 2:
-            with self._exact():  # what all samples share, or one of them
+        batched = x.dim() > 0 if isinstance(self._layer, nn.Embedding) else has_batch(self._layer, x)
+        if not batched or x.shape[0] % 2:
+            with full_precision(self._layer):  # what all samples share, or one of them
                 return self._forward(*args, **kwargs)
 
         def computed(half: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class _Twice:
             return output
 
         exact, rounded = x.chunk(2)
-        with self._exact():
+        with full_precision(self._layer):
             z = computed(exact)
         intervals = self._timestep.intervals
         # all samples of the call have one time
@@ -133,16 +133,6 @@ class _Twice:
         if self._at_layer is not None:
             y = self._at_layer(y, z)
         return torch.cat([z, y])
-
-    @contextmanager
-    def _exact(self) -> Iterator[None]:
-        for quantizer in self._quantizers:
-            quantizer.disable_quant()
-        try:
-            yield
-        finally:
-            for quantizer in self._quantizers:
-                quantizer.enable_quant()
 
     def install(self) -> None:
         self._layer.forward = self
@@ -157,7 +147,7 @@ class _Fit:
     """Gain and bias of one layer at each time."""
 
     def __init__(self, layer: nn.Module, rows: int) -> None:
-        self.trailing = channel_dimension(layer)
+        self.trailing = trailing_dimensions(layer)
         self.rows: list[tuple[Tensor, Tensor] | None] = [None] * rows
         self._seen: list[list[Tensor]] = [[] for _ in range(rows)]
         self.row = 0
@@ -213,7 +203,7 @@ class _Errors:
 
     def __init__(self, layer: nn.Module, gain: Tensor, bias: Tensor) -> None:
         self._rows = gain, bias
-        self._shape = (-1, *(1,) * channel_dimension(layer))
+        self._shape = (-1, *(1,) * trailing_dimensions(layer))
         self.squares = torch.zeros(len(gain), 4, dtype=torch.float64)  # of the three, and of what is right
         self.row = self.samples = 0
 

@@ -21,6 +21,7 @@ from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.select import has_batch
 
 __all__ = ["LayerProbe", "output_curves", "run_probes"]
 
@@ -134,7 +135,7 @@ class _Probe:
             if self.counts:
                 self.energy[self.row] += float(y.double().square().sum())
             scale, offset = self.scale.to(x.device), self.offset.to(x.device)
-            batched = _has_batch(self.layer, x)
+            batched = has_batch(self.layer, x)
             chunk = max(1, _PROBE_ELEMENTS // max(x.numel(), y.numel())) if batched else 1
             if processes() > 1:
                 chunk = 1  # as many calls of the layer in all, whatever the batch: they may communicate
@@ -166,12 +167,6 @@ class _Probe:
             return None
         nearest = nearest_known(times, seen)
         return ErrorCurves(self.scale, self.offset, error[nearest], energy[nearest])
-
-
-def _has_batch(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer's input has a first dimension that can grow: not a single vector, nor a single image."""
-    kernel = getattr(layer, "kernel_size", ())
-    return x.dim() > 1 + len(kernel)
 
 
 def output_curves(

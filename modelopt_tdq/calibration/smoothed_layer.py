@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.select import trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["SmoothedLayer", "shared_vector", "smooth", "smoothing_vector"]
@@ -83,7 +84,7 @@ class SmoothedLayer:
     @property
     def trailing(self) -> int:
         """Dimensions of the input behind that of the channels."""
-        return len(getattr(self.module, "kernel_size", ()))
+        return trailing_dimensions(self.module)
 
     def see(self, x: Tensor) -> None:
         """Take an input into account."""

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from modelopt_tdq.core.files import read_table, write_table
 from modelopt_tdq.core.schedule import row_index
-from modelopt_tdq.core.table import own_floats
+from modelopt_tdq.core.table import new_schedule, own_floats
 from modelopt_tdq.errors import TdqError
 
 __all__ = ["LayerCorrection"]
@@ -105,9 +104,7 @@ class LayerCorrection:
         Args:
             timesteps: [K'] in the same units, any order.
         """
-        times = torch.unique(torch.as_tensor(timesteps, dtype=torch.float32))
-        if times.numel() == 0 or not bool(times.isfinite().all()):
-            raise TdqError("timesteps", timesteps, "empty or not finite", "Pass the times of the new schedule")
+        times = new_schedule(timesteps)
         rows = row_index(times, self.timesteps)
         gain, bias = (
             {name: value if len(value) == 1 else value[rows] for name, value in values.items()}

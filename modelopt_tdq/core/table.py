@@ -16,7 +16,7 @@ from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["SCHEMA_VERSION", "ScaleTable", "number_format", "own_floats"]
+__all__ = ["SCHEMA_VERSION", "ScaleTable", "new_schedule", "number_format", "own_floats"]
 
 #: The newest that is read. Version 2 is version 1 with the array ``dequant_offset``; tables without it are version 1.
 SCHEMA_VERSION = 2
@@ -126,12 +126,10 @@ class ScaleTable:
         Args:
             timesteps: [K'] in the same units, any order.
         """
-        times = torch.unique(torch.as_tensor(timesteps, dtype=torch.float32))
-        if times.numel() == 0 or not torch.isfinite(times).all():
-            raise TdqError("timesteps", timesteps, "empty or not finite", "Pass the times of the new schedule")
+        times = new_schedule(timesteps)
         rows = row_index(times, self.timesteps)
 
-        picked = {name: value[rows] for name, value in self._arrays().items()}
+        picked: dict[str, Any] = {name: value[rows] for name, value in self._arrays().items()}
         return replace(self, **{**picked, "timesteps": times, "metadata": dict(self.metadata)})
 
     def require_names(self, names: Collection[str], owner: str, cure: str) -> None:
@@ -226,6 +224,18 @@ class ScaleTable:
 def number_format(bits: Any) -> Any:
     """Bits of an integer, or (exponent, mantissa): JSON has no tuples."""
     return tuple(bits) if isinstance(bits, (list, tuple)) else bits
+
+
+def new_schedule(timesteps: Tensor | Sequence[float]) -> Tensor:
+    """[K'] ascending, each time once, of times in any order to resample a table at.
+
+    Raises:
+        TdqError: There are none, or one is not finite.
+    """
+    times: Tensor = torch.unique(torch.as_tensor(timesteps, dtype=torch.float32))
+    if times.numel() == 0 or not torch.isfinite(times).all():
+        raise TdqError("timesteps", timesteps, "empty or not finite", "Pass the times of the new schedule")
+    return times
 
 
 def own_floats(name: str, value: Any) -> Tensor:

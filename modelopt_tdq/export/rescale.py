@@ -20,7 +20,6 @@ from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.layer_correction import CorrectionRows
 from modelopt_tdq.export.lookup import reference_scale
 from modelopt_tdq.export.product import CONVOLUTIONS, bias_of, computes_bias, constant_of, pads_of
-from modelopt_tdq.export.spec import CorrectionSpec
 from modelopt_tdq.export.weights import marker_name
 
 if TYPE_CHECKING:
@@ -36,14 +35,14 @@ class Correction:
     Attributes:
         rows: Those of the graph; ``factor``, ``addend`` and ``moved`` of the marker are among them.
         marker: Behind the product and its bias.
-        spec: Gain and bias.
+        parts: Of the product.
         with_ratio: Whether the factor is that of the ratio as well.
         with_offset: Whether the addend is that of the offset as well.
     """
 
     rows: CorrectionRows
     marker: ir.Node
-    spec: CorrectionSpec
+    parts: _Parts
     with_ratio: bool
     with_offset: bool
 
@@ -98,7 +97,7 @@ def plan_correction(
     rank = len(marker.outputs[0].shape or ())
     for what, values in found.items():
         rows.add(marker, what, values, rank, spec.trailing)
-    return Correction(rows, marker, spec, with_ratio, whole)
+    return Correction(rows, marker, parts, with_ratio, whole)
 
 
 def _is_shared(emitter: ActivationEmitter) -> bool:
@@ -124,7 +123,7 @@ def rescale_product(
     editor = context.editor
     types = editor.ir.DataType
     output = product.outputs[0]
-    parts = _Parts(context, product, operands)
+    parts = _Parts(context, product, operands) if correction is None else correction.parts
     if not parts.ratios and parts.shifted is None and output.dtype == types.FLOAT and correction is None:
         return
     name, rank = next(iter(operands.values())).spec.name.rpartition(".")[0] or "product", len(output.shape or ())

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.intact import Intact, averaged, checksum
+from modelopt_tdq.model.intact import averaged
+from modelopt_tdq.model.kept_rows import CHECKSUM, KeptRows
 from modelopt_tdq.model.place import execution_device, require_tensors_on_hand, require_unattended
-from modelopt_tdq.model.rows import TimesKey, current_rows
+from modelopt_tdq.model.rows import current_rows
+from modelopt_tdq.model.select import LAYERS, trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep, per_sample
 from modelopt_tdq.model.wrapped import unwrapped
 
 __all__ = [
     "OutputCorrection",
-    "channel_dimension",
     "correctable_layers",
     "forget_layer_correction",
     "layer_correction",
@@ -27,35 +28,20 @@ __all__ = [
     "set_layer_correction",
 ]
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 _BUFFERS = ("_correction_times_bits", "_gain_bits", "_bias_bits")
-_CHECKSUM = "_correction_checksum"
-
-#: A float32 NaN as an integer: what a restored correction computes with until its rows are loaded.
-_NAN_BITS = 0x7FC00000
 
 
-class OutputCorrection(TensorQuantizer):  # type: ignore[misc]
+class OutputCorrection(KeptRows):
     """y * gain + bias in float32, in the dtype of y; made in place from a disabled ``output_quantizer``.
 
     So it has a place in ModelOpt's module tree, is saved, restored, disabled and enabled like a quantizer, and passes y
     on where quantizers do (:func:`modelopt_tdq.model.full_precision.full_precision`). It quantizes nothing.
 
-    Buffers, float32 numbers as the bits of int32, which casts leave alone: ``_correction_times_bits`` [K],
-    ``_gain_bits`` and ``_bias_bits`` [K, C], or [1, C] where they do not depend on time.
+    Buffers: ``_correction_times_bits`` [K], ``_gain_bits`` and ``_bias_bits`` [K, C], or [1, C] where they do not
+    depend on time.
     """
 
-    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {
-        "_timestep",
-        "_intact",
-        "_times_key",
-    }
-
-    _timestep: CurrentTimestep
-    _intact: Intact
-    _times_key: TimesKey
-    _quantizer_name: str = ""
+    _row_buffers = _BUFFERS
 
     #: Dimensions of y behind that of the channels.
     _trailing: int = 0
@@ -65,19 +51,14 @@ class OutputCorrection(TensorQuantizer):  # type: ignore[misc]
         cls, quantizer: TensorQuantizer, timestep: CurrentTimestep, name: str
     ) -> OutputCorrection:
         """Turn ``quantizer``, which has this name, into a correction in place; its rows are still to be set."""
-        quantizer.__class__ = cls
-        promoted: OutputCorrection = quantizer
+        promoted = cls._promoted(quantizer, timestep, name)
         promoted._is_output_correction = True
-        promoted._timestep = timestep
-        promoted._intact = Intact()
-        promoted._times_key = TimesKey()
-        promoted._quantizer_name = name
         promoted.enable()
         return promoted
 
     def forget(self) -> None:
         """Become the disabled quantizer again that it was made from."""
-        for name in (*_BUFFERS, _CHECKSUM):
+        for name in (*_BUFFERS, CHECKSUM):
             self._buffers.pop(name, None)
         for name in ("_is_output_correction", "_timestep", "_intact", "_times_key", "_quantizer_name", "_trailing"):
             self.__dict__.pop(name, None)
@@ -90,15 +71,9 @@ class OutputCorrection(TensorQuantizer):  # type: ignore[misc]
         All float32, on the device on which the layer computes.
         """
         for name, value in zip(_BUFFERS, (timesteps, gain, bias), strict=True):
-            self._buffers.pop(name, None)
-            self.register_buffer(name, value.detach().float().clone().contiguous().view(torch.int32))
-        self._buffers.pop(_CHECKSUM, None)
-        self.register_buffer(_CHECKSUM, checksum([self._buffers[name] for name in _BUFFERS]))
+            self._keep(name, value)
+        self._sign()
         self._trailing = trailing
-
-    def _read(self, name: str) -> Tensor:
-        bits: Tensor = getattr(self, name)
-        return bits.view(torch.float32)
 
     @property
     def timesteps(self) -> Tensor:
@@ -122,8 +97,7 @@ class OutputCorrection(TensorQuantizer):  # type: ignore[misc]
 
     def require_usable(self) -> None:
         """Raise a TdqError if somebody has computed with the bits of the rows."""
-        buffers = [self._buffers[name] for name in _BUFFERS]
-        if not self._intact(buffers, self._buffers[_CHECKSUM]) and not bool(self.gain.isnan().any()):
+        if not self.is_intact and not self._awaits_state:
             raise averaged("layer", self._quantizer_name.rpartition(".")[0], "its correction")
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -147,14 +121,6 @@ class OutputCorrection(TensorQuantizer):  # type: ignore[misc]
         between = (1,) * (y.dim() - 2 - self._trailing)
         return rows[samples].reshape(len(samples), *between, -1, *behind)
 
-    def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
-        super()._reset_pytorch_state_from_metadata(metadata)
-        for name in _BUFFERS:
-            if name in self._buffers:
-                self._buffers[name].fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
-        if _CHECKSUM in self._buffers:
-            self._buffers[_CHECKSUM].copy_(checksum([self._buffers[name] for name in _BUFFERS]))
-
     def extra_repr(self) -> str:
         """What ModelOpt's summaries show."""
         if self._disabled or "_gain_bits" not in self._buffers:
@@ -163,11 +129,6 @@ class OutputCorrection(TensorQuantizer):  # type: ignore[misc]
         low, high = float(self.gain.min()), float(self.gain.max())
         kind = "static" if rows == 1 else f"{rows} rows"
         return f"correction {kind}, {channels} channels, gain=[{low:.4f}, {high:.4f}]"
-
-
-def channel_dimension(layer: nn.Module) -> int:
-    """Dimensions behind that of the channels in the output of a layer: of a convolution, those of its kernel."""
-    return len(getattr(layer, "kernel_size", ()))
 
 
 def output_corrections(model: nn.Module) -> dict[str, OutputCorrection]:
@@ -186,7 +147,7 @@ def correctable_layers(model: nn.Module, *, quantized: bool = True) -> dict[str,
     found: dict[str, nn.Module] = {}
     for name, layer in model.named_modules():
         output = layer._modules.get("output_quantizer")
-        if not isinstance(layer, QuantModule) or not isinstance(layer, _LAYERS) or output is None:
+        if not isinstance(layer, QuantModule) or not isinstance(layer, LAYERS) or output is None:
             continue
         if not isinstance(output, OutputCorrection) and (type(output) is not TensorQuantizer or output.is_enabled):
             continue
@@ -276,7 +237,7 @@ def set_layer_correction(model: nn.Module, correction: LayerCorrection | None) -
         made = OutputCorrection.from_tensor_quantizer(layer.output_quantizer, timestep, f"{name}.output_quantizer")
         rows = (correction.timesteps, correction.gain[name], correction.bias[name])
         times, gain, bias = (value.to(device) for value in rows)
-        made.set_rows(times if len(gain) > 1 else times[:1], gain, bias, channel_dimension(layer))
+        made.set_rows(times if len(gain) > 1 else times[:1], gain, bias, trailing_dimensions(layer))
 
 
 def output_channels(layer: nn.Module) -> int:

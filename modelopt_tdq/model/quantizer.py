@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from modelopt_tdq.core.fake_quant import NumBits, code_range, fake_quantize
 from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.intact import Intact, averaged, checksum
-from modelopt_tdq.model.place import release
-from modelopt_tdq.model.rows import TimesKey, current_rows
+from modelopt_tdq.model.intact import averaged
+from modelopt_tdq.model.kept_rows import CHECKSUM, KeptRows
+from modelopt_tdq.model.rows import current_rows
 from modelopt_tdq.model.saving import SAVING, no_checkpoint
 from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
 
@@ -26,18 +26,8 @@ _TABLE_BUFFERS = ("_timesteps_bits", "_scale_bits", "_offset_bits", "_dequant_sc
 #: What the channels of the activation are divided by, as long as the table is that of the quotient.
 _DIVISOR = "_channel_divisor_bits"
 
-#: Of those, so that arithmetic on them is noticed.
-_CHECKSUM = "_rows_checksum"
 
-#: A float32 NaN as an integer: what a restored quantizer computes with until its scales are loaded.
-_NAN_BITS = 0x7FC00000
-
-
-def _floats(bits: Tensor) -> Tensor:
-    return bits.view(torch.float32)
-
-
-class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
+class TemporalQuantizer(KeptRows):
     """Per-tensor activation quantizer with one scale (and optional offset) per row of time.
 
     Made in place from a ``TensorQuantizer``, as ModelOpt does for its own ``StaticBlockScaleQuantizer``,
@@ -55,18 +45,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
     is enabled or not: the weights behind it are multiplied. All its scales are those of the quotient.
     """
 
-    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {
-        "_timestep",
-        "_intact",
-        "_times_key",
-    }
-
-    _timestep: CurrentTimestep
-    _intact: Intact
-    _times_key: TimesKey
-
-    #: Name in the model, for errors; as it was when the quantizer was made.
-    _quantizer_name: str = ""
+    _row_buffers = (*_TABLE_BUFFERS, _DIVISOR)
 
     #: Why a kind of quantizer has no table; None: it has, once it is calibrated.
     no_table: ClassVar[str | None] = None
@@ -76,27 +55,14 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         cls, quantizer: TensorQuantizer, timestep: CurrentTimestep, name: str
     ) -> TemporalQuantizer:
         """Turn ``quantizer``, which has this name, into a temporal one in place; its table is still to be set."""
-        quantizer.__class__ = cls
-        promoted: TemporalQuantizer = quantizer
+        promoted = cls._promoted(quantizer, timestep, name)
         promoted._is_temporal_quantizer = True
-        promoted._timestep = timestep
-        promoted._intact = Intact()
-        promoted._times_key = TimesKey()
-        promoted._quantizer_name = name
         return promoted
 
     @property
     def has_table(self) -> bool:
         """Whether the quantizer is calibrated."""
         return all(name in self._buffers for name in ("_timesteps_bits", "_scale_bits"))
-
-    def _read(self, name: str) -> Tensor:
-        """[K] float32: what a buffer holds, wherever it is kept."""
-        bits: Tensor = getattr(self, name)
-        if bits.is_meta:
-            release(self)
-            bits = getattr(self, name)
-        return _floats(bits)
 
     @property
     def _timesteps(self) -> Tensor:
@@ -150,10 +116,9 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         """
         self._buffers.pop(_DIVISOR, None)
         if divisor is not None:
-            bits = divisor.detach().to(torch.float32).clone().contiguous().view(torch.int32)
-            self.register_buffer(_DIVISOR, bits)
-        if _CHECKSUM in self._buffers:
-            self._buffers[_CHECKSUM] = checksum(self._table_buffers())
+            self._keep(_DIVISOR, divisor)
+        if CHECKSUM in self._buffers:
+            self._sign()
 
     def smoothed(self, inputs: Tensor) -> Tensor:
         """``inputs`` with their channels divided, in their dtype."""
@@ -194,26 +159,15 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
         The rows stay on the device of those that they replace, if any, and never on ``meta``.
         """
         device = self._scale.device if self.has_table and not self._scale.is_meta else None
-        for name in (*_TABLE_BUFFERS, _CHECKSUM, "_amax"):
+        for name in (*_TABLE_BUFFERS, CHECKSUM, "_amax"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         column = (timesteps, scale, offset, dequant_scale, None if dequant_scale is None else dequant_offset)
         for name, value in zip(_TABLE_BUFFERS, column, strict=True):
             if value is not None:
-                rows = value.detach().to(dtype=torch.float32, device=device or value.device).clone()
-                self.register_buffer(name, rows.contiguous().view(torch.int32))
-        self.register_buffer(_CHECKSUM, checksum(self._table_buffers()))
+                self._keep(name, value.to(device or value.device))
+        self._sign()
         self._made_for_bits = self._num_bits
-
-    def _table_buffers(self) -> list[Tensor]:
-        buffers = (self._buffers.get(name) for name in (*_TABLE_BUFFERS, _DIVISOR))
-        return [buffer for buffer in buffers if buffer is not None]
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether the rows are what was set or loaded: nobody has computed with their bits."""
-        expected = self._buffers.get(_CHECKSUM)
-        return expected is None or self._intact(self._table_buffers(), expected)
 
     @property
     def made_for_bits(self) -> NumBits:
@@ -239,7 +193,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 f"the scales of {name} were made for {self.made_for_bits}",
                 "Calibrate again: mtq.quantize(model, config with this format, forward_loop)",
             )
-        if not self.is_intact and not any(bool((bits == _NAN_BITS).any()) for bits in self._table_buffers()):
+        if not self.is_intact and not self._awaits_state:
             raise averaged("quantizer", name, "its scales")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemporalQuantizer:
@@ -258,14 +212,6 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
                 "save memory and change no number",
             )
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
-
-    def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
-        super()._reset_pytorch_state_from_metadata(metadata)
-        for name in (*_TABLE_BUFFERS, _DIVISOR):
-            if name in self._buffers:
-                self._buffers[name].fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
-        if _CHECKSUM in self._buffers and self._table_buffers():
-            self._buffers[_CHECKSUM].copy_(checksum(self._table_buffers()))
 
     def _rows(self, inputs: Tensor) -> Scales:
         """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample.
@@ -341,7 +287,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
 
     def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
         """A calibration by ModelOpt's own algorithms replaces the table by one scale."""
-        table = {n: self._buffers.pop(n) for n in (*_TABLE_BUFFERS, _CHECKSUM) if n in self._buffers}
+        table = {n: self._buffers.pop(n) for n in (*_TABLE_BUFFERS, CHECKSUM) if n in self._buffers}
         try:
             super().load_calib_amax(*args, **kwargs)
         except BaseException:
@@ -350,7 +296,7 @@ class TemporalQuantizer(TensorQuantizer):  # type: ignore[misc]
 
     def reset_amax(self) -> None:
         """Forget the table, as ModelOpt's quantizers forget their amax."""
-        for name in (*_TABLE_BUFFERS, _CHECKSUM):
+        for name in (*_TABLE_BUFFERS, CHECKSUM):
             self._buffers.pop(name, None)
         super().reset_amax()
 

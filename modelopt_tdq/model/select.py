@@ -5,12 +5,32 @@ from __future__ import annotations
 import fnmatch
 
 from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
-from torch import nn
+from torch import Tensor, nn
 
 from modelopt_tdq.core.fake_quant import SUPPORTED_BITS
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["activation_quantizers", "temporal_names", "weight_quantizers"]
+__all__ = [
+    "LAYERS",
+    "activation_quantizers",
+    "has_batch",
+    "temporal_names",
+    "trailing_dimensions",
+    "weight_quantizers",
+]
+
+#: Layers whose weights the presets can quantize.
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def trailing_dimensions(layer: nn.Module) -> int:
+    """Dimensions of its input and output behind that of the channels: of a convolution, those of its kernel."""
+    return len(getattr(layer, "kernel_size", ()))
+
+
+def has_batch(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer's input has a first dimension that can grow: not a single vector, nor a single image."""
+    return x.dim() > 1 + trailing_dimensions(layer)
 
 
 def weight_quantizers(model: nn.Module) -> list[nn.Module]:

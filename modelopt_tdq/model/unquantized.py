@@ -14,6 +14,7 @@ from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, Seq
 from torch import nn
 
 from modelopt_tdq.errors import TdqWarning
+from modelopt_tdq.model.select import LAYERS
 
 __all__ = [
     "folded_weights",
@@ -139,14 +140,10 @@ def _are_current(rules: list[_Rule], model: nn.Module) -> bool:
     return bool(rules)
 
 
-#: Layers whose weights the presets quantize.
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
 def _by_class(model: nn.Module, rules: list[_Rule]) -> Iterator[tuple[str, str]]:
     """Layers without quantizers, or whose quantizers no rule finds because of their class."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, _LAYERS):
+        if not isinstance(layer, LAYERS):
             continue
         quantizers = [f"{name}.{suffix}" for suffix in _SUFFIXES]
         if not any(_is_meant(rules, quantizer, layer, loosely=True) for quantizer in quantizers):
