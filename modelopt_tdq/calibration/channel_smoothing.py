@@ -12,15 +12,18 @@ max|w_j| over all of them: the tensor is divided once. ``auto`` chooses a streng
 
 Attention products have no weights to multiply, and stay as they are; so do transposed convolutions, and layers whose
 weight other modules use too.
+
+The calibration data are run once for max|x_j| and for the scales of all activations, and once more for the scales of
+those that were smoothed.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -31,21 +34,21 @@ from modelopt_tdq.calibration.smoothing_strength import chosen_vectors
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import all_reduce, gather
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.intact import writes
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.quantizer import TemporalQuantizer
-from modelopt_tdq.model.recording import counted_calls
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep
 
-__all__ = ["smooth_channels", "undo_channel_smoothing"]
+__all__ = ["Channels", "smooth_channels", "undo_channel_smoothing"]
+
+_log = logging.getLogger(__name__)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> list[SmoothedLayer]:
+def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer], automatic: bool) -> list[SmoothedLayer]:
     """Those whose input quantizer is one of ``quantizers``, and whose weight is theirs alone."""
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -62,6 +65,8 @@ def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> list[Sm
         if weight.dim() != 2 + trailing_dimensions(module):
             continue  # compressed
         if isinstance(weight, DTensor):
+            if automatic:
+                continue
             raise TdqError(
                 "channel_smoothing",
                 name,
@@ -95,8 +100,8 @@ def _require_plain(model: nn.Module, config: CalibrationFields) -> None:
 class _Readers:
     """Which layers read the same tensor, over all calls of the model: sets that grow together."""
 
-    def __init__(self, layers: list[SmoothedLayer]) -> None:
-        self._parent = list(range(len(layers)))
+    def __init__(self, layers: int) -> None:
+        self._parent = list(range(layers))
         self._readers: dict[Any, tuple[StorageWeakRef, int]] = {}
 
     def _root(self, number: int) -> int:
@@ -132,99 +137,105 @@ class _Readers:
         return list(found.values())
 
 
-@contextmanager
-def _observed(model: nn.Module, layers: list[SmoothedLayer], readers: _Readers) -> Iterator[None]:
-    """While the model runs, find the largest magnitudes of the layers' inputs, and who shares one."""
-
-    def hook(number: int) -> Callable[..., None]:
-        layer = layers[number]
-
-        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if x.numel() == 0:
-                return
-            layer.see(x)
-            readers.read(number, layer.trailing, x)
-
-        return observe
-
-    def over(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        readers.next_call()
-
-    handles = [layer.quantizer.register_forward_pre_hook(hook(number)) for number, layer in enumerate(layers)]
-    handles.append(model.register_forward_hook(over))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(
-    model: nn.Module,
-    forward_loop: Callable[[nn.Module], Any],
-    timestep: CurrentTimestep,
-    config: CalibrationFields,
-    layers: list[SmoothedLayer],
-) -> tuple[list[list[SmoothedLayer]], Replay | None]:
-    """Run ``forward_loop`` in full precision.
-
-    Returns:
-        The layers whose inputs are not only zeros, those that read the same tensor together; and a sample of the calls,
-        for ``auto``.
-    """
-    readers = _Readers(layers)
-    replay = Replay(model, timestep, config.replay_samples) if config.channel_smoothing == "auto" else None
-    with (
-        counted_calls(model, timestep, "channels", config.expected_calls, config.progress),
-        _observed(model, layers, readers),
-        nullcontext() if replay is None else replay.recording(model),
-        full_precision(model),
-        torch.no_grad(),
-    ):
-        forward_loop(model)
-    if replay is not None:
-        replay.agree()
-    for layer in layers:
-        layer.largest = all_reduce(layer.largest, "max")
-    groups = [[layers[number] for number in group] for group in readers.groups()]
-    return [group for group in groups if any(bool(layer.largest.any()) for layer in group)], replay
-
-
-def smooth_channels(
-    model: nn.Module,
-    forward_loop: Callable[[nn.Module], Any],
-    quantizers: dict[str, TensorQuantizer],
-    timestep: CurrentTimestep,
-    config: CalibrationFields,
-) -> None:
-    """Divide the input channels of linear layers and convolutions, and multiply their weights.
-
-    Runs ``forward_loop`` once; the scales are calibrated by another run.
+class Channels:
+    """The layers whose input channels may be smoothed, and what a run of the model shows of these inputs.
 
     Args:
         model: Quantized by ``mtq.quantize``.
-        forward_loop: Calls the model on calibration data.
         quantizers: The enabled activation quantizers with one scale per tensor, by name.
-        timestep: Of the model.
         config: Its ``channel_smoothing`` is the strength a, ``auto``, or ``none``.
 
     Raises:
         TdqError: The weights' scales are to be kept, or weights are spread over processes or elsewhere; or a quantizer
-            has a ``pre_quant_scale`` of ModelOpt's.
+            has a ``pre_quant_scale`` of ModelOpt's. Where ``auto`` is to choose, it chooses not to smooth.
     """
-    if config.channel_smoothing == "none":
-        return
-    _require_plain(model, config)
-    layers = _layers(model, quantizers)
-    groups, replay = _run(model, forward_loop, timestep, config, layers)
+
+    def __init__(self, model: nn.Module, quantizers: dict[str, TensorQuantizer], config: CalibrationFields) -> None:
+        self._layers: list[SmoothedLayer] = []
+        self._readers = _Readers(0)
+        if config.channel_smoothing == "none":
+            return
+        automatic = config.channel_smoothing == "auto"
+        try:
+            _require_plain(model, config)
+        except TdqError as error:
+            if not automatic:
+                raise
+            _log.info("no channels smoothed: %s", error)
+            return
+        self._layers = _layers(model, quantizers, automatic)
+        self._readers = _Readers(len(self._layers))
+
+    @contextmanager
+    def observed(self, model: nn.Module, timestep: CurrentTimestep) -> Iterator[None]:
+        """While ``model`` runs, find the largest magnitudes of the layers' inputs, and who shares one."""
+
+        def hook(number: int) -> Callable[..., None]:
+            layer = self._layers[number]
+
+            def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0]
+                if x.numel() == 0 or timestep.aside:
+                    return
+                layer.see(x)
+                self._readers.read(number, layer.trailing, x)
+
+            return observe
+
+        def over(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._readers.next_call()
+
+        with ExitStack() as stack:
+            for number, layer in enumerate(self._layers):
+                stack.callback(layer.quantizer.register_forward_pre_hook(hook(number)).remove)
+            if self._layers:
+                stack.callback(model.register_forward_hook(over).remove)
+            yield
+
+    def undo(self, timestep: CurrentTimestep) -> None:
+        """Give all layers their weights back, and their inputs as they are."""
+        for layer in self._layers:
+            layer.smooth(None, timestep)
+
+    def groups(self) -> list[list[SmoothedLayer]]:
+        """The layers whose inputs are not only zeros, those that read the same tensor together; over all processes."""
+        for layer in self._layers:
+            layer.largest = all_reduce(layer.largest, "max")
+        groups = [[self._layers[number] for number in group] for group in self._readers.groups()]
+        return [group for group in groups if any(bool(layer.largest.any()) for layer in group)]
+
+
+def smooth_channels(
+    model: nn.Module,
+    channels: Channels,
+    quantizers: dict[str, TensorQuantizer],
+    replay: Replay,
+    timestep: CurrentTimestep,
+    config: CalibrationFields,
+) -> list[str]:
+    """Divide the input channels of linear layers and convolutions, and multiply their weights.
+
+    Args:
+        model: Quantized by ``mtq.quantize``.
+        channels: That it was observed with.
+        quantizers: The enabled activation quantizers with one scale per tensor, by name.
+        replay: A sample of its calls, for ``auto``.
+        timestep: Of the model.
+        config: Its ``channel_smoothing`` is the strength a, ``auto``, or ``none``.
+
+    Returns:
+        Names of the quantizers whose input is divided now, and whose scales have to be found anew.
+    """
+    groups = channels.groups()
     if not groups:
-        return
-    if replay is None:
-        vectors: list[Tensor | None] = [shared_vector(group, float(config.channel_smoothing)) for group in groups]
-    else:
+        return []
+    if config.channel_smoothing == "auto":
         vectors = chosen_vectors(model, groups, quantizers, replay, timestep, config)
+    else:
+        vectors = [shared_vector(group, float(config.channel_smoothing)) for group in groups]
     smooth(groups, vectors, timestep)
+    pairs = zip(groups, vectors, strict=True)
+    return [f"{layer.name}.input_quantizer" for group, vector in pairs if vector is not None for layer in group]
 
 
 def undo_channel_smoothing(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
-from modelopt_tdq.calibration.channel_smoothing import smooth_channels, undo_channel_smoothing
+from modelopt_tdq.calibration.channel_smoothing import Channels, smooth_channels, undo_channel_smoothing
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.columns import worth_an_offset
 from modelopt_tdq.calibration.others import load_amax
@@ -22,7 +23,7 @@ from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.schedule import nearest_known
-from modelopt_tdq.errors import TdqError
+from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.place import release, require_unattended
 from modelopt_tdq.model.quantizer import TemporalQuantizer
@@ -35,6 +36,15 @@ from modelopt_tdq.model.weight_fit import require_own_weights, require_smoothed_
 from modelopt_tdq.model.wrapped import require_plain_parts
 
 __all__ = ["Calibration", "collect"]
+
+
+#: What becomes of a forward_loop over data that can be read only once.
+_TWICE = "Call the model on calibration data in it, each of the two times that it runs with `channel_smoothing`"
+_RUNS_ONCE = (
+    "channels are not smoothed: forward_loop called the model in its first run and not in its second, in which the "
+    "scales of smoothed activations are found. Let it begin anew with its data each time it is called, or set "
+    '"channel_smoothing": "none"'
+)
 
 
 @dataclass
@@ -61,12 +71,17 @@ def _run(
     config: CalibrationFields,
     statistics: dict[str, StepStatistics],
     others: list[TensorQuantizer],
-) -> Replay:
-    """Run ``forward_loop`` once in full precision, collecting."""
+    description: str = "calibrate",
+) -> Replay | None:
+    """Run ``forward_loop`` once in full precision, collecting; None if it never called the model."""
     replay = Replay(model, timestep, config.replay_samples)
-    calibrated = [model.get_submodule(name) for name in statistics] + others
-    with counted_calls(model, timestep, "calibrate", config.expected_calls, config.progress) as calls:
+    quantizers = {name: model.get_submodule(name) for name in statistics}
+    calibrators = {name: quantizer._calibrator for name, quantizer in quantizers.items()}
+    calibrated = [*quantizers.values(), *others]
+    with counted_calls(model, timestep, description, config.expected_calls, config.progress) as calls:
         try:
+            for name, quantizer in quantizers.items():
+                quantizer._calibrator = statistics[name]
             for quantizer in calibrated:
                 quantizer.enable_calib()
             with replay.recording(model), full_precision(model), require_own_weights(model), torch.no_grad():
@@ -74,11 +89,10 @@ def _run(
         finally:
             for quantizer in calibrated:
                 quantizer.disable_calib()
+            for name, quantizer in quantizers.items():
+                quantizer._calibrator = calibrators[name]
     if not any(gather(calls())):
-        cure = "Call the model on calibration data in it"
-        if config.channel_smoothing != "none":
-            cure += ", each of the two times that it runs with `channel_smoothing`"
-        raise TdqError("forward_loop", forward_loop, "it never called the model", cure)
+        return None
     load_amax(model, others)
     replay.agree()
     return replay
@@ -121,13 +135,23 @@ def collect(
     if config.weights != "keep":  # else the weights stay as they are, with what they were multiplied by
         require_smoothed_weights(model)
         undo_channel_smoothing(model)
-    smooth_channels(model, forward_loop, per_tensor, timestep, config)
-    calibrate_weights(model, config.weights)
-    calibrators = {name: quantizer._calibrator for name, quantizer in per_tensor.items()}
+    channels = Channels(model, per_tensor, config)
     statistics = {name: StepStatistics(name, timestep, config.max_steps) for name in per_tensor}
-    for name, quantizer in per_tensor.items():
-        quantizer._calibrator = statistics[name]
-    replay = _run(model, forward_loop, timestep, config, statistics, others)
+    with channels.observed(model, timestep):
+        replay = _run(model, forward_loop, timestep, config, statistics, others)
+    if replay is None:
+        raise _never_called(forward_loop, "Call the model on calibration data in it")
+    smoothed = smooth_channels(model, channels, per_tensor, replay, timestep, config)
+    if smoothed:
+        again = {name: StepStatistics(name, timestep, config.max_steps) for name in smoothed}
+        if _run(model, forward_loop, timestep, config, again, [], "smoothed") is not None:
+            statistics |= again
+        elif config.channel_smoothing == "auto":
+            channels.undo(timestep)
+            warnings.warn(_RUNS_ONCE, TdqWarning, stacklevel=2)
+        else:
+            raise _never_called(forward_loop, _TWICE)
+    calibrate_weights(model, config.weights)
     times = union(set().union(*(s.times for s in statistics.values())))
     if len(times) > config.max_steps:
         raise too_many_times(config.max_steps)
@@ -142,7 +166,6 @@ def collect(
     quantizers, evidence = {}, {}
     leave_out(model, [name for name in per_tensor if name not in seen])
     for name, quantizer in tqdm(per_tensor.items(), "errors", disable=not config.progress, unit="layer"):
-        quantizer._calibrator = calibrators[name]
         if name not in seen:
             continue
         quantizers[name] = TemporalQuantizer.from_tensor_quantizer(quantizer, timestep, name)
@@ -153,6 +176,10 @@ def collect(
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
             evidence[name] = _settled(replace(evidence[name], curves=curves), config, name in follow)
     return Calibration(quantizers, times, evidence, replay)
+
+
+def _never_called(forward_loop: Callable[[nn.Module], Any], cure: str) -> TdqError:
+    return TdqError("forward_loop", forward_loop, "it never called the model", cure)
 
 
 def _require_the_same(model: nn.Module, config: CalibrationFields) -> None:

@@ -44,7 +44,7 @@ from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
 from modelopt_tdq.model.unquantized import folded_weights
 
-__all__ = ["correct_layers", "tdq_correct"]
+__all__ = ["correct_layers", "layers_to_correct", "tdq_correct", "unfit"]
 
 _log = logging.getLogger(__name__)
 
@@ -115,8 +115,14 @@ def _is_coarse(quantizer: Any) -> bool:
     return bits == FP8_E4M3 or not isinstance(bits, int) or bits < 8
 
 
-def _layers(model: nn.Module, config: CorrectionFields) -> dict[str, nn.Module]:
-    """Those to correct."""
+def layers_to_correct(model: nn.Module, config: CorrectionFields) -> dict[str, nn.Module]:
+    """The quantized layers that ``config`` wants corrected, by name.
+
+    Raises:
+        TdqError: It asks for corrections that cannot be made: see :func:`tdq_correct`.
+    """
+    if config.correction == "none":
+        return {}
     layers = correctable_layers(model)
     if config.correction == "auto" and not any(
         _is_coarse(layer._modules.get(name))
@@ -146,8 +152,8 @@ def _layers(model: nn.Module, config: CorrectionFields) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers.items() if name not in spread}
 
 
-def _unfit(model: nn.Module, replay: Replay, times: list[float]) -> str | None:
-    """Why nothing can be fitted; None if it can."""
+def unfit(model: nn.Module, replay: Replay, times: list[float]) -> str | None:
+    """Why nothing can be fitted to these calls; None if it can."""
     if not all(gather(replay.has_samples)):
         return "the model's calls cannot be taken apart into samples"
     if not all(gather(replay.is_first)):
@@ -163,13 +169,11 @@ def correct_layers(model: nn.Module, replay: Replay, config: CorrectionFields) -
     Raises:
         TdqError: See :func:`tdq_correct`.
     """
-    if config.correction == "none":
-        return
-    layers = _layers(model, config)
+    layers = layers_to_correct(model, config)
     times = union(set(replay.times))
     if not layers or not times:
         return
-    reason = _unfit(model, replay, times)
+    reason = unfit(model, replay, times)
     if reason is not None:
         if config.correction != "auto":
             raise TdqError("correction", config.correction, reason, 'Use "correction": "none"')

@@ -14,8 +14,9 @@ part of James and Stein (1961), each number by itself. var(f) is that of a ratio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +31,11 @@ from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.output_correction import correctable_layers
 from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.replay_ranks import Batch, all_samples
 from modelopt_tdq.model.select import has_batch, trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep
 
-__all__ = ["fit_corrections", "halves_differ", "last_layer", "layer_errors"]
+__all__ = ["Exact", "corrected_prediction_error", "fit_corrections", "halves_differ", "last_layer", "layer_errors"]
 
 #: A gain is a factor of at most this, or its inverse.
 _MOST = 2.0
@@ -103,18 +105,23 @@ class _AtLayer(Protocol):
         """See the quantized and the full-precision output; gives what goes on in place of y."""
 
 
+#: Makes a layer compute in full precision inside the context.
+Exact = Callable[[nn.Module], AbstractContextManager[None]]
+
+
 class _Twice:
     """Stands for the forward of one quantized layer while calls hold their samples twice."""
 
-    def __init__(self, layer: nn.Module, timestep: CurrentTimestep, at_layer: _AtLayer | None) -> None:
+    def __init__(self, layer: nn.Module, timestep: CurrentTimestep, at_layer: _AtLayer | None, exact: Exact) -> None:
         self._layer, self._timestep, self._at_layer, self._forward = layer, timestep, at_layer, layer.forward
+        self._exact = exact
         self._own = vars(layer).get("forward")  # of accelerate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = layer_input(args, kwargs)
         batched = x.dim() > 0 if isinstance(self._layer, nn.Embedding) else has_batch(self._layer, x)
         if not batched or x.shape[0] % 2:
-            with full_precision(self._layer):  # what all samples share, or one of them
+            with self._exact(self._layer):  # what all samples share, or one of them
                 return self._forward(*args, **kwargs)
 
         def computed(half: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ class _Twice:
             return output
 
         exact, rounded = x.chunk(2)
-        with full_precision(self._layer):
+        with self._exact(self._layer):
             z = computed(exact)
         intervals = self._timestep.intervals
         # all samples of the call have one time
@@ -181,7 +188,9 @@ def _split(quantizer: TensorQuantizer, args: tuple[Any, ...], output: Any) -> An
 
 
 @contextmanager
-def _twice(model: nn.Module, timestep: CurrentTimestep, at_layers: Mapping[str, _AtLayer]) -> Iterator[None]:
+def _twice(
+    model: nn.Module, timestep: CurrentTimestep, at_layers: Mapping[str, _AtLayer], exact: Exact = full_precision
+) -> Iterator[None]:
     """Meanwhile, the first half of every batch is computed in full precision, and the second quantized."""
     layers = [
         (name, m) for name, m in model.named_modules() if isinstance(m, QuantModule) and hasattr(m, "weight_quantizer")
@@ -190,7 +199,7 @@ def _twice(model: nn.Module, timestep: CurrentTimestep, at_layers: Mapping[str, 
     others = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and id(m) not in inner]
     with ExitStack() as stack:
         for name, layer in layers:
-            stand_in = _Twice(layer, timestep, at_layers.get(name))
+            stand_in = _Twice(layer, timestep, at_layers.get(name), exact)
             stand_in.install()
             stack.callback(stand_in.remove)
         for quantizer in others:
@@ -234,13 +243,15 @@ def _run_twice(
     at_layers: Mapping[str, _AtLayer],
     description: str,
     progress: bool,
-) -> None:
+    exact: Exact = full_precision,
+) -> Iterator[tuple[Batch, Any]]:
+    """Yields each call, and what the model made of it."""
     bar = tqdm(replay.batches(times, twice=True), description, len(times), disable=not progress, unit="step")
-    with _twice(model, replay.timestep, at_layers), torch.no_grad():
+    with _twice(model, replay.timestep, at_layers, exact), torch.no_grad():
         for batch in bar:
             for at_layer in at_layers.values():
                 at_layer.row, at_layer.samples = batch.row, len(batch.order)
-            model(**batch.call)
+            yield batch, model(**batch.call)
 
 
 def last_layer(model: nn.Module, replay: Replay, time: float) -> dict[str, nn.Module]:
@@ -306,7 +317,7 @@ def fit_corrections(
         it did.
     """
     fits = {name: _Fit(layer, len(times)) for name, layer in layers.items()}
-    _run_twice(model, replay, times, fits, "corrections", progress)
+    deque(_run_twice(model, replay, times, fits, "corrections", progress), maxlen=0)
     gain: dict[str, Tensor] = {}
     bias: dict[str, Tensor] = {}
     for name, fit in fits.items():
@@ -316,6 +327,31 @@ def fit_corrections(
             rows = [row for number in nearest if (row := fit.rows[number]) is not None]
             gain[name], bias[name] = (torch.stack(part) for part in zip(*rows, strict=True))
     return LayerCorrection(torch.tensor(times), gain, bias)
+
+
+def corrected_prediction_error(
+    model: nn.Module, layers: dict[str, nn.Module], replay: Replay, times: list[float], exact: Exact
+) -> dict[int, Tensor]:
+    """Squared error of the model's output while its layers are corrected, by what these very samples tell.
+
+    Args:
+        model: Quantized, without corrections.
+        layers: Those that are corrected, by name.
+        replay: Recorded calls.
+        times: Those that are run.
+        exact: Makes a layer compute in full precision.
+
+    Returns:
+        As :func:`modelopt_tdq.calibration.protect.prediction_error`.
+    """
+    fits = {name: _Fit(layer, len(times)) for name, layer in layers.items()}
+    found: dict[int, list[tuple[Sequence[float], Tensor]]] = defaultdict(list)
+    for batch, output in _run_twice(model, replay, times, fits, "", False, exact):
+        reference, rounded = first_output(output).float().chunk(2)
+        if batch.counts:
+            powers = [value.flatten(1).double().square().sum(1) for value in (rounded - reference, reference)]
+            found[batch.row].append((batch.order, torch.stack(powers, 1)))
+    return all_samples(found)
 
 
 def layer_errors(
@@ -336,5 +372,5 @@ def layer_errors(
     """
     layers = {name: model.get_submodule(name) for name in correction.names}
     errors = {name: _Errors(layer, correction.gain[name], correction.bias[name]) for name, layer in layers.items()}
-    _run_twice(model, replay, times, errors, "judging", progress)
+    deque(_run_twice(model, replay, times, errors, "judging", progress), maxlen=0)
     return {name: error.relative() for name, error in errors.items()}

@@ -1,13 +1,20 @@
 """How strongly the channels of each tensor are smoothed: what ``channel_smoothing="auto"`` chooses, on replayed calls.
 
+Strengths are compared on one half of the samples by the outputs of the layers, and choices of them on the other half by
+the output of the model. Where the layers' outputs are corrected afterwards, what a gain and a bias of each channel take
+back does not count: rounding the weights to few bits mostly shifts and scales outputs, and smoothing that mends only
+this is worth nothing.
+
 See :mod:`modelopt_tdq.calibration.channel_smoothing`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +22,13 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modelopt_tdq.calibration.correct import layers_to_correct, unfit
+from modelopt_tdq.calibration.correction_fit import corrected_prediction_error, last_layer
 from modelopt_tdq.calibration.output_error import run_probes
 from modelopt_tdq.calibration.protect import prediction_error
 from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth
 from modelopt_tdq.calibration.weights import calibrate_weights
-from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.config import CalibrationFields, CorrectionFields
 from modelopt_tdq.core.distributed import all_reduce, union
 from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, quantize
 from modelopt_tdq.model.call import first_output, layer_input
@@ -29,6 +38,8 @@ from modelopt_tdq.model.select import temporal_names, weight_quantizers
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["chosen_vectors"]
+
+_log = logging.getLogger(__name__)
 
 #: Strengths that ``auto`` tries, beside none.
 STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8)
@@ -44,6 +55,9 @@ _CLEAR = 0.1
 #: ``auto`` smooths where it lowers the error of the outputs below this fraction of what it is without.
 _WORTH = 0.98
 
+#: About so many elements of an activation tell which scale is best.
+_LOOKED_AT = 1 << 13
+
 #: Multiples of the largest magnitude at which ``auto`` tries to clip activations and weights, below 8 bits.
 _CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
 
@@ -56,33 +70,43 @@ class _Trial:
     """
 
     def __init__(
-        self, layer: SmoothedLayer, vectors: list[Tensor], config: CalibrationFields, temporal: bool, rows: int
+        self, layer: SmoothedLayer, vectors: list[Tensor], settings: _Settings, temporal: bool, rows: int
     ) -> None:
-        self.layer, self.vectors = layer, vectors
-        self.clips = _clips(config.statistic)
-        self.shifted = bool(config.asymmetric)
+        self.layer, self.vectors, self.settings = layer, vectors, settings
         self.static = not temporal
         self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
         self.row = 0
         self.counts = True
-        self.weights = [_rounded_weight(layer, vector, _clips(config.weights)) for vector in vectors]
+        self.weights = [_rounded_weight(layer, vector, settings.weight_clips) for vector in vectors]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self.counts:
             return
         layer, num_bits = self.layer, self.layer.quantizer.num_bits
         x, y = layer_input(args, kwargs), first_output(output)
-        self.squares[self.row, -1] += float(y.double().square().sum())
-        for number, (vector, rounded) in enumerate(zip(self.vectors, self.weights, strict=True)):
+        found = [y.float().square().sum()]
+        for vector, rounded in zip(self.vectors, self.weights, strict=True):
             divided = x.float() / layer.divisor(vector).to(x.device)
             bound = (layer.largest / vector.to(layer.largest.device)).max()
-            quantized = _rounded_activation(divided, num_bits, self.clips, self.shifted, bound if self.static else None)
+            quantized = self.settings.rounded(divided, num_bits, bound if self.static else None)
             if rounded is None:
                 weight = layer.multiplied(vector)
             else:
                 weight = (rounded[0].float() * rounded[1]).to(layer.weight.dtype)
-            found = layer.compute(quantized.to(x.dtype), weight)
-            self.squares[self.row, number] += float((found - y).double().square().sum())
+            tried = layer.compute(quantized.to(x.dtype), weight)
+            found.append(self._error(tried.float(), y.float()))
+        self.squares[self.row] += torch.stack([*found[1:], found[0]]).double().cpu()
+
+    def _error(self, tried: Tensor, y: Tensor) -> Tensor:
+        """[] squared, without what a gain and a bias of each channel of ``tried`` take back if there will be some."""
+        error = y - tried
+        if not self.settings.corrected:
+            return error.square().sum()
+        dims = [d for d in range(y.dim()) if d != y.dim() - 1 - self.layer.trailing]
+        error = error - error.mean(dims, keepdim=True)
+        tried = tried - tried.mean(dims, keepdim=True)
+        taken = (tried * error).sum(dims).square() / tried.square().sum(dims).clamp(min=1e-30)
+        return (error.square().sum() - taken.sum()).clamp(min=0.0)
 
     def error(self) -> Tensor:
         """[number of vectors] of each, relative to the output, summed over the times; over all processes."""
@@ -99,6 +123,48 @@ def _spread(replay: Replay) -> list[float]:
 
 def _clips(method: str) -> tuple[float, ...]:
     return (1.0,) if method == "max" else _CLIPS
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What rounding will be like.
+
+    Attributes:
+        clips: Multiples of the largest magnitude of an activation that are tried, below 8 bits.
+        weight_clips: Of a weight.
+        shifted: Whether activations may have offsets.
+        corrected: Whether the layers' outputs are corrected.
+    """
+
+    clips: tuple[float, ...]
+    weight_clips: tuple[float, ...]
+    shifted: bool
+    corrected: bool
+
+    def rounded(self, x: Tensor, num_bits: NumBits, bound: Tensor | None = None) -> Tensor:
+        """An activation, fake-quantized with that of a few scales which has the least squared error on a part of it.
+
+        Args:
+            x: Of any shape.
+            num_bits: Its number format.
+            bound: Largest magnitude; None: its own.
+        """
+        smallest, largest = code_range(num_bits)
+        low, high = torch.aminmax(x)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        amax = (torch.maximum(-low, high) if bound is None else bound.to(x.device)).clamp(min=1e-30)
+        clips = _clips_of(num_bits, self.clips)
+        options: list[tuple[Tensor, Tensor | None]] = [(amax * clip / largest, None) for clip in clips]
+        if self.shifted and isinstance(num_bits, int):
+            for clip in clips:
+                scale = ((high * clip - low) / (largest - smallest)).clamp(min=1e-30)
+                options.append((scale, scale * torch.round(low / scale - smallest)))
+        if len(options) > 1:
+            flat = x.flatten()
+            part = flat[:: max(1, flat.numel() // _LOOKED_AT)]
+            errors = [(fake_quantize(part, *option, num_bits) - part).square().sum() for option in options]
+            options = [options[int(torch.stack(errors).argmin())]]
+        return fake_quantize(x, *options[0], num_bits)
 
 
 def _clips_of(num_bits: NumBits, clips: tuple[float, ...]) -> tuple[float, ...]:
@@ -126,42 +192,26 @@ def _rounded_weight(layer: SmoothedLayer, vector: Tensor, clips: tuple[float, ..
     return codes.to(torch.float8_e4m3fn if num_bits == FP8_E4M3 else torch.int8), scale
 
 
-def _rounded_activation(
-    x: Tensor, num_bits: NumBits, clips: tuple[float, ...], shifted: bool, bound: Tensor | None
-) -> Tensor:
-    """Fake-quantized with that one of a few scales which has the least squared error."""
-    smallest, largest = code_range(num_bits)
-    low, high = (v.clamp(max=0) if i == 0 else v.clamp(min=0) for i, v in enumerate(torch.aminmax(x)))
-    amax = (torch.maximum(-low, high) if bound is None else bound.to(x.device)).clamp(min=1e-30)
-    options: list[tuple[Tensor, Tensor | None]] = [(amax * clip / largest, None) for clip in _clips_of(num_bits, clips)]
-    if shifted and isinstance(num_bits, int):
-        for clip in _clips_of(num_bits, clips):
-            scale = ((high * clip - low) / (largest - smallest)).clamp(min=1e-30)
-            options.append((scale, scale * torch.round(low / scale - smallest)))
-    best, error = x, float("inf")
-    for scale, offset in options:
-        tried = fake_quantize(x, scale, offset, num_bits)
-        found = error if len(options) == 1 else float((tried - x).square().sum())
-        if len(options) == 1 or found < error:
-            best, error = tried, found
-    return best
-
-
 def _least_layer_error(
-    model: nn.Module, groups: list[list[SmoothedLayer]], replay: Replay, config: CalibrationFields, follow: set[str]
+    model: nn.Module,
+    groups: list[list[SmoothedLayer]],
+    replay: Replay,
+    times: list[float],
+    settings: _Settings,
+    static: Callable[[str], bool],
+    progress: bool,
 ) -> list[Tensor | None]:
-    """The vector of each group with the least error of its layers' outputs, over all times; None: not smoothed."""
+    """The vector of each group with the least error of its layers' outputs, over the times; None: not smoothed."""
     vectors = []
     trials: dict[int, _Trial] = {}
-    times = _spread(replay)
     for group in groups:
         tried = [shared_vector(group, strength) for strength in STRENGTHS]
         vectors.append([torch.ones_like(tried[0]), *tried])
         for layer in group:
-            temporal = f"{layer.name}.input_quantizer" in follow and config.bins != 1
-            trials[id(layer)] = _Trial(layer, vectors[-1], config, temporal, len(times))
+            temporal = not static(f"{layer.name}.input_quantizer")
+            trials[id(layer)] = _Trial(layer, vectors[-1], settings, temporal, len(times))
     probes = [(trial.layer.module, trial) for trial in trials.values()]
-    run_probes(model, probes, replay, times, "strengths", config.progress)
+    run_probes(model, probes, replay, times, "strengths", progress)
     found: list[Tensor | None] = []
     for group, tried in zip(groups, vectors, strict=True):
         errors = torch.stack([trials[id(layer)].error() for layer in group]).sum(0)
@@ -182,22 +232,25 @@ class _Judge:
         model: nn.Module,
         quantizers: dict[str, TensorQuantizer],
         replay: Replay,
-        config: CalibrationFields,
+        times: list[float],
+        settings: _Settings,
+        method: str,
+        corrected: dict[str, nn.Module],
     ) -> None:
-        self._model, self._replay, self._config = model, replay, config
+        self._model, self._replay, self._times = model, replay, times
+        self._settings, self._method, self._corrected = settings, method, corrected
         self._activations = list(quantizers.values())
         inner = [part for q in weight_quantizers(model) for part in q.modules()]
         self._weights = [q for q in inner if isinstance(q, TensorQuantizer) and q.is_enabled]
-        self._times = _spread(replay)
         self._references: dict[int, Tensor] = {}
+        self._rounds = True
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:
-        clips = _clips(self._config.statistic)
-
         def hook(quantizer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            shifted = bool(self._config.asymmetric)
-            return _rounded_activation(output.float(), quantizer.num_bits, clips, shifted, None).to(output.dtype)
+            if not self._rounds:
+                return output
+            return self._settings.rounded(output.float(), quantizer.num_bits).to(output.dtype)
 
         handles = [quantizer.register_forward_hook(hook) for quantizer in self._activations]
         for quantizer in self._weights:
@@ -210,16 +263,46 @@ class _Judge:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def _exact(self, layer: nn.Module) -> Iterator[None]:
+        self._rounds = False
+        try:
+            with full_precision(layer):
+                yield
+        finally:
+            self._rounds = True
+
     @torch.no_grad()
     def __call__(self) -> float:
         """Mean over the times of the error of the model as it is now, in dB."""
-        calibrate_weights(self._model, self._config.weights, remember=False)
-        with full_precision(self._model):
-            found = prediction_error(
-                self._model, self._replay, self._times, self._references, "", False, self._rounding
-            )
+        model = self._model
+        calibrate_weights(model, self._method, remember=False)
+        with full_precision(model):
+            if self._corrected:
+                with self._rounding():
+                    found = corrected_prediction_error(model, self._corrected, self._replay, self._times, self._exact)
+            else:
+                found = prediction_error(model, self._replay, self._times, self._references, "", False, self._rounding)
         rows = [powers.sum(0).clamp(min=1e-30) for powers in found.values()]
         return sum(10 * math.log10(float(row[0] / row[1])) for row in rows) / max(len(rows), 1)
+
+
+def _halves(replay: Replay) -> tuple[Replay, Replay]:
+    """Of the samples; twice all of them where there is a time that has only one."""
+    halves = replay.halves()
+    times = [union(set(half.times)) for half in (replay, *halves)]
+    return halves if times[0] == times[1] == times[2] else (replay, replay)
+
+
+def _corrected_layers(
+    model: nn.Module, replay: Replay, times: list[float], config: CalibrationFields
+) -> dict[str, nn.Module]:
+    """Those that will be corrected, by name, as far as that is known before the scales are."""
+    layers = layers_to_correct(model, config) if isinstance(config, CorrectionFields) else {}
+    with full_precision(model):
+        if not layers or unfit(model, replay, times) is not None:
+            return {}
+    return layers | last_layer(model, replay, times[0])
 
 
 def chosen_vectors(
@@ -239,13 +322,22 @@ def chosen_vectors(
     Where samples are spread over several processes, or over other batches, scales of a call differ a little, and so may
     the choice; all processes make the same one.
     """
+    times = _spread(replay)
+    known, judged = _halves(replay)
+    corrected = _corrected_layers(model, judged, times, config)
+    settings = _Settings(_clips(config.statistic), _clips(config.weights), bool(config.asymmetric), bool(corrected))
     follow = temporal_names(config.temporal, list(quantizers))
-    own = _least_layer_error(model, groups, replay, config, follow)
+    own = _least_layer_error(
+        model, groups, known, times, settings, lambda name: config.bins == 1 or name not in follow, config.progress
+    )
     choices: list[list[Tensor | None]] = [[None] * len(groups), own]
     choices += [[shared_vector(group, strength) for group in groups] for strength in STRENGTHS[:_UNIFORM]]
-    judge, errors = _Judge(model, quantizers, replay, config), []
+    judge, errors = _Judge(model, quantizers, judged, times, settings, config.weights, corrected), []
     for choice in tqdm(choices, "smoothings", disable=not config.progress):
         smooth(groups, choice, timestep)
         errors.append(judge())
     errors[0] -= _CLEAR
+    _log.info(
+        "error of the prediction without smoothing, with a strength for each tensor, %s: %s dB", STRENGTHS, errors
+    )
     return choices[errors.index(min(errors))]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq.calibration.channel_smoothing import undo_channel_smoothing
 from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, smoothing_vector
+from modelopt_tdq.calibration.smoothing_strength import _Settings, _Trial
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
@@ -194,8 +195,15 @@ def test_auto_leaves_alone_what_gains_nothing() -> None:
             return self.layer(torch.sin(30 * sample) * (1 + timestep))
 
     data = [(noise(64, 16, seed=int(t)), torch.tensor(t)) for t in (0.0, 1.0)]
-    model = smoothed("auto", Even(), data)
+    runs = []
+
+    def forward_loop(quantized: nn.Module) -> None:
+        runs.append(len(runs))
+        loop(data)(quantized)
+
+    model = mtq.quantize(Even(), fast_config(channel_smoothing="auto"), forward_loop)
     assert divisor(model, "layer") is None
+    assert len(runs) == 1
 
 
 def test_codes_divide_by_one_product() -> None:
@@ -212,6 +220,25 @@ def test_codes_divide_by_one_product() -> None:
     np.testing.assert_array_equal(found.numpy(), oracle.values(codes, scale, 0.0))
     twice = oracle.codes((x / quantizer.channel_divisor).numpy(), scale, 0.0, 8)
     assert (twice == codes).mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_what_corrections_take_back_does_not_count(kind: Any) -> None:
+    """The error that is left is that of the least squares of each channel."""
+    spatial = kind is nn.Conv2d
+    layer = mtq.quantize(kind(3, 5, 1) if spatial else kind(3, 5), {"quant_cfg": [], "algorithm": None})
+    y, tried = (noise(4, 5, 6, 7, seed=seed) for seed in (0, 1))
+    tried = tried + 0.5 * y + torch.arange(5.0).reshape(-1, 1, 1)
+    expected = 0.0
+    for channel in range(5):
+        known = np.stack([tried[:, channel].flatten().numpy(), np.ones(4 * 42)], 1).astype(np.float64)
+        expected += float(np.linalg.lstsq(known, y[:, channel].flatten().numpy(), rcond=None)[1][0])
+    if not spatial:
+        y, tried = y.movedim(1, -1), tried.movedim(1, -1)
+    for corrected, wanted in ((True, expected), (False, float((tried - y).square().sum()))):
+        told = _Settings((1.0,), (1.0,), shifted=False, corrected=corrected)
+        trial = _Trial(SmoothedLayer("layer", layer), [], told, temporal=True, rows=1)
+        assert float(trial._error(tried, y)) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
@@ -314,6 +341,42 @@ def test_a_loop_that_runs_once_is_told_so() -> None:
         mtq.quantize(outliers(), fast_config(channel_smoothing=0.5), lambda m: [m(s, t) for s, t in data])
 
 
+def same(model: nn.Module, other: nn.Module) -> bool:
+    """Every number of the two, and what they compute."""
+    one, two = model.state_dict(), other.state_dict()
+    equal = one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return equal and all(torch.equal(model(*call), other(*call)) for call in calls(seed=9))
+
+
+def test_auto_makes_do_with_a_loop_that_runs_once() -> None:
+    data = iter(calls())
+    with pytest.warns(tdq.TdqWarning, match="begin anew"):
+        model = mtq.quantize(outliers(), fast_config(channel_smoothing="auto"), lambda m: [m(s, t) for s, t in data])
+    assert same(model, smoothed("none"))
+
+
+@pytest.mark.parametrize(("strength", "expected"), [("none", 1), (0.5, 2), ("auto", 2)])
+def test_the_data_are_run_again_for_what_is_smoothed(strength: Any, expected: int) -> None:
+    runs = []
+
+    def forward_loop(quantized: nn.Module) -> None:
+        runs.append(len(runs))
+        loop(calls())(quantized)
+
+    mtq.quantize(outliers(), fast_config(channel_smoothing=strength), forward_loop)
+    assert len(runs) == expected
+
+
+def test_scales_are_those_of_the_divided_inputs_and_others_stay() -> None:
+    model, plain = smoothed(0.5), smoothed("none")
+    inputs = layer_inputs(outliers())
+    for name in LAYERS:
+        largest = float((inputs[name].abs().amax(1) / divisor(model, name).flatten()).max())  # type: ignore[union-attr]
+        assert float(model.get_submodule(f"{name}.input_quantizer").amax) == pytest.approx(largest, rel=1e-5)
+    once = smoothed("none", temporal=["q.*"])  # nothing of it is smoothed, nor run again
+    assert torch.equal(once.q.input_quantizer._scale, plain.q.input_quantizer._scale)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "automatic", None])
 def test_other_values_are_refused(value: Any) -> None:
     with pytest.raises(tdq.TdqError, match="channel_smoothing"):
@@ -331,6 +394,16 @@ def test_two_smoothings_are_refused() -> None:
     config["algorithm"] = ["smoothquant", config["algorithm"]]
     with pytest.raises(tdq.TdqError, match="pre_quant_scale already"):
         mtq.quantize(outliers(), config, loop(calls()))
+
+
+def test_auto_smooths_nothing_that_cannot_be() -> None:
+    config = fast_config(channel_smoothing="auto")
+    config["algorithm"] = ["smoothquant", config["algorithm"]]
+    model = mtq.quantize(outliers(), config, loop(calls()))
+    assert all(divisor(model, name) is None for name in LAYERS)
+    assert model.mix.input_quantizer.pre_quant_scale is not None
+    kept = smoothed("auto", weights="keep", model=smoothed("none"))
+    assert same(kept, smoothed("none"))
 
 
 def test_weights_whose_scales_are_kept_are_not_smoothed() -> None:

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.calibration import correct, correction_fit
+from modelopt_tdq.calibration.protect import prediction_error
 from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.output_correction import correctable_layers, output_corrections
+from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.timestep import deliver_timestep
 
 QUANTIZED = ("conv1", "mix", "conv2")
 
@@ -134,6 +137,25 @@ def mean_errors(model: nn.Module, data: Any) -> dict[str, float]:
         name: sum(float((found[name][t].mean(0) - exact[name][t].mean(0)).square().sum()) for t in TIMES)
         for name in LAYERS
     }
+
+
+def test_errors_with_corrections_fitted_on_the_way_are_those_with_them_in_place() -> None:
+    """As smoothing is chosen by: the same samples, a call for each time."""
+    model = corrected("none")
+    timestep = deliver_timestep(model, "timestep")
+    replay = Replay(model, timestep, 8)
+    with replay.recording(model), full_precision(model), torch.no_grad():
+        loop(calls(samples=8, batch=8))(model)
+    replay.agree()
+    layers = {name: model.get_submodule(name) for name in LAYERS}
+    plain = prediction_error(model, replay, sorted(TIMES), {}, "", False)
+    found = correction_fit.corrected_prediction_error(model, layers, replay, sorted(TIMES), full_precision)
+    tdq.set_layer_correction(model, correction_fit.fit_corrections(model, layers, replay, sorted(TIMES), False))
+    expected = prediction_error(model, replay, sorted(TIMES), {}, "", False)
+    assert found.keys() == expected.keys()
+    for row, powers in expected.items():
+        torch.testing.assert_close(found[row], powers, rtol=1e-3, atol=0.0)
+        assert float(powers[:, 0].sum()) < 0.98 * float(plain[row][:, 0].sum())
 
 
 def test_means_are_taken_back_in_every_layer_and_step() -> None:
