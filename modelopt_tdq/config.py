@@ -222,8 +222,8 @@ class CalibrationFields(RunFields):
             "The channels of the inputs of linear layers and convolutions are divided by "
             "c = max|x|^a / max|w|^(1 - a), and the weights multiplied; a number is a, auto chooses: one for each "
             "tensor by the error of the layers' outputs, one for all, or none, by the error of the model's output. "
-            "Exact, and free when deployed: c is part of the division by the scale. Runs `forward_loop` twice. Not "
-            "together with ModelOpt's smoothquant."
+            "Exact, and free when deployed: c is part of the division by the scale. What is smoothed is calibrated by "
+            "another run of `forward_loop`. Not together with ModelOpt's smoothquant, beside which auto does nothing."
         ),
     )
     asymmetric: bool | Literal["auto"] = ModeloptField(

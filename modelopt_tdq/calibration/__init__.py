@@ -2,5 +2,5 @@
 
 Read ``calibrate`` first: it calls ``collect`` (what is measured), ``columns`` (which scales follow from it) and
 ``protect`` (which rows of them are kept). ``statistics`` is what one quantizer saw; ``weights`` and ``others`` are for
-the quantizers whose scales do not follow time; ``channel_smoothing`` goes before all of it.
+the quantizers whose scales do not follow time; ``channel_smoothing`` comes between two runs of the data.
 """

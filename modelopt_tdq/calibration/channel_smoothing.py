@@ -32,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth
 from modelopt_tdq.calibration.smoothing_strength import chosen_vectors
 from modelopt_tdq.config import CalibrationFields
-from modelopt_tdq.core.distributed import all_reduce, gather
+from modelopt_tdq.core.distributed import all_reduce, gather, union
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import writes
 from modelopt_tdq.model.place import require_weights
@@ -230,6 +230,9 @@ def smooth_channels(
     if not groups:
         return []
     if config.channel_smoothing == "auto":
+        if not union(set(replay.times)):
+            _log.info("no channels smoothed: the model's calls cannot be repeated")
+            return []
         vectors = chosen_vectors(model, groups, quantizers, replay, timestep, config)
     else:
         vectors = [shared_vector(group, float(config.channel_smoothing)) for group in groups]

@@ -159,16 +159,15 @@ class Replay:
                 "forward_loop",
                 self._left_out,
                 "its calls have several times each, and cannot be taken apart into samples to be run again",
-                'Call the model with one time per call, or use "protect_steps": False, another "statistic" than '
-                '"output", and another "channel_smoothing" than "auto"',
+                'Call the model with one time per call, or use "protect_steps": False and another "statistic" than '
+                '"output"',
             )
         if self._unnamed:
             raise TdqError(
                 "model",
                 self._unnamed,
                 "its forward takes arguments that cannot be passed by name, so its calls cannot be repeated",
-                'Name them, or use "protect_steps": False, another "statistic" than "output", and another '
-                '"channel_smoothing" than "auto"',
+                'Name them, or use "protect_steps": False and another "statistic" than "output"',
             )
 
     def samples(self, time: float) -> list[dict[str, Any]]:
