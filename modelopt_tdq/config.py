@@ -273,8 +273,7 @@ class CorrectionFields(RunFields):
             "Fitted to the full-precision outputs, layer by layer. static: one of each channel, which becomes part of "
             "the scales and biases of the weights; per_step: one per calibrated time, which needs no further node in "
             "the engine; auto: for each layer whichever has the least error on replayed samples that it was not fitted "
-            "to, and none at all where the model predicts no better with them; with `bins: 1`, only static ones. "
-            "Nothing is fitted where all codes have 8 bits, which leave little to correct."
+            "to, and none at all where the model predicts no better with them; with `bins: 1`, only static ones."
         ),
     )
     correction_budget: float = ModeloptField(

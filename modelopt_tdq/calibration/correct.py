@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,7 +25,6 @@ from modelopt_tdq.calibration.correction_fit import fit_corrections, halves_diff
 from modelopt_tdq.calibration.protect import prediction_error
 from modelopt_tdq.config import CorrectionFields, TdqCorrectConfig
 from modelopt_tdq.core.distributed import agreed, gather, union
-from modelopt_tdq.core.fake_quant import FP8_E4M3
 from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
@@ -105,16 +103,6 @@ def _recorded(
     return replay
 
 
-def _is_coarse(quantizer: Any) -> bool:
-    """Whether its codes have less than the precision of 8-bit integers."""
-    if isinstance(quantizer, SequentialQuantizer):
-        return any(_is_coarse(inner) for inner in quantizer)
-    if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
-        return False
-    bits = quantizer.num_bits
-    return bits == FP8_E4M3 or not isinstance(bits, int) or bits < 8
-
-
 def layers_to_correct(model: nn.Module, config: CorrectionFields) -> dict[str, nn.Module]:
     """The quantized layers that ``config`` wants corrected, by name.
 
@@ -124,12 +112,6 @@ def layers_to_correct(model: nn.Module, config: CorrectionFields) -> dict[str, n
     if config.correction == "none":
         return {}
     layers = correctable_layers(model)
-    if config.correction == "auto" and not any(
-        _is_coarse(layer._modules.get(name))
-        for layer in layers.values()
-        for name in ("input_quantizer", "weight_quantizer")
-    ):
-        return {}
     wanted = config.correction != "auto" or isinstance(config, TdqCorrectConfig)
     folded = folded_weights(model)
     if folded and not wanted:

@@ -44,8 +44,8 @@ _log = logging.getLogger(__name__)
 #: Strengths that ``auto`` tries, beside none.
 STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8)
 
-#: So many of them ``auto`` tries for all tensors at once.
-_UNIFORM = 3
+#: Those that it tries for all tensors at once.
+_UNIFORM = (0.5, 0.7)
 
 #: Times at which ``auto`` compares outputs, of the layers and of the model; and by how many dB smoothing has to be
 #: better than none.
@@ -331,7 +331,7 @@ def chosen_vectors(
         model, groups, known, times, settings, lambda name: config.bins == 1 or name not in follow, config.progress
     )
     choices: list[list[Tensor | None]] = [[None] * len(groups), own]
-    choices += [[shared_vector(group, strength) for group in groups] for strength in STRENGTHS[:_UNIFORM]]
+    choices += [[shared_vector(group, strength) for group in groups] for strength in _UNIFORM]
     judge, errors = _Judge(model, quantizers, judged, times, settings, config.weights, corrected), []
     for choice in tqdm(choices, "smoothings", disable=not config.progress):
         smooth(groups, choice, timestep)

@@ -234,19 +234,26 @@ def test_static_is_the_mean_over_time() -> None:
         assert torch.allclose(one.bias[name], every.bias[name].mean(0, keepdim=True))
 
 
-def test_eight_bits_are_left_alone() -> None:
-    calls_made = []
-    model = quantized(correction="auto")
-    assert tdq.layer_correction(model) is None
-    data = calls(samples=16)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_auto_fits_to_what_calibration_kept(bits: int) -> None:
+    runs = []
+    data = calls(samples=64, batch=16)
 
     def counted(model: nn.Module) -> None:
-        calls_made.append(1)
+        runs.append(1)
         loop(data)(model)
 
-    model = mtq.quantize(TinyDenoiser().eval(), fast_config(weight_bits=4, correction="auto"), counted)
-    assert len(calls_made) == 1  # it is fitted to the samples that calibration kept
-    assert tdq.layer_correction(model) is not None
+    fields = {"weight_bits": bits, "activation_bits": bits, "replay_samples": 64}
+    torch.manual_seed(0)
+    model = mtq.quantize(TinyDenoiser().eval(), fast_config(**fields, correction="auto"), counted)
+    assert len(runs) == 1
+    assert rows(model).names
+    plain = quantized(data=data, **fields)
+    others = calls(samples=64, batch=16, seed=1)
+    with full_precision(plain), torch.no_grad():
+        exact = [plain(*call) for call in others]
+    errors = [[sqnr_db(z, m(*call)) for z, call in zip(exact, others, strict=True)] for m in (plain, model)]
+    assert np.mean(errors[1]) > np.mean(errors[0]) + 0.03
 
 
 def test_static_scales_get_static_corrections() -> None:
