@@ -48,10 +48,11 @@ def pytest_unconfigure() -> None:
 def operators_are_read_once() -> Iterator[None]:
     """What torch.onnx finds out anew in every export, though it is the same in all of them: here once per opset.
 
-    That is, the sources of all its operators, a second each; which of them are made of others; and how torch takes
-    them apart.
+    That is, the sources of all its operators, a second each; which of them are made of others; how torch takes them
+    apart; and that a rewriting of two nodes cannot begin at a node of another kind.
     """
     try:
+        from onnxscript.rewriter._rewrite_rule import RewriteRule
         from torch._export import utils
         from torch.onnx._internal.exporter import _decomp
         from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -59,6 +60,7 @@ def operators_are_read_once() -> Iterator[None]:
         read = functools.cache(ONNXRegistry.from_torchlib)
         implicit = functools.cache(utils._materialize_cpp_cia_ops)
         decompositions = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
+        try_rewrite = RewriteRule.try_rewrite
     except (ImportError, AttributeError):  # of no version of torch known so far: exports only take longer
         yield
         return
@@ -68,8 +70,17 @@ def operators_are_read_once() -> Iterator[None]:
         registry.functions = {name: list(found) for name, found in registry.functions.items()}
         return registry
 
+    def tried(rule: Any, model: Any, graph: Any, node: Any, **given: Any) -> Any:
+        """Onnxscript looks at all nodes of the graph, for each of them, before it looks at this one."""
+        pattern = getattr(getattr(rule, "_matcher", None), "pattern", None)
+        several = pattern is not None and not pattern.has_single_output_node
+        if several and pattern.output_nodes[0].op_identifier() not in (None, node.op_identifier()):
+            return None
+        return try_rewrite(rule, model, graph, node, **given)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        patch.setattr(RewriteRule, "try_rewrite", tried)
         patch.setattr(utils, "_materialize_cpp_cia_ops", implicit)
         # the exporter takes entries out of the table that it gets
         patch.setattr(
