@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,23 +33,59 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_finish() -> None:
+    """What the imports left stays: the garbage collector need not look at half a million objects again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Extensions complain of what nobody collects."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def operators_are_read_once() -> Iterator[None]:
-    """torch.onnx reads the sources of all its operators anew in every export, a second each: here once per opset."""
+    """What torch.onnx finds out anew in every export, though it is the same in all of them: here once per opset.
+
+    That is, the sources of all its operators, a second each; which of them are made of others; how torch takes them
+    apart; and that a rewriting of two nodes cannot begin at a node of another kind.
+    """
     try:
+        from onnxscript.rewriter._rewrite_rule import RewriteRule
+        from torch._export import utils
+        from torch.onnx._internal.exporter import _decomp
         from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:  # of no version of torch known so far: exports only take longer
+
+        read = functools.cache(ONNXRegistry.from_torchlib)
+        implicit = functools.cache(utils._materialize_cpp_cia_ops)
+        decompositions = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
+        try_rewrite = RewriteRule.try_rewrite
+    except (ImportError, AttributeError):  # of no version of torch known so far: exports only take longer
         yield
         return
-    read = functools.cache(ONNXRegistry.from_torchlib)
 
     def copied(opset_version: int) -> Any:
         registry = copy.copy(read(opset_version))
         registry.functions = {name: list(found) for name, found in registry.functions.items()}
         return registry
 
+    def tried(rule: Any, model: Any, graph: Any, node: Any, **given: Any) -> Any:
+        """Onnxscript looks at all nodes of the graph, for each of them, before it looks at this one."""
+        pattern = getattr(getattr(rule, "_matcher", None), "pattern", None)
+        several = pattern is not None and not pattern.has_single_output_node
+        if several and pattern.output_nodes[0].op_identifier() not in (None, node.op_identifier()):
+            return None
+        return try_rewrite(rule, model, graph, node, **given)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        patch.setattr(RewriteRule, "try_rewrite", tried)
+        patch.setattr(utils, "_materialize_cpp_cia_ops", implicit)
+        # the exporter takes entries out of the table that it gets
+        patch.setattr(
+            _decomp, "create_onnx_friendly_decomposition_table", lambda ops: dict(decompositions(frozenset(ops)))
+        )
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import modelopt.torch.opt as mto
@@ -47,6 +48,7 @@ def export(family: Family, options: argparse.Namespace) -> tdq.ExportReport:
         options.output / "model.onnx",
         inputs,
         dynamic_batch=options.dynamic_batch,
+        reference_path=_reference(options),
     )
     print(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
     for name, reason in report.skipped:
@@ -80,6 +82,7 @@ def compare(family: Family, options: argparse.Namespace) -> ModelComparison:
         [trajectory[step] for step in wanted.tolist()],
         backends=("torch", "onnxruntime"),
         layers=options.layers,
+        reference_path=_reference(options),
         lowered_path=options.output / "model.onnx",
     )
     Console().print(render(comparison))
@@ -112,6 +115,11 @@ def run(family: Family, options: argparse.Namespace) -> Images:
     print(images)
     print(images.save(options.output / "images.png"))
     return images
+
+
+def _reference(options: argparse.Namespace) -> Path | None:
+    """Where export and compare, in one run, share what torch traced; a comparison by itself traces the model anew."""
+    return options.output / "reference.onnx" if {"export", "compare"} <= set(options.step) else None
 
 
 def _check_dtype(options: argparse.Namespace, backend: str) -> None:

@@ -90,10 +90,12 @@ def compare_model(
     times = [float(np.min(feed[argument])) if argument in feed else float(k) for k, feed in enumerate(feeds)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        reference = Path(reference_path or _exported(model, calls[0], folder, "reference"))
-        lowered = None
+        reference = Path(reference_path or folder / "reference.onnx")
+        ratio = None
         if any(backend != TORCH for backend in backends):
-            lowered = deployed(lowered_path or _exported(model, calls[0], folder, "ratio"), model, folder)
+            ratio = Path(lowered_path or folder / "ratio.onnx")
+        _export(model, calls[0], None if reference_path else reference, None if lowered_path else ratio)
+        lowered = None if ratio is None else deployed(ratio, model, folder)
         run = _Run(model, flat[0].sample, reference, lowered, files or {}, folder)
         found = _compare_outputs(run, feeds, backends, times)
         compared = [b for b in backends if b == TORCH or COMPARED[b].layers] if layers else []
@@ -135,12 +137,16 @@ class _Run:
         return session_runner(backend, kind.open(file), sample, table)
 
 
-def _exported(model: nn.Module, sample: Mapping[str, Any], folder: Path, lowering: Any) -> Path:
+def _export(model: nn.Module, sample: Mapping[str, Any], reference: Path | None, ratio: Path | None) -> None:
+    """Write those that are wanted; torch traces the model once for both."""
     from modelopt_tdq.export.onnx_export import export_onnx
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TdqWarning)  # compare_model has warned already
-        return export_onnx(model, folder / f"{lowering}.onnx", sample, lowering=lowering).path
+        if ratio is not None:
+            export_onnx(model, ratio, sample, reference_path=reference)
+        elif reference is not None:
+            export_onnx(model, reference, sample, lowering="reference")
 
 
 def _compare_outputs(run: _Run, feeds: list[_Arrays], backends: Sequence[str], times: list[float]) -> list[StepResult]:

@@ -56,6 +56,7 @@ def export_onnx(
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     table_input: bool = False,
     pack_weights: PackWeights = "none",
+    reference_path: str | os.PathLike[str] | None = None,
 ) -> ExportReport:
     """Write a quantized model as an ONNX file: standard operators only, but for ``lowering="plugin"``.
 
@@ -89,6 +90,8 @@ def export_onnx(
             TensorRT does not build it. "direct": those of matrix products two to a byte, for TensorRT: half the
             engine, and a kernel more per layer, which unpacks; OpenVINO computes such layers in float. The numbers
             are the same.
+        reference_path: Write the graph of ``lowering="reference"`` there, too. Torch traces the model once for both,
+            which is what takes the time; :func:`~modelopt_tdq.compare_model` takes the file by the same name.
 
     Returns:
         What was written, and which quantizers are deployed in low precision.
@@ -103,14 +106,26 @@ def export_onnx(
     if pack_weights not in PACKINGS:
         raise TdqError("pack_weights", pack_weights, "no such way to store weights", f"Use one of {list(PACKINGS)}")
     require("onnx", "onnx")
-    target = Path(path)
-    if target.is_dir() or not target.name:
-        raise TdqError("path", str(target), "not the name of a file", "Name the file to write, e.g. 'model.onnx'")
+    target = _file("path", path)
+    reference = None if reference_path is None else _file("reference_path", reference_path)
+    if reference is not None and reference.resolve() == target.resolve():
+        raise TdqError("reference_path", str(reference), "it is path as well", "Name another file for the reference")
     warn_of_changed_weights(model)
     graph = marker_graph(model, sample_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes)
+    twin = None if reference is None else replace(graph, model=graph.model.clone())
     context = lower(graph, lowering, table_input=table_input, pack_weights=pack_weights)
+    if twin is not None and reference is not None:
+        lower(twin, "reference")
+        _write(twin.model, reference)
     _write(graph.model, target)
     return report_of(context, target, lowering, unquantized_layers(model))
+
+
+def _file(field: str, path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if target.is_dir() or not target.name:
+        raise TdqError(field, str(target), "not the name of a file", "Name the file to write, e.g. 'model.onnx'")
+    return target
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,9 @@ def test_a_layer_sees_the_given_codes_and_answers_with_its_own(tmp_path: Path, b
 def padded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, onnx.ModelProto]:
     """Both lowerings of a model whose layers have offsets, and so pad explicitly."""
     model, folder = quantized(asymmetric=True), tmp_path_factory.mktemp("padded")
-    return {
-        lowering: onnx.load(export_onnx(model, folder / f"{lowering}.onnx", DATA[0], lowering=lowering).path)
-        for lowering in ("reference", "ratio")
-    }
+    files = {lowering: folder / f"{lowering}.onnx" for lowering in ("reference", "ratio")}
+    export_onnx(model, files["ratio"], DATA[0], reference_path=files["reference"])
+    return {lowering: onnx.load(file) for lowering, file in files.items()}
 
 
 def test_a_layer_that_pads_keeps_its_own_border(padded: dict[str, onnx.ModelProto]) -> None:

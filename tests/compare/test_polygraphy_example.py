@@ -32,7 +32,6 @@ from polygraphy.logger import G_LOGGER
 from polygraphy.tools import main as polygraphy
 
 EXAMPLE = Path(__file__).parents[2] / "trt_examples" / "polygraphy"
-BUNDLED = Path(__file__).parents[2] / "trt_examples" / "ddim_cifar10" / "model"
 BLOCKS = re.findall(r"```bash\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)
 COMMANDS = re.findall(r"^ *((?:polygraphy run|python) (?:.*\\\n)*.*)$", "".join(BLOCKS), re.MULTILINE)
 GRAPHS, REFERENCE, OUTPUTS, LAYERS, *TABLE = COMMANDS
@@ -117,29 +116,6 @@ def first_fault(printed: str) -> list[str]:
     return re.findall(r"FIRST FAULTY LAYER: (.*)$", printed, re.MULTILINE)
 
 
-def test_the_bundled_model(tmp_path: Path, run: Any) -> None:
-    example = make(tmp_path, BUNDLED, fast_config())
-    assert run(REFERENCE.replace("reference_codes", "reference"), example)[0] == 0
-    onnx.save(example.lowered(1.5), tmp_path / "ratio.onnx")
-    status, printed = run(OUTPUTS, example)
-    assert status == 1
-    assert printed.count("Allowed: ") == 1
-    assert failed(printed) == {(STEP, "output")}
-    assert re.findall(r"step (\d+), time [\d.]+ \| \w+ \| output", printed) == [str(step) for step in STEPS]
-
-    names = tdq.scale_table(example.model).names
-    onnx.save(example.lowered(1.01, 9), tmp_path / "ratio.onnx")
-    run(GRAPHS, example)
-    assert run(REFERENCE, example)[0] == 0
-    status, printed = run(LAYERS, example)
-    assert status == 1
-    assert first_fault(printed) == [f"{names[9]}, step {STEP}, time {TIME}"]
-    assert {step for step, _ in failed(printed)} == {STEP}
-    assert re.findall(r"step (\d+), time [\d.]+ \| 50 layers, 0 faulty", printed) == [
-        str(s) for s in STEPS if s != STEP
-    ]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
@@ -147,6 +123,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     SMALL_UNET.make().save_pretrained(folder)
     diffusers.DDIMScheduler().save_pretrained(folder / "scheduler")
     return folder
+
+
+@pytest.fixture(scope="module")
+def int8(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Example:
+    return make(tmp_path_factory.mktemp("int8"), tiny, fast_config())
+
+
+def test_outputs_and_layers(int8: Example, run: Any) -> None:
+    example, folder = int8, int8.folder
+    assert run(REFERENCE.replace("reference_codes", "reference"), example)[0] == 0
+    onnx.save(example.lowered(1.5), folder / "ratio.onnx")
+    status, printed = run(OUTPUTS, example)
+    assert status == 1
+    assert printed.count("Allowed: ") == 1
+    assert failed(printed) == {(STEP, "output")}
+    assert re.findall(r"step (\d+), time [\d.]+ \| \w+ \| output", printed) == [str(step) for step in STEPS]
+
+    names = tdq.scale_table(example.model).names
+    onnx.save(example.lowered(1.01, 9), folder / "ratio.onnx")
+    run(GRAPHS, example)
+    assert run(REFERENCE, example)[0] == 0
+    status, printed = run(LAYERS, example)
+    assert status == 1
+    assert first_fault(printed) == [f"{names[9]}, step {STEP}, time {TIME}"]
+    assert {step for step, _ in failed(printed)} == {STEP}
+    assert re.findall(rf"step (\d+), time [\d.]+ \| {len(names)} layers, 0 faulty", printed) == [
+        str(s) for s in STEPS if s != STEP
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,17 +170,17 @@ def test_layers_of_other_number_formats(tiny: Path, tmp_path: Path, run: Any, fi
         assert first_fault(printed) == expected
 
 
-def test_a_table_that_is_an_input(tiny: Path, tmp_path: Path, run: Any) -> None:
-    example = make(tmp_path, tiny, fast_config())
-    onnx.save(example.lowered(1.0), tmp_path / "ratio.onnx")
+def test_a_table_that_is_an_input(int8: Example, run: Any) -> None:
+    example, folder = int8, int8.folder
+    onnx.save(example.lowered(1.0), folder / "ratio.onnx")
     run(GRAPHS, example)
     assert run(REFERENCE, example)[0] == 0
-    onnx.save(example.lowered(1.0, table_input=True), tmp_path / "table.onnx")
+    onnx.save(example.lowered(1.0, table_input=True), folder / "table.onnx")
     table = tdq.scale_table(example.model)
     scale = table.scale.clone()
     for factor in (1.0, 1.05):
         scale[ROW, 1] = table.scale[ROW, 1] * factor
-        tdq.ScaleTable(table.timesteps, scale, table.names).save(tmp_path / "int8" / "scale_table")
+        tdq.ScaleTable(table.timesteps, scale, table.names).save(folder / "int8" / "scale_table")
         (graphs, outputs, layers) = TABLE
         run(graphs, example)
         assert run(outputs, example)[0] == 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.processes import run_fresh
 
 from modelopt_tdq.core.table import ScaleTable
 
@@ -28,12 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     model = diffusers.UNet2DModel(
         sample_size=32,
-        block_out_channels=(8, 8),
+        block_out_channels=(8,),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
     )
     model.save_pretrained(folder / "model")
     diffusers.DDPMScheduler().save_pretrained(folder / "model" / "scheduler")
@@ -42,10 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-#: Runs commands one after the other, as `python script.py ...` does, but imports torch and ModelOpt once.
+#: Runs commands one after the other, as `python script.py ...` does.
 _RUN = """
-import json, runpy, sys
-for command in json.loads(sys.argv[1]):
+import os, runpy, sys
+os.chdir({folder!r})
+for command in {commands!r}:
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 """
@@ -58,11 +58,9 @@ _PTQ = ("ptq.py", "--model", "model", "--out", "ptq", "--samples", "20", "--iter
 @pytest.fixture(scope="module")
 def begun(folder: Path) -> Path:
     """The folder after one run of each example that can go on, in a process that is over: what they left is on disk."""
-    every = json.dumps([[str(_EXAMPLES / script), *arguments] for script, *arguments in (_QAT, _PTQ)])
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
-    command = [sys.executable, "-c", _RUN, every]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    commands = [[str(_EXAMPLES / script), *arguments] for script, *arguments in (_QAT, _PTQ)]
+    code, printed = run_fresh(_RUN.format(folder=str(folder), commands=commands), folder)
+    assert code == 0, printed[-2000:]
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.double import run_double
 from support.export import LOWERINGS, Lowered, codes_by_definition, layer_results, lowered, trace
-from support.models import FAMILIES, fast_config
+from support.models import FAMILIES, SMALL_UNET_CONDITION, fast_config
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -33,7 +33,7 @@ def exported(request: pytest.FixtureRequest) -> Exported:
     import modelopt.torch.quantization as mtq
 
     torch.manual_seed(0)
-    family = FAMILIES[request.param]
+    family = SMALL_UNET_CONDITION if request.param == "unet_condition" else FAMILIES[request.param]
     model = family.make().eval()
     data = family.data()
 

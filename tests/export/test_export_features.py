@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.export import export_onnx
+from modelopt_tdq.export.report import report_of
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession, add_outputs
 from modelopt_tdq.temporal_features.runtime import feature_table, free_modules, install_features
 from modelopt_tdq.temporal_features.table import Feature, FeatureTable
@@ -194,13 +195,31 @@ def _of_the_block(names: Any) -> list[str]:
     return [name for name in names if "time_emb" in name and not name.endswith("/feature")]
 
 
-def test_time_mlp_and_heads_are_gone_from_the_file(unets: Any, tmp_path: Path) -> None:
-    model, full = copy.deepcopy(unets[0]), unets[1]
-    call = UNET.data()[0]
-    before = export_onnx(model, tmp_path / "before.onnx", call)
-    table, superseded = _table_of(model, full, "nearest")
-    install_features(model, table, superseded, "timestep")
-    after = export_onnx(model, tmp_path / "after.onnx", call)
+def _inputs(time: float) -> dict[str, Tensor]:
+    return UNET.inputs(2, torch.tensor(time), 0)
+
+
+@pytest.fixture(scope="module")
+def without_features(unets: Any) -> Lowered:
+    return lowered(trace(unets[0], _inputs(600.0)), "ratio")
+
+
+@pytest.fixture(scope="module")
+def with_features(unets: Any) -> tuple[nn.Module, dict[str, Lowered]]:
+    """The UNet with the temporal features of its full precision at the calibrated times."""
+    model = copy.deepcopy(unets[0])
+    install_features(model, *_table_of(model, unets[1], "linear"), "timestep")
+    graph = trace(model, _inputs(600.0))
+    return model, {name: lowered(graph, name) for name in LOWERINGS}
+
+
+def test_time_mlp_and_heads_are_gone_from_the_file(
+    unets: Any, without_features: Lowered, with_features: Any, tmp_path: Path
+) -> None:
+    model, full = with_features[0], unets[1]
+    table = feature_table(model)
+    before = report_of(without_features.context, tmp_path, "ratio", ())
+    after = export_onnx(model, tmp_path / "after.onnx", _inputs(600.0))
 
     assert before.features == ()
     assert before.features_form == ""
@@ -209,7 +228,8 @@ def test_time_mlp_and_heads_are_gone_from_the_file(unets: Any, tmp_path: Path) -
     assert after.skipped == before.skipped
     gone = {f"{name}.{q}_quantizer" for name in (*head_names(model), *UPSTREAM) for q in ("input", "weight")}
     assert set(before.quantized) - set(after.quantized) == gone
-    protos = [onnx.load(report.path) for report in (before, after)]
+    protos = [without_features.proto, onnx.load(after.path)]
+    assert protos[1].graph == with_features[1]["ratio"].proto.graph
     for proto, there in zip(protos, (True, False), strict=True):
         names = [i.name for i in proto.graph.initializer] + [o for node in proto.graph.node for o in node.output]
         assert bool(_of_the_block(names)) == there
@@ -288,32 +308,22 @@ def test_a_batch_that_times_cannot_be_matched_with_is_refused() -> None:
         lowered(trace(model, call), "ratio")
 
 
-@pytest.fixture(scope="module")
-def bundled_with_features(bundled: Any) -> tuple[nn.Module, dict[str, Lowered]]:
-    """The bundled UNet with the temporal features of its full precision at the five calibrated times."""
-    model = copy.deepcopy(bundled.model)
-    times = tdq.scale_table(model).timesteps.tolist()
-    install_features(model, *unet_table(bundled.full_precision, bundled.inputs(0.0), "linear", 8, times), "timestep")
-    graph = trace(model, bundled.inputs(600.0))
-    return model, {name: lowered(graph, name) for name in LOWERINGS}
-
-
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_the_bundled_unet_looks_up_what_torch_looks_up(bundled: Any, bundled_with_features: Any, lowering: str) -> None:
-    model, graphs = bundled_with_features
+def test_the_unet_looks_up_what_torch_looks_up(with_features: Any, lowering: str) -> None:
+    model, graphs = with_features
     table = feature_table(model)
     names = {name: f"{name}/feature" for name in table.features}
     session = OnnxRuntimeSession(add_outputs(graphs[lowering].proto, list(names.values())))
-    assert len(names) == 11
+    assert len(names) == 5
     for time in (0.0, 199.0, 333.0, 500.5, 800.0, 1200.0):
-        results = session(bundled.inputs(time))
+        results = session(_inputs(time))
         for name, output in names.items():
             expected = table.lookup(name, torch.tensor([time])).numpy()
             np.testing.assert_array_equal(results[output], np.repeat(expected, 2, 0))
 
 
-def test_one_row_serves_scales_and_features(bundled_with_features: Any) -> None:
-    _, graphs = bundled_with_features
+def test_one_row_serves_scales_and_features(with_features: Any) -> None:
+    _, graphs = with_features
     graph = graphs["ratio"].proto.graph
     assert [node.op_type for node in graph.node].count("ReduceSum") == 1
     assert len([node for node in graph.node if "time/row" in node.output]) == 1
@@ -321,18 +331,16 @@ def test_one_row_serves_scales_and_features(bundled_with_features: Any) -> None:
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_codes_of_the_bundled_unet_follow_the_definition(
-    bundled: Any, bundled_with_features: Any, lowering: str
-) -> None:
-    model, graphs = bundled_with_features
-    compared, mismatched = codes_by_definition(graphs[lowering], model, bundled.inputs(333.0), 333.0)
-    assert compared > 2_000_000
+def test_codes_of_the_unet_follow_the_definition(with_features: Any, lowering: str) -> None:
+    model, graphs = with_features
+    compared, mismatched = codes_by_definition(graphs[lowering], model, _inputs(333.0), 333.0)
+    assert compared > 10_000
     assert mismatched == 0
 
 
-def test_lowerings_of_the_bundled_unet_agree_in_float64(bundled: Any, bundled_with_features: Any) -> None:
-    _, graphs = bundled_with_features
-    inputs = {name: value.numpy() for name, value in bundled.inputs(333.0).items()}
+def test_lowerings_of_the_unet_agree_in_float64(with_features: Any) -> None:
+    _, graphs = with_features
+    inputs = {name: value.numpy() for name, value in _inputs(333.0).items()}
     reference, ratio = (run_double(graphs[name].proto, inputs)["output"] for name in LOWERINGS)
     assert np.abs(reference).max() > 0.1
     assert np.abs(ratio - reference).max() < 1e-12
@@ -342,46 +350,46 @@ def _sqnr(result: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> float:
     return float(10 * np.log10(np.square(exact).sum() / np.square(result - exact).sum()))
 
 
-def test_quantization_noise_of_the_bundled_unet_is_that_of_torch(bundled: Any, bundled_with_features: Any) -> None:
-    model, graphs = bundled_with_features
+def test_quantization_noise_of_the_unet_is_that_of_torch(unets: Any, with_features: Any) -> None:
+    model, graphs = with_features
     found: dict[str, list[float]] = {name: [] for name in ("torch", *LOWERINGS)}
     sessions = {name: OnnxRuntimeSession(graphs[name].proto) for name in LOWERINGS}
     for time in (0.0, 200.0, 400.0, 600.0, 800.0):
-        inputs = bundled.inputs(time)
+        inputs = _inputs(time)
         with torch.no_grad():
-            exact = bundled.full_precision(**inputs).sample.numpy()
+            exact = unets[1](**inputs).sample.numpy()
             found["torch"].append(_sqnr(model(**inputs).sample.numpy(), exact))
         for name, session in sessions.items():
             found[name].append(_sqnr(session(inputs)["output"], exact))
     for name in LOWERINGS:
         assert np.abs(np.subtract(found[name], found["torch"])).max() < 0.25
-    assert np.mean(found["torch"]) > 30
+    assert np.mean(found["torch"]) > 15  # 21 dB: every layer of a random model is quantized
 
 
-def test_openvino_agrees(bundled: Any, bundled_with_features: Any, tmp_path: Path) -> None:
+def test_openvino_agrees(unets: Any, with_features: Any, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
-    _, graphs = bundled_with_features
+    _, graphs = with_features
     proto = add_outputs(graphs["ratio"].proto, [f"{name}/feature" for name in graphs["ratio"].context.features])
     onnx.save(proto, tmp_path / "unet.onnx")
     openvino, onnxruntime = OpenVinoSession(tmp_path / "unet.onnx", num_threads=1), OnnxRuntimeSession(proto)
     for time in (0.0, 333.0, 1200.0):
-        inputs = bundled.inputs(time)
+        inputs = _inputs(time)
         found, expected = list(openvino(inputs).values()), list(onnxruntime(inputs).values())
-        assert len(found) == len(expected) == 12
+        assert len(found) == len(expected) == 6
         for value, wanted in zip(found[1:], expected[1:], strict=True):
             np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
         with torch.no_grad():
-            exact = bundled.full_precision(**inputs).sample.numpy()
+            exact = unets[1](**inputs).sample.numpy()
         assert abs(_sqnr(found[0], exact) - _sqnr(expected[0], exact)) < 0.25
 
 
-def test_tensorrt_rtx_needs_fewer_kernels(bundled: Any, bundled_with_features: Any, tmp_path: Path) -> None:
+def test_tensorrt_rtx_needs_fewer_kernels(without_features: Lowered, with_features: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     reports = []
-    for graphs in (bundled.graphs, bundled_with_features[1]):
-        onnx.save(graphs["ratio"].proto, tmp_path / "unet.onnx")
+    for graph in (without_features, with_features[1]["ratio"]):
+        onnx.save(graph.proto, tmp_path / "unet.onnx")
         reports.append(tdq.build_engine(tmp_path / "unet.onnx", tmp_path / "unet.engine"))
         fused = [layer for layer in reports[-1].layers if any("features/" in node for node in layer.onnx_nodes)]
         assert len(fused) == len(reports) - 1  # the whole lookup is one kernel

@@ -13,6 +13,7 @@ from support.models import TinyDenoiser, fast_config, noise, quantized
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
+from modelopt_tdq.export.trace import trace
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 
@@ -48,6 +49,23 @@ def test_file_and_report(model: nn.Module, tmp_path: Path) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     with torch.no_grad():
         model(**inputs())  # the time still reaches the quantizers
+
+
+def test_the_reference_comes_from_the_same_trace(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = tdq.export_onnx(model, tmp_path / "alone.onnx", inputs(), lowering="reference").path
+    plain = tdq.export_onnx(model, tmp_path / "plain.onnx", inputs()).path
+    traces: list[nn.Module] = []
+    monkeypatch.setattr(
+        "modelopt_tdq.export.onnx_export.trace", lambda *given: traces.append(given[0]) or trace(*given)
+    )
+    twin = tmp_path / "new" / "reference.onnx"
+    report = tdq.export_onnx(model, tmp_path / "both.onnx", inputs(), reference_path=twin)
+    assert len(traces) == 1
+    assert (report.lowering, report.path) == ("ratio", tmp_path / "both.onnx")
+    assert onnx.load(report.path) == onnx.load(plain) != onnx.load(alone)
+    assert onnx.load(twin) == onnx.load(alone)
 
 
 def test_quantized_weights_are_stored_as_codes_only(model: nn.Module, tmp_path: Path) -> None:
@@ -156,8 +174,11 @@ class TestErrors:
         self.check(tmp_path, "lowering = 'gather': no such lowering", model, inputs(), lowering="gather")
 
     def test_path(self, model: nn.Module, tmp_path: Path) -> None:
-        with pytest.raises(tdq.TdqError, match="not the name of a file"):
+        with pytest.raises(tdq.TdqError, match=r"path = .*not the name of a file"):
             tdq.export_onnx(model, tmp_path, inputs())
+        self.check(tmp_path, "reference_path = .*not the name of a file", model, inputs(), reference_path=tmp_path)
+        same = tmp_path / "gone" / ".." / "m.onnx"
+        self.check(tmp_path, "reference_path = .*it is path as well", model, inputs(), reference_path=same)
 
     def test_inputs_without_the_time(self, model: nn.Module, tmp_path: Path) -> None:
         self.check(tmp_path, "lacks the time, `timestep`", model, {"sample": noise(2, 3, 8, 8)})

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from support.processes import ForkedModule
 
 from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError
@@ -43,6 +45,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> DemoSettings:
         engines=False,
         workers=1,
     )
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers import nothing anew, which takes longer than what they do here; those of ``first`` are the real ones."""
+    monkeypatch.setattr("modelopt_tdq.lab.demo.pool.subprocess", SimpleNamespace(Popen=ForkedModule, PIPE=None))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +132,7 @@ def test_interrupted_stage_is_done_again(settings: DemoSettings, first: tuple[di
     assert unfinished(settings, available_backends()) == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_error_in_a_worker_reaches_the_user(settings: DemoSettings, tmp_path: Path) -> None:
     empty = dataclasses.replace(settings, output=tmp_path)
     preset = stages(empty, frozenset())[1]
@@ -148,6 +157,7 @@ def test_cache_keeps_and_forgets(tmp_path: Path) -> None:
     assert not cache.folder.exists()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("maintenance", ["naive", "cache"])
 def test_temporal_features(settings: DemoSettings, first: tuple[dict[str, Any], str], maintenance: str) -> None:
     output = settings.output.parent / maintenance

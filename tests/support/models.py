@@ -242,3 +242,6 @@ FAMILIES = {
 
 #: One level, with attention in the middle: to be exported in half the time of the other UNet.
 SMALL_UNET = Family(_small_unet, _plain_inputs)
+
+#: The denoiser of the example as it is, for the same reason.
+SMALL_UNET_CONDITION = Family(stable_diffusion.tiny_denoiser, _unet_condition_inputs)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -83,3 +85,32 @@ def results(run: Callable[[int], Any], number: int, folder: Path, wait: float = 
     missing = [rank for rank in range(number) if not (folder / f"{rank}.pt").exists()]
     assert not missing, "\n".join((folder / f"{rank}.txt").read_text() for rank in missing)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(number)]
+
+
+def _module(command: Sequence[str], pipe: Connection, log: str) -> None:
+    for number, stream in enumerate((pipe.fileno(), pipe.fileno(), os.open(log, os.O_WRONLY | os.O_APPEND))):
+        os.dup2(stream, number)
+    pipe.close()
+    sys.argv, sys.stdin, sys.stdout, sys.stderr = [*command], open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    os._exit(0)
+
+
+class ForkedModule:
+    """Stands for ``subprocess.Popen([sys.executable, "-m", module, ...])`` with pipes: imports nothing anew."""
+
+    def __init__(self, command: Sequence[str], *, stderr: TextIO, **_: Any) -> None:
+        assert command[:2] == [sys.executable, "-m"]
+        ours, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_module, args=(command[2:], theirs, stderr.name))
+        self._process.start()
+        theirs.close()
+        self.stdin, self.stdout = open(os.dup(ours.fileno()), "w"), open(ours.fileno(), closefd=False)  # noqa: SIM115
+        self._pipe = ours
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
