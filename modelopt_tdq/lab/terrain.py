@@ -182,12 +182,12 @@ class TerrainUNet(nn.Module):
         """
         if class_labels is None:
             raise TdqError("class_labels", None, "the terrain model needs a difficulty for each map", "Pass [B] int64")
-        sigma = timestep.to(sample.dtype).reshape(-1, 1)
-        phase = 250.0 * sigma.log() * self.frequencies
+        sigma = timestep.to(sample.dtype).reshape(-1)
+        phase = (250.0 * sigma.log())[:, None] * self.frequencies
         difficulty = self.difficulties[class_labels].to(sample.dtype)[:, None]
         embedding = self.time_embedding(torch.cat([phase.cos(), phase.sin()], 1))
         embedding = embedding + self.difficulty_embedding(difficulty)
-        sigma = sigma[:, :, None, None]
+        sigma = sigma[:, None, None, None]
         spread = (sigma.square() + _SIGMA_DATA**2).sqrt()
         x: Tensor = self.conv_in(sample / spread)
         waiting = [x]
@@ -325,7 +325,7 @@ def load_terrain(file: str | os.PathLike[str] | None = None, **config: Any) -> T
     try:
         weights = _weights(onnx.load(str(source)).graph, model)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, StopIteration) as error:
+    except (IndexError, KeyError, RuntimeError, StopIteration) as error:
         problem = f"not the weights of version 0.4.2 ({type(error).__name__}: {error})"
         raise TdqError("model", str(source), problem, INSTALL) from error
     return model.eval()
