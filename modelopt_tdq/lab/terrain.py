@@ -264,7 +264,6 @@ class TerrainScheduler:
     def set_timesteps(self, steps: int) -> None:
         """Begin trajectories of ``steps`` sigmas, [S] float32 in ``timesteps``, with equal ratios."""
         self.timesteps = torch.logspace(0, 1, steps, base=SIGMA_MIN / SIGMA_MAX) * SIGMA_MAX
-        self._generators = []
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """The sample itself: the model scales it."""
