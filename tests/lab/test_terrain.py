@@ -187,7 +187,7 @@ def test_weights_come_from_the_onnx_file(model: TerrainUNet, file: Path) -> None
 def test_another_file_is_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(TdqError, match=r"not the weights of version 0\.4\.2") as caught:
         load_terrain(file)
-    assert caught.value.cure == INSTALL
+    assert INSTALL in caught.value.cure
     graph = onnx.load(str(file))
     del graph.graph.initializer[:]
     onnx.save(graph, tmp_path / "empty.onnx")
@@ -199,7 +199,7 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(terrain, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as caught:
         load_terrain()
-    assert caught.value.cure == "pip install --no-deps adaptive-terrain-diffusion==0.4.2"
+    assert "Run pip install --no-deps adaptive-terrain-diffusion==0.4.2 (" in caught.value.cure
 
 
 def test_the_presets_keep_the_embeddings_and_the_first_and_last_layer() -> None:
