@@ -162,7 +162,8 @@ def draw(tables: Tables, path: Path) -> Path | None:
                markerfacecolor="white", markersize=5),
         Line2D([], [], color="#666666", marker="|", label="mean (dot) and worst step (bar)", linewidth=1.0),
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=FONT - 1, frameon=False)
+    columns = {1: 2, 2: 3}.get(len(formats), len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=FONT - 1, frameon=False)
     return save_figure(figure, path, dpi=130)
 
 
