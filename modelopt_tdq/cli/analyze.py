@@ -27,8 +27,8 @@ def analyze(
         Path | None, typer.Option(help="Folder for analysis.json and the plots.", show_default=False)
     ] = None,
     calibration_script: CalibrationScript = None,
-    samples: Samples = 8,
-    steps: Steps = 20,
+    samples: Samples = None,
+    steps: Steps = None,
     seed: Seed = 0,
 ) -> None:
     """Say, before you invest, whether scales over time will help a model, and which layers are delicate.
@@ -43,7 +43,7 @@ def analyze(
     from modelopt_tdq.lab.report.analysis import analysis_tables, draw_analysis, proposal_lines
 
     config = recipe_config(recipe)
-    prepared = prepare(model, subfolder, calibration_script, samples, steps, seed)
+    prepared = prepare(model, subfolder, calibration_script, samples, steps, seed, most_samples=8)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
     analysis = run_analysis(prepared.model, prepared.forward_loop, config, target=target, probes=probes)
     console = Console()

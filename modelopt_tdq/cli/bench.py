@@ -46,7 +46,7 @@ def supplement(
     from modelopt_tdq.lab.bench.budget import budget as named_budget
     from modelopt_tdq.lab.bench.command import run_supplement
     from modelopt_tdq.lab.bench.supplement import Bench
-    from modelopt_tdq.lab.demo.bundled import bundled_model
+    from modelopt_tdq.lab.reference_models import bundled_model
 
     if workers is None:
         workers = (os.cpu_count() or 1) if device == "cpu" else 1
@@ -79,7 +79,7 @@ def temporal_features(
     from modelopt_tdq.lab.bench.temporal.command import run_temporal
     from modelopt_tdq.lab.bench.temporal.rows import temporal_budget
     from modelopt_tdq.lab.bench.temporal.run import TemporalBench
-    from modelopt_tdq.lab.demo.bundled import bundled_model
+    from modelopt_tdq.lab.reference_models import bundled_model
 
     shared = TemporalBench(model or bundled_model(), temporal_budget(budget), output)
     typer.echo(run_temporal(shared, " ".join(["modelopt-tdq", *sys.argv[1:]]), run))

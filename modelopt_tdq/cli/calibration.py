@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.lab.model_folder import load_model
-from modelopt_tdq.lab.trajectories import is_unconditional, load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.reference_models import model_of
+from modelopt_tdq.lab.trajectories import is_unconditional, noise, sample, sample_shape
 
 __all__ = ["Calibrated", "load_function", "prepare"]
 
@@ -26,6 +26,7 @@ class Calibrated:
         source: Where it came from.
         forward_loop: For ``mtq.quantize``.
         expected_calls: Of the model in one ``forward_loop``; None if unknown.
+        steps: Of a sampling trajectory.
         done: What the calibration is, as plain data for JSON.
     """
 
@@ -33,6 +34,7 @@ class Calibrated:
     source: str
     forward_loop: Callable[[nn.Module], Any]
     expected_calls: int | None
+    steps: int
     done: dict[str, Any]
 
 
@@ -60,21 +62,35 @@ def load_function(reference: str, option: str) -> Callable[..., Any]:
 
 
 def prepare(
-    model: str | None, subfolder: str | None, script: str | None, samples: int, steps: int, seed: int
+    model: str | None,
+    subfolder: str | None,
+    script: str | None,
+    samples: int | None,
+    steps: int | None,
+    seed: int,
+    most_samples: int | None = None,
 ) -> Calibrated:
     """Load the model and choose its calibration: the user's script, or the model's own sampling trajectories.
+
+    Args:
+        model: Name of a reference model, folder or hub id; None for the bundled one.
+        subfolder: Of the model in the folder.
+        script: The user's, as ``file.py:function``.
+        samples: Trajectories; by default as many as suit the model.
+        steps: Of each; by default as many as suit the model.
+        seed: Of their noise.
+        most_samples: That a default may be.
 
     Raises:
         TdqError: Something cannot be loaded; the model takes more than a sample and a time, and there is no script.
     """
-    if model is None:
-        from modelopt_tdq.lab.demo.bundled import bundled_model
-
-        model = str(bundled_model())
+    chosen = model_of(model or "unet", subfolder)
     function = None if script is None else load_function(script, "calibration_script")
-    loaded = load_model(model, subfolder)
+    steps = steps or chosen.calibration_steps
+    samples = samples or min(chosen.calibration_samples, most_samples or chosen.calibration_samples)
+    loaded = chosen.load_model()
     if function is not None:
-        return Calibrated(loaded, model, function, None, {"script": script})
+        return Calibrated(loaded, chosen.name, function, None, steps, {"script": script})
     if not is_unconditional(loaded):
         raise TdqError(
             "calibration_script",
@@ -82,14 +98,14 @@ def prepare(
             f"{type(loaded).__name__} takes more than a sample and a time, so it cannot be sampled from noise alone",
             "Pass --calibration-script file.py:function, which gets the model and samples with it",
         )
-    scheduler = load_scheduler(model)
+    scheduler = chosen.load_scheduler()
     start = noise(samples, sample_shape(loaded), seed)
 
     def forward_loop(model: nn.Module) -> None:
         sample(model, scheduler, start, steps)
 
     done = {"scheduler": type(scheduler).__name__, "samples": samples, "steps": steps, "seed": seed}
-    return Calibrated(loaded, model, forward_loop, len(_calls(scheduler, steps)), done)
+    return Calibrated(loaded, chosen.name, forward_loop, len(_calls(scheduler, steps)), steps, done)
 
 
 def _calls(scheduler: Any, steps: int) -> Any:

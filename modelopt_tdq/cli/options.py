@@ -11,7 +11,10 @@ __all__ = ["CalibrationScript", "Maintenance", "Model", "Recipe", "Samples", "Se
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Folder of a diffusers model or pipeline, or a hub id. Default: the bundled CIFAR-10 denoiser."),
+    typer.Option(
+        help="Folder of a diffusers model or pipeline, or a hub id; or a reference model: unet, dit, terrain. Default: "
+        "unet, the bundled CIFAR-10 denoiser."
+    ),
 ]
 Subfolder = Annotated[
     str | None, typer.Option(help="Of the model in --model, such as unet or transformer, for a whole pipeline.")
@@ -36,7 +39,21 @@ Maintenance = Annotated[
         metavar="none|naive|tib|cache|auto",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Sampling trajectories to calibrate on.")]
-Steps = Annotated[int, typer.Option(min=2, help="Sampling steps of each: the rows of the scale table.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Sampling trajectories to calibrate on. Default: 16, terrain 4; analyze at most 8.",
+        show_default=False,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Sampling steps of each: the rows of the scale table. Default: 20, terrain 11.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the noise that the trajectories start from.")]
 Folder = Annotated[Path, typer.Argument(help="Folder written by `modelopt-tdq quantize`.", show_default=False)]

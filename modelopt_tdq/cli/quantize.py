@@ -26,8 +26,8 @@ def quantize(
     subfolder: Subfolder = None,
     recipe: Recipe = "int8",
     calibration_script: CalibrationScript = None,
-    samples: Samples = 16,
-    steps: Steps = 20,
+    samples: Samples = None,
+    steps: Steps = None,
     seed: Seed = 0,
     maintenance: Maintenance = "none",
 ) -> None:
@@ -49,7 +49,7 @@ def quantize(
     prepared = prepare(model, subfolder, calibration_script, samples, steps, seed)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
     if maintenance not in ("none", "naive"):
-        _announce(prepared, config, steps)
+        _announce(prepared, config)
     inputs: dict[str, Any] = {}
 
     def first_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def quantize(
     typer.echo(f"Next: modelopt-tdq export {folder} --output model.onnx")
 
 
-def _announce(prepared: Calibrated, config: dict[str, Any], steps: int) -> None:
+def _announce(prepared: Calibrated, config: dict[str, Any]) -> None:
     """Say what the temporal features will take, before calibration; where the model can be called without a script."""
     from modelopt_tdq.lab.example_call import example_call
     from modelopt_tdq.lab.trajectories import is_unconditional
@@ -94,6 +94,7 @@ def _announce(prepared: Calibrated, config: dict[str, Any], steps: int) -> None:
 
     if not is_unconditional(prepared.model):
         return
+    steps = prepared.steps
     block = tdq.find_temporal_block(prepared.model, example_call(prepared.model), times=steps)
     algorithm = config["algorithm"]
     formats = [rule["cfg"]["num_bits"] for rule in config["quant_cfg"] if rule["quantizer_name"] == "*input_quantizer"]

@@ -80,7 +80,7 @@ def _figures(
     from modelopt_tdq.lab.bench.figures import FigureSettings, supplement_figures
     from modelopt_tdq.lab.bench.sample_rows import SampleSettings
     from modelopt_tdq.lab.bench.supplement import Bench
-    from modelopt_tdq.lab.demo.bundled import bundled_model
+    from modelopt_tdq.lab.reference_models import bundled_model
 
     folder = Path("benchmarks/results/supplement") if results is None else results
     source = model or bundled_model()

@@ -74,12 +74,17 @@ def noise_loss(model: nn.Module, batch: NoisyBatch) -> Tensor:
 
 
 class Prediction(nn.Module):
-    """The prediction alone, as a tensor: what lowerings return, for the export of a full-precision model."""
+    """The prediction alone, as a tensor: what lowerings return, for the export of a full-precision model.
+
+    Args:
+        model: Takes noisy samples, the time, and ``class_labels`` where it has classes.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """What the model predicts for these inputs."""
-        return first_output(self.model(sample, timestep))
+        labels = {} if class_labels is None else {"class_labels": class_labels}
+        return first_output(self.model(sample, timestep, **labels))

@@ -21,7 +21,7 @@ def example_call(model: nn.Module, samples: int = 2, time: Tensor | None = None)
     Args:
         model: One for which :func:`modelopt_tdq.lab.trajectories.is_unconditional` holds.
         samples: Of noise.
-        time: [samples] float32; by default 500 for all.
+        time: [], [1] or [samples]; by default 500 for all, float32.
 
     Raises:
         TdqError: The model's config does not say how large its samples are.

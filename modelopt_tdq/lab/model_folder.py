@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.core.files import replacing, write_text
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.lab.terrain import TerrainUNet
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.model.output_correction import layer_correction
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
@@ -42,6 +43,9 @@ SCHEMA_VERSION = 1
 
 #: Where ModelOpt's ``save_pretrained`` puts its state.
 _MODELOPT_STATE = "modelopt_state.pth"
+
+#: Classes that a config may name beside those of diffusers.
+_OWN_CLASSES: dict[str, Any] = {TerrainUNet.__name__: TerrainUNet}
 
 
 def load_model(source: str | os.PathLike[str], subfolder: str | None = None) -> nn.Module:
@@ -68,7 +72,7 @@ def _load(source: str | os.PathLike[str], subfolder: str | None) -> nn.Module:
         raise TdqError("model", str(folder), "it holds no config.json", "Name the folder of the model, or --subfolder")
     try:
         name = diffusers.AutoModel.load_config(str(source), subfolder=subfolder).get("_class_name")
-        kind = getattr(diffusers, str(name), None)
+        kind = _OWN_CLASSES.get(str(name)) or getattr(diffusers, str(name), None)
         if kind is None:
             raise TdqError("_class_name", name, "diffusers has no such model", "Upgrade diffusers")
         model: nn.Module = kind.from_pretrained(str(source), subfolder=subfolder)

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.lab.demo import DemoSettings, bundled_model, run_demo
+from modelopt_tdq.lab.demo import DemoSettings, run_demo
 from modelopt_tdq.lab.demo.cache import StageCache, StageResult
 from modelopt_tdq.lab.demo.pool import run_stages
 from modelopt_tdq.lab.demo.run import available_backends, unfinished
 from modelopt_tdq.lab.demo.stages import stages
 from modelopt_tdq.lab.demo.variants import variant_config
 from modelopt_tdq.lab.model_folder import load_quantized
+from modelopt_tdq.lab.reference_models import bundled_model
 from modelopt_tdq.lab.report.results import load_results
 
 pytest.importorskip("diffusers")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from modelopt_tdq.compare import PrintedComparator
-from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.reference_models import bundled_model
 from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
 
 MODEL = bundled_model()

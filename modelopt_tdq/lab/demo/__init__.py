@@ -3,8 +3,7 @@
 Read ``run`` first, then ``stages``.
 """
 
-from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.demo.run import run_demo
 from modelopt_tdq.lab.demo.settings import DemoSettings
 
-__all__ = ["DemoSettings", "bundled_model", "run_demo"]
+__all__ = ["DemoSettings", "run_demo"]

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.core.metrics import json_number, sqnr_db
 from modelopt_tdq.errors import require
-from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.demo.cache import StageResult
 from modelopt_tdq.lab.demo.settings import DEPLOYED, DemoSettings, cores
-from modelopt_tdq.lab.denoising import Prediction
+from modelopt_tdq.lab.denoising import Prediction, sample_labels
+from modelopt_tdq.lab.example_call import example_call
 from modelopt_tdq.lab.judge import Reference
-from modelopt_tdq.lab.model_folder import load_model, load_quantized
-from modelopt_tdq.lab.trajectories import noise, sample_shape
+from modelopt_tdq.lab.model_folder import load_quantized
+
+if TYPE_CHECKING:
+    from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 __all__ = ["DEPLOYED_VARIANTS", "export_and_build", "measure_openvino"]
 
@@ -35,8 +36,11 @@ def _onnx_path(settings: DemoSettings, variant: str) -> Path:
     return settings.output / "deploy" / (f"{variant}.onnx" if variant == "fp32" else f"{DEPLOYED}-{variant}.onnx")
 
 
-def _inputs(model: nn.Module, batch: int) -> dict[str, Tensor]:
-    return {"sample": noise(batch, sample_shape(model), 0), "timestep": torch.tensor([500])}
+def _inputs(settings: DemoSettings, model: nn.Module) -> dict[str, Tensor]:
+    """Of one call: a batch at one time, of the type that the scheduler has."""
+    scheduler = settings.chosen.load_scheduler()
+    scheduler.set_timesteps(settings.steps)
+    return example_call(model, settings.batch, scheduler.timesteps[settings.steps // 2].reshape(1))
 
 
 def export_and_build(
@@ -52,13 +56,13 @@ def export_and_build(
     files = [str(path.relative_to(settings.output))]
     if variant == "fp32":
         require("onnxscript", "onnx")
-        model = load_model(bundled_model())
-        inputs = _inputs(model, settings.batch)
-        program = torch.onnx.export(Prediction(model), (), kwargs=inputs, dynamo=True, opset_version=21, verbose=False)
+        model, _ = settings.load()
+        inputs = tuple(_inputs(settings, model).values())
+        program = torch.onnx.export(Prediction(model), inputs, dynamo=True, opset_version=21, verbose=False)
         program.save(str(path))  # type: ignore[union-attr]
         return StageResult({}, files=files)
     model = load_quantized(settings.output / "models" / f"{DEPLOYED}-{variant}").model
-    exported = export_onnx(model, path, _inputs(model, settings.batch))
+    exported = export_onnx(model, path, _inputs(settings, model))
     values: dict[str, Any] = {
         "quantized": len(exported.quantized),
         "skipped": [list(pair) for pair in exported.skipped],
@@ -85,10 +89,12 @@ def measure_openvino(settings: DemoSettings, against: Reference, report: Callabl
 
     threads = cores()
     sessions = {v: OpenVinoSession(_onnx_path(settings, v), num_threads=threads) for v in DEPLOYED_VARIANTS}
-    feeds = {name: value.numpy() for name, value in _inputs(load_model(bundled_model()), settings.batch).items()}
+    model, _ = settings.load()
+    arrays = [value.numpy() for value in _inputs(settings, model).values()]
     seconds: dict[str, list[float]] = {variant: [] for variant in sessions}
     for repetition in range(WARM_UP + REPETITIONS):
         for variant, session in sessions.items():
+            feeds = dict(zip(session.inputs, arrays, strict=True))
             start = time.perf_counter()
             session(feeds)
             elapsed = time.perf_counter() - start
@@ -103,20 +109,21 @@ def measure_openvino(settings: DemoSettings, against: Reference, report: Callabl
         "milliseconds": {variant: 1000.0 * value for variant, value in medians.items()},
         "spread": {v: [1000.0 * min(s), 1000.0 * max(s)] for v, s in seconds.items()},
     }
-    values["sqnr_db"] = [json_number(v) for v in _predictions(sessions["tdq"], against, settings.batch)]
+    values["sqnr_db"] = [json_number(v) for v in _predictions(sessions["tdq"], model, against, settings.batch)]
     return StageResult(values)
 
 
-def _predictions(
-    session: Callable[[Mapping[str, Any]], dict[str, np.ndarray[Any, Any]]], against: Reference, batch: int
-) -> list[float]:
+def _predictions(session: OpenVinoSession, model: nn.Module, against: Reference, batch: int) -> list[float]:
     """[S] SQNR of a deployed graph on the reference's inputs, in dB; its batch is fixed, the last one is padded."""
     decibels = []
+    labels = sample_labels(model, len(against.start))
     for moment, inputs, expected in zip(against.timesteps, against.inputs, against.predictions, strict=True):
         found = []
-        for part in inputs.split(batch):
-            padded = torch.cat([part, part[:1].expand(batch - len(part), *part.shape[1:])])
-            output = session({"sample": padded.numpy(), "timestep": moment.reshape(1).numpy()})
-            found.append(torch.from_numpy(next(iter(output.values()))[: len(part)]))
+        for first in range(0, len(inputs), batch):
+            rows = torch.arange(first, min(first + batch, len(inputs)))
+            padded = torch.cat([rows, rows[:1].expand(batch - len(rows))])
+            arrays = [inputs[padded], moment.reshape(1), *(() if labels is None else (labels[padded],))]
+            output = session({name: array.numpy() for name, array in zip(session.inputs, arrays, strict=True)})
+            found.append(torch.from_numpy(next(iter(output.values()))[: len(rows), : inputs.shape[2]]))
         decibels.append(sqnr_db(expected, torch.cat(found)))
     return decibels

@@ -60,6 +60,7 @@ def gather(
         "machine": _machine(),
         "versions": {package: installed(package) for package in _PACKAGES},
         "settings": settings.to_dict(),
+        "model": {key: getattr(settings.chosen, key) for key in ("name", "title", "predicts", "remark")},
         "timesteps": [float(t) for t in reference["timesteps"]],
         "rows": rows,
         "deployment": {v: found[f"deploy-{v}"].values for v in DEPLOYED_VARIANTS if f"deploy-{v}" in found},
@@ -132,7 +133,7 @@ def _notes(
     settings: DemoSettings, backends: frozenset[str], rows: list[dict[str, Any]], openvino: dict[str, Any] | None
 ) -> list[str]:
     notes = [
-        f"Calibrated on {settings.calibration_samples} trajectories of {settings.calibration_steps} DDIM steps, "
+        f"Calibrated on {settings.calibration_samples} trajectories of {settings.calibration_steps} steps, "
         f"judged on {settings.samples} others of {settings.steps} steps.",
         "ModelOpt max: ModelOpt's own static quantization, weights and activations by their largest magnitude. The "
         "other two rows differ in nothing but time: one scale, or one per calibrated step.",

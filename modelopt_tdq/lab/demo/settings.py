@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from modelopt_tdq.config import RECIPES, recipe
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.maintenance import check_maintenance
+from modelopt_tdq.lab.reference_models import REFERENCE_MODELS, ReferenceModel, model_of
+from modelopt_tdq.lab.trajectories import is_unconditional
 
 __all__ = ["DEFAULT_RECIPES", "SEEDS", "DemoSettings", "recipe_label"]
 
@@ -36,15 +36,16 @@ def recipe_label(recipe_name: str) -> str:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of the demo.
+    """Settings of the demo. The defaults suit the bundled model; :meth:`for_model` takes those of any other.
 
     Attributes:
         output: Folder for everything it writes.
+        model: Name of a reference model, or folder of a diffusers model with its scheduler.
         recipes: Recipes to compare.
-        steps: DDIM steps of the trajectories that are judged.
+        steps: Sampling steps of the trajectories that are judged.
         samples: Trajectories, and images, that are judged.
         calibration_samples: Trajectories for calibration.
-        calibration_steps: DDIM steps of those.
+        calibration_steps: Sampling steps of those.
         engines: Whether to export, build TensorRT-RTX engines, and time OpenVINO.
         batch: Of the OpenVINO measurement.
         workers: Processes; by default one per processor core, up to one per recipe_name.
@@ -67,6 +68,7 @@ class DemoSettings:
     workers: int | None = None
     restart: bool = False
     maintenance: str = "none"
+    model: str = "unet"
 
     def __post_init__(self) -> None:
         unknown = [recipe_name for recipe_name in self.recipes if recipe_name not in RECIPES]
@@ -84,6 +86,41 @@ class DemoSettings:
         if self.output.exists() and not self.output.is_dir():
             raise TdqError("output", str(self.output), "it is a file", "Name a folder")
 
+    @classmethod
+    def for_model(cls, model: str, **given: Any) -> DemoSettings:
+        """Settings with the numbers of steps, of samples, and the batch that suit a model, where none are given.
+
+        Args:
+            model: Name of a reference model, or a folder.
+            **given: Other settings; None for what suits the model.
+        """
+        chosen = model_of(model)
+        suited = {
+            "steps": chosen.steps,
+            "samples": chosen.samples,
+            "calibration_steps": chosen.calibration_steps,
+            "calibration_samples": chosen.calibration_samples,
+            "batch": chosen.batch,
+        }
+        return cls(model=model, **suited | {name: value for name, value in given.items() if value is not None})
+
+    @property
+    def chosen(self) -> ReferenceModel:
+        """The model, and how to load it."""
+        return model_of(self.model)
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The model in full precision, and its scheduler.
+
+        Raises:
+            TdqError: One is missing, or the model takes more than noise, a time and class labels.
+        """
+        model = self.chosen.load_model()
+        if not is_unconditional(model):
+            problem = f"{type(model).__name__} takes more than a sample and a time"
+            raise TdqError("model", self.model, problem, f"Use {', '.join(REFERENCE_MODELS)}, or a model without text")
+        return model, self.chosen.load_scheduler()
+
     @property
     def processes(self) -> int:
         """Worker processes."""
@@ -96,12 +133,12 @@ class DemoSettings:
 
     def judged(self) -> dict[str, Any]:
         """What the full-precision trajectories depend on."""
-        return {"model": _model_checksum(), "steps": self.steps, "samples": self.samples, "seed": SEEDS["judging"]}
+        return {"model": self.chosen.checksum(), "steps": self.steps, "samples": self.samples, "seed": SEEDS["judging"]}
 
     def calibrated(self, recipe_name: str) -> dict[str, Any]:
         """What a calibration depends on."""
         depends = {
-            "model": _model_checksum(),
+            "model": self.chosen.checksum(),
             "recipe": recipe(recipe_name),
             "samples": self.calibration_samples,
             "steps": self.calibration_steps,
@@ -125,13 +162,3 @@ class DemoSettings:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@lru_cache(maxsize=1)
-def _model_checksum() -> str:
-    """Of the weights, and of the settings of the model and its scheduler."""
-    digest = hashlib.sha256()
-    for file in sorted(bundled_model().rglob("*")):
-        if file.suffix in (".safetensors", ".json"):
-            digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()

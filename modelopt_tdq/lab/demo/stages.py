@@ -11,16 +11,16 @@ import torch
 from modelopt_tdq.core.metrics import json_number
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.demo import deploy
-from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.demo.cache import StageCache, StageResult
 from modelopt_tdq.lab.demo.features import feature_facts, feature_tensors
 from modelopt_tdq.lab.demo.settings import DEPLOYED, SEEDS, DemoSettings, cores
 from modelopt_tdq.lab.demo.variants import VARIANTS, quantized, static_scales, table_facts, variant_config
+from modelopt_tdq.lab.example_call import example_call
 from modelopt_tdq.lab.judge import Reference, judge, reference
 from modelopt_tdq.lab.maintenance import schedule_times
-from modelopt_tdq.lab.model_folder import describe_inputs, load_model, save_quantized
+from modelopt_tdq.lab.model_folder import describe_inputs, save_quantized
 from modelopt_tdq.lab.provenance import cpu_name
-from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
 from modelopt_tdq.model.model_table import scale_table
 from modelopt_tdq.model.output_correction import layer_correction
 
@@ -59,12 +59,13 @@ def stages(settings: DemoSettings, backends: frozenset[str]) -> list[Stage]:
         backends: Of "onnx", "openvino", "tensorrt_rtx": those that are installed.
     """
     judged, calls = settings.judged(), settings.steps * settings.samples
-    found = [Stage("reference", "full precision", judged, 2.0 + 0.01 * calls)]
+    call_s = settings.chosen.call_s
+    found = [Stage("reference", "full precision", judged, 2.0 + call_s * calls)]
     learning = 40.0 if settings.maintenance in ("tib", "auto") else 0.0
-    calibration = 12.0 + learning + 0.05 * settings.calibration_samples * settings.calibration_steps
+    calibration = 12.0 + learning + 5.0 * call_s * settings.calibration_samples * settings.calibration_steps
     for recipe_name in settings.recipes:
         depends = {"judged": judged, "calibrated": settings.calibrated(recipe_name)}
-        cost = calibration + 0.09 * calls
+        cost = calibration + 9.0 * call_s * calls
         found.append(Stage(f"recipe-{recipe_name}", f"quantize {recipe_name}", depends, cost, ("reference",)))
     if settings.engines and "onnx" in backends and DEPLOYED in settings.recipes:
         shared: dict[str, Any] = {"calibrated": settings.calibrated(DEPLOYED), "batch": settings.batch}
@@ -125,14 +126,14 @@ def _ticks(total: float, report: Report) -> Callable[[], None]:
 
 
 def _reference(settings: DemoSettings, report: Report) -> StageResult:
-    model, scheduler = load_model(bundled_model()), load_scheduler(bundled_model())
+    model, scheduler = settings.load()
     tick = _ticks(settings.steps, report)
     found = reference(model, scheduler, settings.samples, settings.steps, SEEDS["judging"], tick)
     return StageResult(tensors={field.name: getattr(found, field.name) for field in fields(Reference)})
 
 
 def _one_recipe(settings: DemoSettings, recipe_name: str, against: Reference, report: Report) -> StageResult:
-    model, scheduler = load_model(bundled_model()), load_scheduler(bundled_model())
+    model, scheduler = settings.load()
     start = noise(settings.calibration_samples, sample_shape(model), SEEDS["calibration"])
     tick = _ticks(len(VARIANTS) * (2 * settings.steps + settings.calibration_steps), report)
 
@@ -140,7 +141,7 @@ def _one_recipe(settings: DemoSettings, recipe_name: str, against: Reference, re
         sample(model, scheduler, start, settings.calibration_steps, lambda *_: tick())
 
     times = schedule_times(scheduler, [settings.calibration_steps, settings.steps])
-    inputs = describe_inputs(model, (start, against.timesteps[0]), {})
+    inputs = describe_inputs(model, (), example_call(model, len(start), against.timesteps[0]))
     values: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     files = []

@@ -17,6 +17,7 @@ from modelopt_tdq.lab.report.plots import (
     scales_over_time,
     sqnr_per_step,
 )
+from modelopt_tdq.lab.report.results import demo_model
 
 __all__ = ["draw_figures"]
 
@@ -28,7 +29,7 @@ def draw_figures(
 
     Args:
         results: Of the demo.
-        arrays: Per recipe_name ``images.<variant>`` [N, 3, H, W], ``timesteps`` [K], ``scale.tdq`` [K, Q],
+        arrays: Per recipe_name ``images.<variant>`` [N, C, H, W], ``timesteps`` [K], ``scale.tdq`` [K, Q],
             ``scale.static`` and ``scale.max`` [Q]; ``correction.gain`` [K, L] where layers are corrected;
             ``feature_error.<strategy>`` [F, K] where temporal features are maintained; and ``images`` of "reference".
         folder: Of the demo.
@@ -40,7 +41,7 @@ def draw_figures(
     for row in results["rows"]:
         if row["variant"] != "fp32":
             groups.setdefault(row["recipe"], []).append(row)
-    figures = [_sqnr(groups, results["timesteps"], folder)]
+    figures = [_sqnr(groups, results["timesteps"], demo_model(results)["predicts"], folder)]
     for recipe_name, rows in groups.items():
         figures.append(_images(recipe_name, rows, arrays, folder))
     for index, (recipe_name, rows) in enumerate(groups.items()):
@@ -59,13 +60,15 @@ def _figure(section: str, path: Path, folder: Path, title: str, caption: str) ->
     return {"section": section, "file": str(path.relative_to(folder)), "title": title, "caption": caption}
 
 
-def _sqnr(groups: dict[str, list[dict[str, Any]]], times: list[float], folder: Path) -> dict[str, str]:
+def _sqnr(groups: dict[str, list[dict[str, Any]]], times: list[float], predicts: str, folder: Path) -> dict[str, str]:
     panels = {
         rows[0]["label"]: {row["variant"]: (row["name"], [float(v) for v in row["sqnr_db"]]) for row in rows}
         for rows in groups.values()
     }
     path = sqnr_per_step(panels, times, folder / "plots" / "sqnr.png")
-    caption = "Noise prediction against full precision at each step of held-out trajectories. Higher is better."
+    caption = (
+        f"Prediction of the {predicts} against full precision at each step of held-out trajectories. Higher is better."
+    )
     return _figure("sqnr", path, folder, "SQNR per step", caption)
 
 
@@ -78,7 +81,7 @@ def _images(
     path = image_grid(shown, folder / "images" / f"{recipe_name}.png")
     caption = (
         "Same seeds in every row; what matters is the difference from the first row, not the beauty of the images. All "
-        "rows are calibrated only: with 4-bit activations this model would need training."
+        "rows are calibrated only: with 4-bit activations a model needs training."
     )
     return _figure("images", path, folder, rows[0]["label"], caption)
 

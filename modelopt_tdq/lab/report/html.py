@@ -9,6 +9,7 @@ from typing import Any
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.report.page import write_page
+from modelopt_tdq.lab.report.results import demo_model
 from modelopt_tdq.lab.report.table import COLUMNS, is_deployed, row_cells
 
 __all__ = ["write_html"]
@@ -36,6 +37,7 @@ def write_html(results: dict[str, Any], folder: Path, output: str | os.PathLike[
         "report.html.j2",
         output,
         results=results,
+        model=demo_model(results),
         columns=COLUMNS,
         rows=rows,
         gains=_gains(results["rows"]),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,26 +25,43 @@ def image_grid(rows: Mapping[str, Tensor], path: Path) -> Path:
     """Images of the same seeds, one way of computing per row.
 
     Args:
-        rows: Label to [N, 3, H, W] in [-1, 1].
+        rows: Label to [N, C, H, W] in [-1, 1]; C is 3, or 1 for height maps, whose colours run from the least to the
+            largest height of the first row.
         path: Of the PNG to write.
     """
     columns = len(next(iter(rows.values())))
     figure = new_figure(0.95 * columns + 1.5, 0.95 * len(rows))
     axes = figure.subplots(len(rows), columns, squeeze=False)
+    first = next(iter(rows.values()))
+    look: dict[str, Any] = {}
+    if first.shape[1] == 1:
+        look = {"cmap": "gist_earth", "vmin": float(first.min()), "vmax": float(first.max())}
     for row, (label, images) in zip(axes, rows.items(), strict=True):
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        for axis, picture in zip(row, pixels, strict=True):
-            axis.imshow(picture, interpolation="nearest")
+        pixels = images.squeeze(1) if look else _bytes(images)
+        for axis, picture in zip(row, pixels.numpy(), strict=True):
+            axis.imshow(picture, interpolation="nearest", **look)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT + 1)
     return save_figure(figure, path)
 
 
+def _bytes(images: Tensor) -> Tensor:
+    """[N, H, W, 3] uint8 of images [N, 3, H, W] in [-1, 1]."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def time_axis(times: Sequence[float]) -> Literal["log", "linear"]:
+    """How to draw times: by their logarithms where the gaps between them differ much, as those between sigmas do."""
+    ordered = sorted(times)
+    gaps = [after - before for before, after in pairwise(ordered)]
+    return "log" if gaps and ordered[0] > 0 and max(gaps) > 10 * min(gaps) else "linear"
+
+
 def sqnr_per_step(
     panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]], times: list[float], path: Path
 ) -> Path:
-    """SQNR of the noise prediction at each step, one panel per bit width.
+    """SQNR of the prediction at each step, one panel per bit width.
 
     Args:
         panels: Title to {variant: (label, [S] dB)}.
@@ -64,6 +82,7 @@ def sqnr_per_step(
         axis.tick_params(labelsize=FONT)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=FONT, frameon=False)
+        axis.set_xscale(time_axis(times))
         axis.invert_xaxis()
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -91,6 +110,7 @@ def scales_over_time(
         left=0.5 / width, right=1 - 0.1 / width, bottom=foot / height, top=1 - head / height, wspace=0.28, hspace=0.28
     )
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    scaling = time_axis(times.tolist())
     for index, (name, axis) in enumerate(zip(names, axes, strict=False)):
         for variant, (label, values) in scales.items():
             if values.dim() == 1:
@@ -100,8 +120,9 @@ def scales_over_time(
         axis.set_title(short_name(name), fontsize=FONT - 2, pad=2)
         axis.tick_params(labelsize=FONT - 2, length=2, pad=1)
         axis.set_ylim(bottom=0.0)
+        axis.set_xscale(scaling)
         axis.set_xlim(float(times[-1]), float(times[0]))
-        axis.locator_params(nbins=4)
+        axis.locator_params(axis="both" if scaling == "linear" else "y", nbins=4)
         axis.grid(alpha=0.25)
         if index + columns < len(names):
             axis.tick_params(labelbottom=False)
@@ -150,7 +171,7 @@ def _heat_map(
     drawn = axis.imshow(values.flip(0).T, aspect="auto", interpolation="nearest", **look)
     axis.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=FONT - 3)
     shown = range(0, len(times), max(1, len(times) // 10))
-    axis.set_xticks(list(shown), [f"{t:g}" for t in times.flip(0)[:: max(1, len(times) // 10)]], fontsize=FONT - 1)
+    axis.set_xticks(list(shown), [f"{t:.4g}" for t in times.flip(0)[:: max(1, len(times) // 10)]], fontsize=FONT - 1)
     axis.set_xlabel("timestep (sampling runs to the right)", fontsize=FONT)
     bar = figure.colorbar(drawn, ax=axis, shrink=0.8)
     bar.set_label(label, fontsize=FONT)

@@ -9,12 +9,27 @@ from typing import Any
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["KIND", "SCHEMA_VERSION", "load_results"]
+__all__ = ["KIND", "SCHEMA_VERSION", "demo_model", "load_results"]
 
 SCHEMA_VERSION = 1
 KIND = "modelopt_tdq.demo"
 
 _REQUIRED = ("rows", "timesteps", "settings", "machine", "versions", "created", "command", "notes", "figures")
+
+
+#: Of results that were written before the demo had a choice.
+_ONLY_MODEL = {
+    "name": "unet",
+    "title": "Bundled CIFAR-10 denoiser, a U-Net of 2.6 M parameters",
+    "predicts": "noise",
+    "remark": "The activation ranges of this small, barely trained model move little over time.",
+}
+
+
+def demo_model(results: dict[str, Any]) -> dict[str, str]:
+    """What the results say of their model: its name, a title, what it predicts, and a remark on its ranges."""
+    model: dict[str, str] = results.get("model", _ONLY_MODEL)
+    return model
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:

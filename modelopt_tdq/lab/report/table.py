@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from modelopt_tdq.core.metrics import db_text
+from modelopt_tdq.lab.report.results import demo_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,10 +18,10 @@ COLUMNS = (
     ("scales", "How the activation scales were chosen; layers, bits and seeds are the same in all rows of a group."),
     (
         "SQNR mean dB",
-        "Power of the full-precision noise prediction over the power of the error, on held-out full-precision "
+        "Power of the full-precision prediction over the power of the error, on held-out full-precision "
         "trajectories; mean over the steps. 6 dB more is half the error.",
     ),
-    ("SQNR worst dB", "The same at the worst step. Usually the last one, where there is least noise to predict."),
+    ("SQNR worst dB", "The same at the worst step. Where noise is predicted, usually the last one: it has least."),
     (
         "PSNR dB",
         "Final images against the full-precision images of the same seeds, each model on its own trajectory. Errors "
@@ -88,7 +89,7 @@ def results_table(results: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    title = "Bundled CIFAR-10 denoiser against full precision"
+    title = f"{demo_model(results)['title']}, against full precision"
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False
     )

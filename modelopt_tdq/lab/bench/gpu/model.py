@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.lab.bench.gpu.part import Asked, Row
 from modelopt_tdq.lab.bench.gpu.timing import median_times
-from modelopt_tdq.lab.demo.bundled import bundled_model
 from modelopt_tdq.lab.model_folder import load_model
+from modelopt_tdq.lab.reference_models import bundled_model
 from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
 
 __all__ = [
