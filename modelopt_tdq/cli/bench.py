@@ -111,7 +111,9 @@ def gpu(
 
 @bench.command("rivals")
 def rivals(
-    models: Annotated[str, typer.Option(help="Reference models, separated by commas.")] = "unet,dit",
+    models: Annotated[
+        str, typer.Option(help="Reference models, separated by commas: unet, dit, terrain.")
+    ] = "unet,dit",
     formats: Annotated[
         str, typer.Option(help="Number formats, separated by commas: W8A8, FP8, W4A8, W4A4.")
     ] = "W8A8,FP8,W4A8,W4A4",

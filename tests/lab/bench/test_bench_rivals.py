@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from modelopt_tdq.lab.bench.rivals import others, run
 from modelopt_tdq.lab.bench.rivals.command import run_rivals
 from modelopt_tdq.lab.bench.rivals.present import markdown
 from modelopt_tdq.lab.bench.rivals.rows import ROWS, Row, chosen_rows, made, row_layers
-from modelopt_tdq.lab.bench.rivals.run import Bench
+from modelopt_tdq.lab.bench.rivals.run import Bench, Subject
 from modelopt_tdq.lab.bench.rivals.setting import FORMATS, Setting, is_linear, quantized_layers
-from modelopt_tdq.lab.bench.rivals.subjects import SUBJECTS, Subject, subject
+from modelopt_tdq.lab.reference_models import REFERENCE_MODELS, ReferenceModel
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
 
 diffusers = pytest.importorskip("diffusers")
@@ -64,11 +64,22 @@ OWN_WEIGHTS = ("max", "mse", "nvidia-smoothquant", "smoothing", "corrections", "
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Subject:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """A UNet of 8 pixels, with convolutions and linear layers."""
     torch.manual_seed(0)
-    model = SMALL_UNET.make().eval()
-    return Subject("tiny", model, diffusers.DDIMScheduler(), SAMPLES, 1, STEPS, trains_on_cifar10=True)
+    model, file = SMALL_UNET.make().eval(), tmp_path_factory.mktemp("tiny") / "weights"
+    file.write_text("tiny")
+    about = ReferenceModel(
+        "tiny",
+        "A tiny UNet",
+        lambda: model,
+        diffusers.DDIMScheduler,
+        lambda: file,
+        samples=1,
+        calibration_steps=STEPS,
+        calibration_samples=SAMPLES,
+    )
+    return Subject(about, model, about.load_scheduler())
 
 
 def _images() -> Data:
@@ -290,30 +301,17 @@ def test_our_stages_add_one_thing_each(models: dict[str, nn.Module]) -> None:
     assert all(len(gain) == 1 for gain in static.gain.values())
 
 
-def test_subjects_are_the_reference_models() -> None:
-    assert list(SUBJECTS)[:2] == ["unet", "dit"]
-    for name in ("unet", "dit"):
-        assert subject(name).name == name
-        assert len(subject(name).checksum) == 16
-    assert subject("unet").checksum != subject("dit").checksum
-    with pytest.raises(TdqError, match="no such model"):
-        subject("transformer")
-
-
 @pytest.fixture
-def tiny_alone(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of all reference models there is the tiny one."""
-    subject.cache_clear()
-    monkeypatch.setitem(SUBJECTS, "tiny", lambda: tiny)
-    yield
-    subject.cache_clear()
+def tiny_too(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is among the reference models."""
+    monkeypatch.setitem(REFERENCE_MODELS, "tiny", tiny.about)
 
 
 def _bench(output: Path, *only: str, **fields: Any) -> Bench:
     return Bench(["tiny"], ["W8A8"], output, only, progress=False, **fields)
 
 
-@pytest.mark.usefixtures("tiny_alone")
+@pytest.mark.usefixtures("tiny_too")
 def test_the_command_writes_tables_plot_and_results(tmp_path: Path, tiny: Subject) -> None:
     arguments = ["--models", "tiny", "--formats", "W4A8,W8A8", "--only", "time,max,dynamic-token"]
     sizes = ["--samples", "2", "--held-out", "1", "--steps", "4", "--output", str(tmp_path)]
@@ -346,7 +344,7 @@ def _setting(tiny: Subject) -> Setting:
     return Setting(tiny.model, tiny.scheduler, FORMATS["W8A8"], start, 4, 1, 1, progress=False)
 
 
-@pytest.mark.usefixtures("tiny_alone")
+@pytest.mark.usefixtures("tiny_too")
 def test_the_numbers_are_those_of_the_row(tmp_path: Path, tiny: Subject) -> None:
     """SQNR and PSNR once more, without the lab's own judge."""
     run_rivals(_bench(tmp_path, "mse", samples=2, held_out=2, steps=4), "command")
@@ -363,7 +361,7 @@ def test_the_numbers_are_those_of_the_row(tmp_path: Path, tiny: Subject) -> None
     assert float(10 * (4.0 / error.square().mean()).log10()) == pytest.approx(found["psnr_db"], abs=0.02)
 
 
-@pytest.mark.usefixtures("tiny_alone")
+@pytest.mark.usefixtures("tiny_too")
 def test_finished_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, bool]] = []
     interrupted = ["time"]
@@ -391,7 +389,7 @@ def test_finished_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "not run" in run_rivals(_bench(tmp_path, "mse"), "none", run=False)
 
 
-@pytest.mark.usefixtures("tiny_alone")
+@pytest.mark.usefixtures("tiny_too")
 def test_a_row_that_fails_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> nn.Module:
         raise TdqError("bins", 7, "out of\nluck", "None")
@@ -410,6 +408,8 @@ def test_what_is_asked_for_is_checked(tmp_path: Path) -> None:
         Bench(["unet"], ["W2A2"], tmp_path)
     with pytest.raises(TdqError, match="no such row"):
         Bench(["unet"], ["W8A8"], tmp_path, only=["best"])
+    with pytest.raises(TdqError, match="no such reference model"):
+        run_rivals(Bench(["transformer"], ["W8A8"], tmp_path), "command")
     with pytest.raises(TdqError, match="images to train on"):
         Bench(["unet"], ["W4A4"], tmp_path, only=["qat"])
 

@@ -152,8 +152,8 @@ _ALL = (
     Row(
         "dynamic-token",
         "dynamic per token, linear layers",
-        "torchao (its default, PerRow), vLLM-Omni: the largest magnitude of each vector of channels of each call; "
-        "convolutions in high precision",
+        "torchao (its default, PerRow; vLLM-Omni's INT8 measures at run time as well): the largest magnitude of each "
+        "vector of channels of each call; convolutions in high precision",
         _PER_TOKEN,
         "others",
         others.dynamic(others.PER_TOKEN, convolutions=False),

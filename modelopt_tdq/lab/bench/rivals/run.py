@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from modelopt_tdq.lab.bench.cifar10 import load_cifar10
 from modelopt_tdq.lab.bench.qat_run import Data
 from modelopt_tdq.lab.bench.rivals.rows import Row, chosen_rows, made
 from modelopt_tdq.lab.bench.rivals.setting import FORMATS, Format, Setting, quantized_layers
-from modelopt_tdq.lab.bench.rivals.subjects import Subject, subject
 from modelopt_tdq.lab.bench.supplement import Store
 from modelopt_tdq.lab.image_metrics.efficientnet import EfficientNetLite0
 from modelopt_tdq.lab.image_metrics.extractor import FeatureExtractor
@@ -32,9 +32,10 @@ from modelopt_tdq.lab.image_metrics.images import to_uint8
 from modelopt_tdq.lab.image_metrics.statistics import FeatureStatistics, feature_statistics
 from modelopt_tdq.lab.judge import Reference, judge, reference
 from modelopt_tdq.lab.provenance import installed_versions, provenance
+from modelopt_tdq.lab.reference_models import ReferenceModel, reference_model
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
 
-__all__ = ["Bench", "Place", "places", "run_rows"]
+__all__ = ["Bench", "Place", "Subject", "places", "run_rows", "subject"]
 
 #: Seeds of what is calibrated on, what is judged, and the images for the Fréchet distance.
 _CALIBRATION_SEED, _JUDGED_SEED, _IMAGE_SEED = 0, 1, 2
@@ -46,12 +47,38 @@ _BATCH = 64
 _PACKAGES = ("modelopt-tdq", "nvidia-modelopt", "torch", "diffusers")
 
 
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A reference model, loaded.
+
+    Attributes:
+        about: Its name, its files, and sizes that suit it.
+        model: In eval mode.
+        scheduler: Deterministic.
+    """
+
+    about: ReferenceModel
+    model: nn.Module
+    scheduler: Any
+
+
+@cache
+def subject(name: str) -> Subject:
+    """Load the reference model of a name.
+
+    Raises:
+        TdqError: There is none, or its files are missing.
+    """
+    about = reference_model(name)
+    return Subject(about, about.load_model(), about.load_scheduler())
+
+
 @dataclass(frozen=True)
 class Bench:
     """What is compared, and how.
 
     Attributes:
-        models: Names of the models.
+        models: Names of reference models.
         formats: Names of the number formats.
         output: Folder of the results.
         only: Names of the rows; empty for all.
@@ -113,15 +140,15 @@ class Place:
     @property
     def key(self) -> str:
         """In the store: the same for what would give the same result."""
-        what = json.dumps([self.subject.checksum, self.bits.name, self.row.name, self.sizes], sort_keys=True)
+        what = json.dumps([self.subject.about.checksum(), self.bits.name, self.row.name, self.sizes], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def _sizes(bench: Bench, of: Subject, row: Row) -> dict[str, int]:
     sizes = {
-        "samples": of.samples if bench.samples is None else bench.samples,
-        "held_out": of.held_out if bench.held_out is None else bench.held_out,
-        "steps": of.steps if bench.steps is None else bench.steps,
+        "samples": bench.samples or of.about.calibration_samples,
+        "held_out": bench.held_out or of.about.samples,
+        "steps": bench.steps or of.about.calibration_steps,
         "frechet": bench.frechet,
     }
     if row.long:
@@ -131,16 +158,17 @@ def _sizes(bench: Bench, of: Subject, row: Row) -> dict[str, int]:
 
 def _setting(bench: Bench, of: Subject, bits: Format, images: Data | None) -> Setting:
     sizes = _sizes(bench, of, chosen_rows(bench.only, bench.long)[0])
-    start = noise(sizes["samples"], sample_shape(of.model), _CALIBRATION_SEED)
+    shape = sample_shape(of.model)
+    fits = images is not None and tuple(images.train[0].shape[1:]) == shape
     return Setting(
         of.model,
         of.scheduler,
         bits,
-        start,
+        noise(sizes["samples"], shape, _CALIBRATION_SEED),
         sizes["steps"],
         bench.iterations,
         bench.training_steps,
-        images if of.trains_on_cifar10 else None,
+        images if fits else None,
         bench.progress,
     )
 
@@ -162,7 +190,7 @@ def places(bench: Bench) -> dict[tuple[str, str], list[Place]]:
     found: dict[tuple[str, str], list[Place]] = {}
     for name in bench.models:
         of = subject(name)
-        for bits in (FORMATS[name] for name in FORMATS if name in bench.formats):
+        for bits in (one for one in FORMATS.values() if one.name in bench.formats):
             setting = _setting(bench, of, bits, images)
             rows = [row for row in chosen_rows(bench.only, bench.long) if row.applies(setting)]
             found[name, bits.name] = [Place(of, bits, row, _sizes(bench, of, row)) for row in rows]
@@ -248,18 +276,19 @@ def run_rows(bench: Bench, store: Store, command: str) -> None:
     with _progress(sum(3 * p.sizes["steps"] for rows in todo.values() for p in rows)) as advance:
         for rows in todo.values():
             of, bits = rows[0].subject, rows[0].bits
-            store.begin(of.checksum, {"versions": installed_versions(_PACKAGES)})
-            if of.name not in yardsticks:
-                advance(f"{of.name} full precision", 0)
-                yardsticks = {of.name: _yardstick(rows[0])}
-            against = yardsticks[of.name]
+            store.begin(of.about.checksum(), {"versions": installed_versions(_PACKAGES)})
+            name = of.about.name
+            if name not in yardsticks:
+                advance(f"{name} full precision", 0)
+                yardsticks = {name: _yardstick(rows[0])}
+            against = yardsticks[name]
             setting = _setting(bench, of, bits, images)
             kept: dict[str, tuple[nn.Module, float]] = {}
             for place in rows:
-                label = f"{of.name} {bits.name} {place.row.name}"
+                label = f"{name} {bits.name} {place.row.name}"
                 advance(label, 0)
                 found = _one(place, setting, kept, against, lambda label=label: advance(label, 1))  # type: ignore[misc]
-                about = {"model": of.name, "format": bits.name, "row": place.row.name, "sizes": place.sizes}
+                about = {"model": name, "format": bits.name, "row": place.row.name, "sizes": place.sizes}
                 store.add(place.key, {**about, **found, "source": provenance(command)})
                 advance(label, place.sizes["steps"])
 
