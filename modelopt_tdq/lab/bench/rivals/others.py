@@ -22,6 +22,8 @@ __all__ = [
     "NVIDIA_HIGH_PRECISION",
     "PER_TENSOR",
     "PER_TOKEN",
+    "PROMPTS_32",
+    "PROMPTS_64",
     "MinOverSteps",
     "dynamic",
     "modelopt",
@@ -53,11 +55,11 @@ NVIDIA_HIGH_PRECISION = (
     "x_embedder",
 )
 
-#: The example's command for SDXL calibrates with 32 prompts, two to a batch, over 20 steps, and divides the sum over
-#: the 16 batches by the number of steps.
-_BATCHES, _STEPS = 16, 20
+#: What the example recommends for SDXL in INT8: 32 or 64 prompts, two to a batch, over 20 steps.
+PROMPTS_32, PROMPTS_64 = 32, 64
+_PROMPTS_PER_BATCH, _STEPS = 2, 20
 
-_SMOOTHQUANT_ALPHA = 0.8  # of the same command
+_SMOOTHQUANT_ALPHA = 0.8  # of the example's command
 
 
 class MinOverSteps(MaxCalibrator):  # type: ignore[misc]
@@ -66,13 +68,14 @@ class MinOverSteps(MaxCalibrator):  # type: ignore[misc]
         amax = factor * min over steps of mean over trajectories of max|x|
 
     A trajectory here is what a batch is there. The range is that of the step where it is smallest: larger steps clip.
+    The example divides a sum over batches by the number of steps: ``factor`` is batches over steps of its commands.
 
     Args:
         num_bits: Of the codes.
         axis: None: per tensor.
         unsigned: False.
         steps: Of a trajectory: call i of the layer belongs to step i modulo their number.
-        factor: What the example's mean is off by: batches over steps of its command.
+        factor: What the example's mean is off by.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class MinOverSteps(MaxCalibrator):  # type: ignore[misc]
         unsigned: bool = False,
         *,
         steps: int,
-        factor: float = _BATCHES / _STEPS,
+        factor: float,
     ) -> None:
         super().__init__(num_bits, axis, unsigned)
         self._steps, self._factor = steps, factor
@@ -139,11 +142,12 @@ def modelopt(method: str) -> Callable[[Setting], nn.Module]:
 
 
 def nvidia(
-    *, smoothquant: bool = False, keeps: Callable[[str, nn.Module], bool] | None = None
+    prompts: int, *, smoothquant: bool = False, keeps: Callable[[str, nn.Module], bool] | None = None
 ) -> Callable[[Setting], nn.Module]:
     """NVIDIA's diffusers example: convolutions by :class:`MinOverSteps`, linear layers by the largest magnitude.
 
     Args:
+        prompts: That it calibrates with, by which the ranges differ; as many trajectories as ours all the same.
         smoothquant: Linear layers by ModelOpt's SmoothQuant, which is for INT8 alone.
         keeps: Layers that stay in high precision.
     """
@@ -156,8 +160,9 @@ def nvidia(
                 return None
             if is_linear(layer):
                 return _STATIC
-            arguments = {"num_bits": setting.bits.activations, "axis": None, "steps": setting.steps}
-            return {**_STATIC, "calibrator": (MinOverSteps, (), arguments)}
+            factor = prompts / _PROMPTS_PER_BATCH / _STEPS
+            fields = {"num_bits": setting.bits.activations, "axis": None, "steps": setting.steps, "factor": factor}
+            return {**_STATIC, "calibrator": (MinOverSteps, (), fields)}
 
         if smoothquant:  # it calibrates the weights that it made; at 8 bits ours are calibrated in the same way
             return setting.quantize(setting.rules(inputs), {"method": "smoothquant", "alpha": _SMOOTHQUANT_ALPHA})

@@ -86,32 +86,42 @@ class Row:
 _ALL = (
     Row(
         "nvidia",
-        "NVIDIA percentile",
+        "NVIDIA percentile, 32 prompts",
         "NVIDIA's diffusers example, its SDXL command: convolutions by the mean largest magnitude of the step where it "
-        "is smallest, times 16/20, as that command has it; linear layers by the largest magnitude",
+        "is smallest, times 0.8, as it divides a sum over 16 batches by 20 steps; linear layers by the largest "
+        "magnitude",
         _CONSTANT,
         "others",
-        others.nvidia(),
+        others.nvidia(others.PROMPTS_32),
+        applies=_nvidia,
+    ),
+    Row(
+        "nvidia-64",
+        "NVIDIA percentile, 64 prompts",
+        "the same with the example's other recommendation, which makes it times 1.6",
+        _CONSTANT,
+        "others",
+        others.nvidia(others.PROMPTS_64),
         applies=_nvidia,
     ),
     Row(
         "nvidia-layers",
         "NVIDIA percentile, its layers",
-        "the same, with the layers in high precision that the example leaves alone: shortcuts, too",
+        "as with 64 prompts, but layers that the example leaves alone stay in high precision: shortcuts, too",
         _CONSTANT,
         "others",
-        others.nvidia(keeps=_keeps_nvidias),
+        others.nvidia(others.PROMPTS_64, keeps=_keeps_nvidias),
         keeps=_keeps_nvidias,
         applies=lambda setting: _nvidia(setting) and any(_keeps_nvidias(n, m) for n, m in setting.layers.items()),
     ),
     Row(
         "nvidia-smoothquant",
         "NVIDIA percentile, SmoothQuant",
-        "convolutions as in NVIDIA percentile, linear layers by ModelOpt's SmoothQuant, alpha 0.8, which the example's "
+        "convolutions as with 64 prompts, linear layers by ModelOpt's SmoothQuant, alpha 0.8, which the example's "
         "command names and its --quant-algo smoothquant turns on",
         _CONSTANT + ", and a product with a vector of channels in front of linear layers, where no norm takes it",
         "others",
-        others.nvidia(smoothquant=True),
+        others.nvidia(others.PROMPTS_64, smoothquant=True),
         applies=lambda setting: _has_linear(setting) and setting.bits.is_int8,
     ),
     Row(
@@ -143,7 +153,7 @@ _ALL = (
     Row(
         "dynamic-tensor-all",
         "dynamic per tensor, static convolutions",
-        "the same, convolutions with a constant scale, the largest magnitude",
+        "linear layers dynamic per tensor, convolutions with a constant scale, the largest magnitude",
         _PER_TENSOR,
         "others",
         others.dynamic(others.PER_TENSOR, convolutions=True),
@@ -163,7 +173,7 @@ _ALL = (
     Row(
         "dynamic-token-all",
         "dynamic per token, static convolutions",
-        "the same, convolutions with a constant scale, the largest magnitude",
+        "linear layers dynamic per token, convolutions with a constant scale, the largest magnitude",
         _PER_TOKEN,
         "others",
         others.dynamic(others.PER_TOKEN, convolutions=True),
@@ -192,7 +202,7 @@ _ALL = (
     Row(
         "static-all",
         "static, with everything else ours",
-        "the same with offsets, smoothing over channels and static corrections",
+        "as static, with offsets, smoothing over channels and static corrections",
         _CONSTANT,
         "static",
         ours.static_with_everything,
