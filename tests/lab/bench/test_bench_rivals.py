@@ -27,6 +27,7 @@ from modelopt_tdq.lab.bench.rivals.present import markdown
 from modelopt_tdq.lab.bench.rivals.rows import ROWS, Row, chosen_rows, made, row_layers
 from modelopt_tdq.lab.bench.rivals.run import Bench, Subject
 from modelopt_tdq.lab.bench.rivals.setting import FORMATS, Setting, is_linear, quantized_layers
+from modelopt_tdq.lab.image_metrics import feature_statistics, frechet_distance, to_uint8
 from modelopt_tdq.lab.reference_models import REFERENCE_MODELS, ReferenceModel
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
 
@@ -373,6 +374,32 @@ def test_the_numbers_are_those_of_the_row(tmp_path: Path, tiny: Subject) -> None
             assert float(10 * ratio.log10()) == pytest.approx(expected, abs=0.02)
     error = sample(model, tiny.scheduler, start, 4).clamp(-1, 1) - exact
     assert float(10 * (4.0 / error.square().mean()).log10()) == pytest.approx(found["psnr_db"], abs=0.02)
+
+
+class Colours:
+    """A network for a Fréchet distance: the mean of each colour."""
+
+    name = "colours"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.double().mean((2, 3))
+
+
+@pytest.mark.usefixtures("tiny_too")
+def test_frechet_distance_of_other_images(tmp_path: Path, tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "EfficientNetLite0", Colours)
+    monkeypatch.setattr(run, "_BATCH", 4)
+    text = run_rivals(_bench(tmp_path, "max", "smoothing", "corrections", samples=2, frechet=6), "command")
+    assert "Fréchet distance of 6 images" in text
+    found = {f["row"]: f for f in json.loads((tmp_path / "rivals.json").read_text())["runs"].values()}
+    assert not [f["failed"] for f in found.values() if "failed" in f]  # judging folded no weights that corrections need
+    start = noise(6, sample_shape(tiny.model), 2)
+    models = tiny.model, made(ROWS["max"], replace(_setting(tiny), steps=STEPS))
+    full, quantized = (
+        feature_statistics(to_uint8(sample(model, tiny.scheduler, start, STEPS).clamp(-1, 1)), Colours())
+        for model in models
+    )
+    assert found["max"]["frechet"] == pytest.approx(frechet_distance(full, quantized), rel=1e-3)
 
 
 @pytest.mark.usefixtures("tiny_too")
