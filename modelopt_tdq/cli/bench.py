@@ -14,6 +14,10 @@ __all__ = ["bench"]
 bench = typer.Typer(no_args_is_help=True, help="Measure the tables of the papers on a model, and this machine's GPU.")
 
 
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 @bench.callback()
 def _main() -> None:
     pass
@@ -48,7 +52,7 @@ def supplement(
         workers = (os.cpu_count() or 1) if device == "cpu" else 1
     shared = Bench(model or bundled_model(), data, named_budget(budget), output, workers, device)
     command = " ".join(["modelopt-tdq", *sys.argv[1:]])
-    for text in run_supplement(shared, [part.strip() for part in table.split(",") if part.strip()], command, run):
+    for text in run_supplement(shared, _names(table), command, run):
         typer.echo(text + "\n")
 
 
@@ -101,6 +105,55 @@ def gpu(
     """
     from modelopt_tdq.lab.bench.gpu.command import run_gpu
 
-    chosen = [part.strip() for part in only.split(",") if part.strip()]
-    for line in run_gpu(output, chosen, " ".join(["modelopt-tdq", *sys.argv[1:]]), rehearse):
+    for line in run_gpu(output, _names(only), " ".join(["modelopt-tdq", *sys.argv[1:]]), rehearse):
         typer.echo(line)
+
+
+@bench.command("rivals")
+def rivals(
+    models: Annotated[
+        str, typer.Option(help="Reference models, separated by commas: unet, dit, terrain.")
+    ] = "unet,dit",
+    formats: Annotated[
+        str, typer.Option(help="Number formats, separated by commas: W8A8, FP8, W4A8, W4A4.")
+    ] = "W8A8,FP8,W4A8,W4A4",
+    only: Annotated[str, typer.Option(help="Names of rows, separated by commas. Default: all but long ones.")] = "",
+    long: Annotated[bool, typer.Option("--long", help="Reconstruction as well, and QAT if there is --data.")] = False,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration trajectories. Default: by model.")] = None,
+    held_out: Annotated[int | None, typer.Option(min=1, help="Trajectories to judge on. Default: by model.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps of a trajectory. Default: by model.")] = None,
+    frechet: Annotated[int, typer.Option(min=0, help="Images for the Fréchet distance; 0: left out.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="cifar10.npz, to train on in the row qat.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Of the reconstruction, per block.")] = 1000,
+    training_steps: Annotated[int, typer.Option(min=1, help="Of QAT.")] = 1000,
+    output: Annotated[Path, typer.Option(help="Folder of rivals.json, .md and .png; finished rows are kept.")] = Path(
+        "benchmarks/results"
+    ),
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="--no-run: write the tables of the rows there are.")
+    ] = True,
+) -> None:
+    """Compare our quality, stage by stage, with what people deploy today: static and dynamic quantization.
+
+    NVIDIA's diffusers example, ModelOpt's max and mse, dynamic scales per tensor and per token, Pruna's time-aware FP8,
+    each on the same layers, calibration noise and held-out trajectories as ours. Writes a table per model and format, a
+    plot, and a JSON file after every row; an interrupted benchmark goes on where it stopped.
+    """
+    from modelopt_tdq.lab.bench.rivals.command import run_rivals
+    from modelopt_tdq.lab.bench.rivals.run import Bench
+
+    shared = Bench(
+        _names(models),
+        _names(formats),
+        output,
+        only=_names(only),
+        long=long,
+        samples=samples,
+        held_out=held_out,
+        steps=steps,
+        frechet=frechet,
+        data=data,
+        iterations=iterations,
+        training_steps=training_steps,
+    )
+    typer.echo(run_rivals(shared, " ".join(["modelopt-tdq", *sys.argv[1:]]), run))

@@ -1,0 +1,92 @@
+"""Our stages, each with what the one before has; and static scales with everything else: what time is worth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+from torch import nn
+
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.lab.bench.budget import budget
+from modelopt_tdq.lab.bench.qat_run import QatRun, train_qat
+from modelopt_tdq.lab.bench.rivals.setting import Setting, is_linear
+
+__all__ = ["PLAIN", "corrected", "qat", "reconstructed", "stage", "static_with_everything", "time_linear"]
+
+#: Scales alone.
+PLAIN: dict[str, Any] = {"asymmetric": False, "channel_smoothing": "none", "correction": "none"}
+
+#: What goes together with scales, over time or not.
+_OFFSETS: dict[str, Any] = {"asymmetric": "auto"}
+_SMOOTHING: dict[str, Any] = {"channel_smoothing": "auto"}
+
+
+def _correction(setting: Setting, kind: str) -> str:
+    """Where all codes are INT8, "auto" would fit nothing, so the kind is asked for."""
+    return kind if setting.bits.is_int8 else "auto"
+
+
+def stage(**fields: Any) -> Callable[[Setting], nn.Module]:
+    """The recipe with these fields of ``tdq``."""
+
+    def make(setting: Setting) -> nn.Module:
+        config = setting.config(**{**PLAIN, **fields})
+        return setting.quantize(config["quant_cfg"], config["algorithm"])
+
+    return make
+
+
+def time_linear(setting: Setting) -> nn.Module:
+    """Scales over time of linear layers; convolutions stay in high precision."""
+    rules = setting.rules(lambda layer: {"axis": None} if is_linear(layer) else None)
+    return setting.quantize(rules, setting.config(**PLAIN)["algorithm"])
+
+
+def static_with_everything(setting: Setting) -> nn.Module:
+    """One scale per quantizer; offsets, smoothing and corrections as over time, the latter static."""
+    return stage(bins=1, **_OFFSETS, **_SMOOTHING, correction=_correction(setting, "static"))(setting)
+
+
+def corrected(setting: Setting, before: nn.Module) -> nn.Module:
+    """The outputs of the stage before, corrected over time."""
+    model = copy.deepcopy(before)
+    algorithm = {
+        "method": "tdq_correct",
+        "correction": _correction(setting, "per_step"),
+        "progress": setting.progress,
+    }
+    mtq.calibrate(model, algorithm, setting.forward_loop)
+    return model
+
+
+def reconstructed(setting: Setting) -> nn.Module:
+    """Rounding and intervals learned block by block, behind offsets and smoothing; then corrections."""
+    config = setting.config(
+        "tdq_reconstruct", **_OFFSETS, **_SMOOTHING, correction="auto", iterations=setting.iterations
+    )
+    return setting.quantize(config["quant_cfg"], config["algorithm"])
+
+
+def qat(setting: Setting) -> nn.Module:
+    """Weights and intervals trained on images, behind offsets and smoothing; without corrections, which would undo it.
+
+    Raises:
+        TdqError: There are no images.
+    """
+    if setting.images is None:
+        raise TdqError("data", None, "QAT needs images to train on", "Pass --data cifar10.npz")
+    cost = replace(
+        budget("quick"),
+        steps=setting.training_steps,
+        calibration_samples=len(setting.start),
+        calibration_steps=setting.steps,
+    )
+    weights, activations = setting.bits.weights, setting.bits.activations
+    if not isinstance(weights, int) or not isinstance(activations, int):
+        raise TdqError("formats", setting.bits.name, "the bench trains integers", "Use W4A4")
+    run = QatRun(weights, activations, options={**_SMOOTHING})
+    return train_qat(setting.model, setting.scheduler, setting.images, run, cost).eval()
