@@ -115,10 +115,7 @@ def settings(tiny: Subject) -> dict[str, Setting]:
 @pytest.fixture(scope="module")
 def models(settings: dict[str, Setting]) -> dict[str, nn.Module]:
     """Of every row, in a format in which it applies; those for all formats at W8A8."""
-    found: dict[str, nn.Module] = {}
-    for name, row in ROWS.items():
-        found[name] = made(row, settings[FORMAT_OF.get(name, "W8A8")], found.get(row.builds_on or ""))
-    return found
+    return {name: made(row, settings[FORMAT_OF.get(name, "W8A8")]) for name, row in ROWS.items()}
 
 
 def test_the_registry_is_complete_and_in_order(settings: dict[str, Setting]) -> None:
@@ -126,7 +123,6 @@ def test_the_registry_is_complete_and_in_order(settings: dict[str, Setting]) -> 
     assert len({row.title for row in ROWS.values()}) == len({row.what for row in ROWS.values()}) == len(ORDER)
     for row in ROWS.values():
         assert row.costs
-        assert row.builds_on is None or ORDER.index(row.builds_on) < ORDER.index(row.name)
     applies = {name: [r.name for r in ROWS.values() if r.applies(setting)] for name, setting in settings.items()}
     everywhere = [name for name in ORDER if name not in ("pruna", "reconstruction", "qat")]
     assert applies["W8A8"] == everywhere
@@ -404,29 +400,29 @@ def test_frechet_distance_of_other_images(tmp_path: Path, tiny: Subject, monkeyp
 
 @pytest.mark.usefixtures("tiny_too")
 def test_finished_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[tuple[str, bool]] = []
+    ran: list[str] = []
     interrupted = ["time"]
 
-    def quick(row: Row, setting: Setting, before: nn.Module | None = None) -> nn.Module:
+    def quick(row: Row, setting: Setting) -> nn.Module:
         if row.name in interrupted:
             raise KeyboardInterrupt
-        ran.append((row.name, before is not None))
+        ran.append(row.name)
         return made(ROWS["max"], setting)
 
     monkeypatch.setattr(run, "made", quick)
     bench = _bench(tmp_path, "max", "time", "smoothing", "corrections")
     with pytest.raises(KeyboardInterrupt):
         run_rivals(bench, "first")
-    assert ran == [("max", False)]
+    assert ran == ["max"]
     interrupted.clear()
     run_rivals(bench, "second")
-    assert ran[1:] == [("time", False), ("smoothing", False), ("corrections", True)]  # goes on with smoothing's model
+    assert ran[1:] == ["time", "smoothing", "corrections"]
     stored = json.loads((tmp_path / "rivals.json").read_text())["runs"]
     assert [found["source"]["command"] for found in stored.values()] == ["first", *["second"] * 3]
     run_rivals(_bench(tmp_path, "max", "time", "smoothing", "corrections", "static"), "third")
-    assert ran[4:] == [("static", False)]
+    assert ran[4:] == ["static"]
     run_rivals(replace(bench, only=["time"], steps=4), "other sizes")
-    assert ran[5:] == [("time", False)]
+    assert ran[5:] == ["time"]
     assert "not run" in run_rivals(_bench(tmp_path, "mse"), "none", run=False)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import modelopt.torch.quantization as mtq
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
@@ -15,7 +13,7 @@ from modelopt_tdq.lab.bench.budget import budget
 from modelopt_tdq.lab.bench.qat_run import QatRun, train_qat
 from modelopt_tdq.lab.bench.rivals.setting import Setting, is_linear
 
-__all__ = ["PLAIN", "corrected", "qat", "reconstructed", "stage", "static_with_everything", "time_linear"]
+__all__ = ["PLAIN", "qat", "reconstructed", "stage", "static_with_everything", "time_linear"]
 
 #: Scales alone.
 PLAIN: dict[str, Any] = {"asymmetric": False, "channel_smoothing": "none", "correction": "none"}
@@ -23,11 +21,6 @@ PLAIN: dict[str, Any] = {"asymmetric": False, "channel_smoothing": "none", "corr
 #: What goes together with scales, over time or not.
 _OFFSETS: dict[str, Any] = {"asymmetric": "auto"}
 _SMOOTHING: dict[str, Any] = {"channel_smoothing": "auto"}
-
-
-def _correction(setting: Setting, kind: str) -> str:
-    """Where all codes are INT8, "auto" would fit nothing, so the kind is asked for."""
-    return kind if setting.bits.is_int8 else "auto"
 
 
 def stage(**fields: Any) -> Callable[[Setting], nn.Module]:
@@ -48,19 +41,7 @@ def time_linear(setting: Setting) -> nn.Module:
 
 def static_with_everything(setting: Setting) -> nn.Module:
     """One scale per quantizer; offsets, smoothing and corrections as over time, the latter static."""
-    return stage(bins=1, **_OFFSETS, **_SMOOTHING, correction=_correction(setting, "static"))(setting)
-
-
-def corrected(setting: Setting, before: nn.Module) -> nn.Module:
-    """The outputs of the stage before, corrected over time."""
-    model = copy.deepcopy(before)
-    algorithm = {
-        "method": "tdq_correct",
-        "correction": _correction(setting, "per_step"),
-        "progress": setting.progress,
-    }
-    mtq.calibrate(model, algorithm, setting.forward_loop)
-    return model
+    return stage(bins=1, **_OFFSETS, **_SMOOTHING, correction="auto")(setting)
 
 
 def reconstructed(setting: Setting) -> nn.Module:

@@ -64,10 +64,9 @@ class Row:
         what: What it does, in one line.
         costs: What its activation scales cost when deployed.
         group: Whose it is; static: scales of ours that do not follow time.
-        make: Setting to a quantized model; with ``builds_on``, of the model of that row too.
+        make: Setting to a quantized model.
         keeps: Of a layer of the recipe, by its name: whether it stays in high precision.
         applies: To which settings.
-        builds_on: Name of an earlier row whose model this one goes on with.
         long: Takes much longer than the others; left out unless asked for.
     """
 
@@ -76,10 +75,9 @@ class Row:
     what: str
     costs: str
     group: Literal["others", "static", "ours"]
-    make: Callable[..., nn.Module]
+    make: Callable[[Setting], nn.Module]
     keeps: Callable[[str, nn.Module], bool] = _keeps_none
     applies: Callable[[Setting], bool] = _always
-    builds_on: str | None = None
     long: bool = False
 
 
@@ -240,8 +238,7 @@ _ALL = (
         "and gains and biases of output channels over time, in the factor and the bias behind each product",
         _LOOKUP,
         "ours",
-        ours.corrected,
-        builds_on="smoothing",
+        ours.stage(asymmetric="auto", channel_smoothing="auto", correction="auto"),
     ),
     Row(
         "reconstruction",
@@ -292,16 +289,6 @@ def row_layers(row: Row, setting: Setting) -> set[str]:
     return {name for name, layer in setting.layers.items() if not row.keeps(name, layer)}
 
 
-def made(row: Row, setting: Setting, before: nn.Module | None = None) -> nn.Module:
-    """The model of a row.
-
-    Args:
-        row: It applies to the setting.
-        setting: To make it from.
-        before: The model of the row that it builds on, where it is there already.
-    """
-    if row.builds_on is None:
-        return row.make(setting)
-    if before is None:
-        before = made(ROWS[row.builds_on], setting)
-    return row.make(setting, before)
+def made(row: Row, setting: Setting) -> nn.Module:
+    """The model of a row that applies to the setting."""
+    return row.make(setting)

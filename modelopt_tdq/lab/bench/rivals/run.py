@@ -283,33 +283,22 @@ def run_rows(bench: Bench, store: Store, command: str) -> None:
                 yardsticks = {name: _yardstick(rows[0])}
             against = yardsticks[name]
             setting = _setting(bench, of, bits, images)
-            kept: dict[str, tuple[nn.Module, float]] = {}
             for place in rows:
                 label = f"{name} {bits.name} {place.row.name}"
                 advance(label, 0)
-                found = _one(place, setting, kept, against, lambda label=label: advance(label, 1))  # type: ignore[misc]
+                found = _one(place, setting, against, lambda label=label: advance(label, 1))  # type: ignore[misc]
                 about = {"model": name, "format": bits.name, "row": place.row.name, "sizes": place.sizes}
                 store.add(place.key, {**about, **found, "source": provenance(command)})
                 advance(label, place.sizes["steps"])
 
 
-def _one(
-    place: Place,
-    setting: Setting,
-    kept: dict[str, tuple[nn.Module, float]],
-    against: _Yardstick,
-    tick: Callable[[], None],
-) -> dict[str, Any]:
-    """What was found of one row; ``kept`` is its model alone afterwards, with the seconds it took, for the next row."""
-    row = place.row
-    before, seconds = kept.get(row.builds_on or "", (None, 0.0))
-    kept.clear()
+def _one(place: Place, setting: Setting, against: _Yardstick, tick: Callable[[], None]) -> dict[str, Any]:
+    """What was found of one row."""
     start = time.perf_counter()
     try:
-        model = made(row, setting, before)
+        model = made(place.row, setting)
     except TdqError as error:
         return {"failed": str(error)}
-    seconds += time.perf_counter() - start
-    kept[row.name] = (model, seconds)
+    seconds = time.perf_counter() - start
     found = {"layers": len(quantized_layers(model)), "of_layers": len(setting.layers)}
     return {**found, **_measure(model, place, against, tick), "calibration_seconds": round(seconds, 1)}
