@@ -30,14 +30,14 @@ from support.models import fast_config  # noqa: E402
 import modelopt_tdq as tdq  # noqa: E402
 from modelopt_tdq.export.inputs import flatten_inputs  # noqa: E402
 from modelopt_tdq.lab.example_call import example_call  # noqa: E402
-from modelopt_tdq.lab.model_folder import load_model  # noqa: E402
-from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape  # noqa: E402
+from modelopt_tdq.lab.reference_models import reference_model  # noqa: E402
+from modelopt_tdq.lab.trajectories import noise, sample, sample_shape  # noqa: E402
 from modelopt_tdq.runtime.build.report import EngineReport, float_layers  # noqa: E402
 
 FORMATS = {"int8": 8, "fp8": (4, 3)}
 
 #: The trained models, at several batch sizes.
-BUNDLED = {"bundled UNet": "model", "bundled DiT": "dit"}
+BUNDLED = {"bundled UNet": "unet", "bundled DiT": "dit"}
 
 #: Families whose attention products are quantized in rows of their own.
 WITH_ATTENTION = ("stable_diffusion", "sd3", "wan")
@@ -104,9 +104,9 @@ def _build(proto: onnx.ModelProto, folder: Path) -> EngineReport:
     return tdq.build_engine(folder / "model.onnx", folder / "model.engine", compute_capabilities=("8.9",))
 
 
-def _bundled(folder: str, bits: Any, batches: list[int]) -> list[Denoiser]:
-    source = ROOT / "trt_examples" / "ddim_cifar10" / folder
-    model, scheduler = load_model(source), load_scheduler(source)
+def _bundled(name: str, bits: Any, batches: list[int]) -> list[Denoiser]:
+    chosen = reference_model(name)
+    model, scheduler = chosen.load_model(), chosen.load_scheduler()
     start = noise(2, sample_shape(model), 0)
     config = fast_config(weight_bits=bits, activation_bits=bits)
     mtq.quantize(model, config, lambda m: sample(m, scheduler, start, 4))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Corrections of layers' outputs on the bundled models: quality on held-out trajectories, time to fit, deployed cost.
+"""Corrections of layers' outputs on the reference models: quality on held-out trajectories, time to fit, deployed cost.
 
 Quality: the recipes, with no corrections, static ones, those of each step, and what "auto" chooses; SQNR of the
 prediction, mean and worst over the steps, the step that changed least for the better, and PSNR of the images, against
@@ -31,12 +31,10 @@ from torch import nn
 import modelopt_tdq as tdq
 from modelopt_tdq.lab.example_call import example_call
 from modelopt_tdq.lab.judge import judge, reference
-from modelopt_tdq.lab.model_folder import load_model
-from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape
+from modelopt_tdq.lab.reference_models import reference_model
+from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
 from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = {"unet": "model", "dit": "dit"}
 KINDS = ("none", "static", "per_step", "auto")
 
 
@@ -75,22 +73,20 @@ def _timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _source(name: str) -> Path:
-    return ROOT / "trt_examples" / "ddim_cifar10" / BUNDLED[name]
-
-
 def qualities(
-    name: str, recipe: str, smoothing: str, samples: int, arguments: Any
+    name: str, recipe: str, smoothing: str, samples: int | None, arguments: Any
 ) -> Iterator[tuple[Quality, nn.Module]]:
     """Of one model and recipe: each kind of correction, on one calibration."""
-    model, scheduler = load_model(_source(name)), load_scheduler(_source(name))
+    chosen = reference_model(name)
+    model, scheduler = chosen.load_model(), chosen.load_scheduler()
+    steps, samples = arguments.steps or chosen.calibration_steps, samples or chosen.calibration_samples
     start = noise(samples, sample_shape(model), 0)
-    held_out = reference(model, scheduler, arguments.held_out, arguments.steps, 1, lambda: None)
+    held_out = reference(model, scheduler, arguments.held_out, steps, 1, lambda: None)
     config = tdq.recipe(recipe)
     config["algorithm"] |= {"progress": False, "correction": "none", "channel_smoothing": smoothing}
 
     def forward_loop(quantized: nn.Module) -> None:
-        sample(quantized, scheduler, start, arguments.steps)
+        sample(quantized, scheduler, start, steps)
 
     seconds = _timed(lambda: mtq.quantize(model, config, forward_loop))
     plain: list[float] = []
@@ -177,12 +173,12 @@ def _table(rows: list[Quality], costs: list[Cost]) -> str:
 def main() -> None:
     """Run, print a table, write results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="unet,dit")
+    parser.add_argument("--models", default="unet,dit", help="of unet, dit, terrain")
     parser.add_argument("--recipes", default="w4a8,w4a4")
     parser.add_argument("--smoothing", default="none")
-    parser.add_argument("--samples", default="16", help="calibration trajectories")
+    parser.add_argument("--samples", default="0", help="calibration trajectories; 0: as many as suit the model")
     parser.add_argument("--held-out", type=int, default=8, help="trajectories to judge on")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="by default what suits the model")
     parser.add_argument("--repetitions", type=int, default=60)
     parser.add_argument("--no-deployment", action="store_true")
     parser.add_argument("--append", action="store_true", help="keep the other rows of the file that is there")
@@ -196,7 +192,7 @@ def main() -> None:
         rows = {_key(row): row for row in (Quality(**fields) for fields in old["rows"])}
         costs = {(one.model, one.recipe): one for one in (Cost(**fields) for fields in old["costs"])}
     cases = [
-        (name, recipe, smoothing, int(samples))
+        (name, recipe, smoothing, int(samples) or None)
         for name in arguments.models.split(",")
         for recipe in arguments.recipes.split(",")
         for smoothing in arguments.smoothing.split(",")

@@ -1,4 +1,4 @@
-"""Sampling trajectories of the bundled model: for calibration, and held out for judging."""
+"""Sampling trajectories of the bundled model, for calibration."""
 
 from __future__ import annotations
 
@@ -34,22 +34,3 @@ def sample(
             visit(t, x)
         x = scheduler.step(model(x, t).sample, t, x).prev_sample
     return x.clamp(-1, 1)
-
-
-class HeldOut:
-    """Full-precision trajectories with other seeds than calibration, and the noise predictions along them."""
-
-    def __init__(self, model: nn.Module, samples: int, seed: int, steps: int) -> None:
-        self.inputs: list[tuple[Tensor, Tensor]] = []
-        sample(model, samples, seed, steps, lambda t, x: self.inputs.append((t, x)))
-        with torch.no_grad():
-            self.references = [model(x, t).sample for t, x in self.inputs]
-
-    @torch.no_grad()
-    def sqnr_db(self, model: nn.Module) -> Tensor:
-        """[steps] SQNR of the noise prediction in dB, in the order of sampling."""
-        found = []
-        for (t, x), reference in zip(self.inputs, self.references, strict=True):
-            noise = (model(x, t).sample - reference).double().square().sum()
-            found.append(10 * torch.log10(reference.double().square().sum() / noise))
-        return torch.stack(found)

@@ -14,7 +14,7 @@ from modelopt_tdq.core.metrics import psnr_db, sqnr_db
 from modelopt_tdq.lab.denoising import predict, sample_labels
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
 
-__all__ = ["Judgement", "Reference", "judge", "reference"]
+__all__ = ["Judgement", "Reference", "held_out_sqnr", "judge", "reference"]
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,31 @@ def reference(
 
 def judge(model: nn.Module, scheduler: Any, against: Reference, tick: Callable[[], None]) -> Judgement:
     """Judge a quantized model; ``tick`` is called twice per step."""
-    import modelopt.torch.quantization as mtq
-
-    model = copy.deepcopy(model)
-    mtq.fold_weight(model)  # the same numbers, without quantizing the weights again at every call
-    decibels = []
-    with torch.no_grad():
-        for time, inputs, prediction in zip(against.timesteps, against.inputs, against.predictions, strict=True):
-            labels = sample_labels(model, len(inputs), inputs.device)
-            decibels.append(sqnr_db(prediction, predict(model, inputs, time, labels)))
-            tick()
+    model = _folded(model)
+    decibels = _sqnr(model, against, tick)
     images = sample(model, scheduler, against.start, len(against.timesteps), lambda *_: tick()).clamp(-1.0, 1.0)
     return Judgement(decibels, psnr_db(against.images, images), images)
+
+
+def held_out_sqnr(model: nn.Module, against: Reference) -> list[float]:
+    """[S] SQNR of a quantized model's predictions in dB, as :func:`judge` finds it, without the images."""
+    return _sqnr(_folded(model), against, lambda: None)
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """A copy with the same numbers, which does not quantize its weights again at every call."""
+    import modelopt.torch.quantization as mtq
+
+    copied = copy.deepcopy(model)
+    mtq.fold_weight(copied)
+    return copied
+
+
+@torch.no_grad()
+def _sqnr(model: nn.Module, against: Reference, tick: Callable[[], None]) -> list[float]:
+    decibels = []
+    for time, inputs, prediction in zip(against.timesteps, against.inputs, against.predictions, strict=True):
+        labels = sample_labels(model, len(inputs), inputs.device)
+        decibels.append(sqnr_db(prediction, predict(model, inputs, time, labels)))
+        tick()
+    return decibels

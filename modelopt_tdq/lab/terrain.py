@@ -1,9 +1,9 @@
 """The terrain model: a converged denoiser of height maps, conditioned on sigma and on a difficulty.
 
-A U-Net with 10.5 M parameters and 255 layers, distilled as a consistency model: it predicts the clean map at once, and
-better so the more often it is asked again at a lower sigma. Its weights come from the PyPI package
+A U-Net with 10.5 M parameters and 255 layers, distilled as a consistency model: it predicts the clean map, from almost
+nothing but noise at once, or over several sigmas. Its weights come from the PyPI package
 ``adaptive-terrain-diffusion`` (MIT), which holds them as an ONNX file for ONNX Runtime; here they are put into torch,
-so that the model can be quantized. It is the one reference model whose activations really move over time.
+so that the model can be quantized. It is the one reference model that is converged.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = ["DIFFICULTIES", "INSTALL", "TerrainScheduler", "TerrainUNet", "load_t
 
 #: Without its dependencies: it asks for onnxruntime-gpu, which overwrites the files of onnxruntime.
 INSTALL = "pip install --no-deps adaptive-terrain-diffusion==0.4.2"
+_CURE = f"Run {INSTALL} (its dependencies would clash with onnxruntime)"
 
 #: Sigma at the start and at the end of a trajectory, in units of the maps, whose own deviation is about 0.5.
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.08
@@ -39,6 +40,10 @@ DIFFICULTIES = (0.1, 0.9, 0.5, 0.3, 0.7)
 _SIGMA_DATA, _SIGMA_LEAST = 0.5, 0.002  # of the training, as in Song et al. 2023 (consistency models), appendix C
 _GROUPS = 32
 _HEAD = 32
+
+#: Files of a saved model, by the names that diffusers and ModelOpt give them, and what its config holds for __init__.
+_CONFIG, _WEIGHTS, _STATE = "config.json", "diffusion_pytorch_model.safetensors", "modelopt_state.pth"
+_ARGUMENTS = ("sample_size", "channels", "attention", "blocks", "embedding")
 
 
 class _ResBlock(nn.Module):
@@ -182,12 +187,12 @@ class TerrainUNet(nn.Module):
         """
         if class_labels is None:
             raise TdqError("class_labels", None, "the terrain model needs a difficulty for each map", "Pass [B] int64")
-        sigma = timestep.to(sample.dtype).reshape(-1, 1)
-        phase = 250.0 * sigma.log() * self.frequencies
+        sigma = timestep.to(sample).reshape(-1)
+        phase = (250.0 * sigma.log())[:, None] * self.frequencies
         difficulty = self.difficulties[class_labels].to(sample.dtype)[:, None]
         embedding = self.time_embedding(torch.cat([phase.cos(), phase.sin()], 1))
         embedding = embedding + self.difficulty_embedding(difficulty)
-        sigma = sigma[:, :, None, None]
+        sigma = sigma[:, None, None, None]
         spread = (sigma.square() + _SIGMA_DATA**2).sqrt()
         x: Tensor = self.conv_in(sample / spread)
         waiting = [x]
@@ -233,10 +238,6 @@ class TerrainUNet(nn.Module):
         return model
 
 
-_CONFIG, _WEIGHTS, _STATE = "config.json", "diffusion_pytorch_model.safetensors", "modelopt_state.pth"
-_ARGUMENTS = ("sample_size", "channels", "attention", "blocks", "embedding")
-
-
 def _embedder(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
 
@@ -264,7 +265,6 @@ class TerrainScheduler:
     def set_timesteps(self, steps: int) -> None:
         """Begin trajectories of ``steps`` sigmas, [S] float32 in ``timesteps``, with equal ratios."""
         self.timesteps = torch.logspace(0, 1, steps, base=SIGMA_MIN / SIGMA_MAX) * SIGMA_MAX
-        self._generators = []
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """The sample itself: the model scales it."""
@@ -305,7 +305,7 @@ def terrain_file() -> Path:
         file = Path(folder) / "weights" / "terrain_consistency_unet_difficulty100.onnx"
         if file.is_file():
             return file
-    raise MissingExtraError("model", "terrain", "the package with its weights is not installed", INSTALL)
+    raise MissingExtraError("model", "terrain", "the package with its weights is not installed", _CURE)
 
 
 def load_terrain(file: str | os.PathLike[str] | None = None, **config: Any) -> TerrainUNet:
@@ -325,9 +325,9 @@ def load_terrain(file: str | os.PathLike[str] | None = None, **config: Any) -> T
     try:
         weights = _weights(onnx.load(str(source)).graph, model)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, StopIteration) as error:
+    except (IndexError, KeyError, RuntimeError, StopIteration) as error:
         problem = f"not the weights of version 0.4.2 ({type(error).__name__}: {error})"
-        raise TdqError("model", str(source), problem, INSTALL) from error
+        raise TdqError("model", str(source), problem, _CURE) from error
     return model.eval()
 
 

@@ -14,13 +14,17 @@ from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.demo import DemoSettings, run_demo
 from modelopt_tdq.lab.demo.cache import StageCache, StageResult
+from modelopt_tdq.lab.demo.gather import gather
 from modelopt_tdq.lab.demo.pool import run_stages
 from modelopt_tdq.lab.demo.run import available_backends, unfinished
-from modelopt_tdq.lab.demo.stages import stages
+from modelopt_tdq.lab.demo.stages import run, stages
 from modelopt_tdq.lab.demo.variants import variant_config
 from modelopt_tdq.lab.model_folder import load_quantized
-from modelopt_tdq.lab.reference_models import bundled_model
+from modelopt_tdq.lab.reference_models import REFERENCE_MODELS, ReferenceModel, bundled_model
+from modelopt_tdq.lab.report.figures import draw_figures
+from modelopt_tdq.lab.report.html import write_html
 from modelopt_tdq.lab.report.results import load_results
+from modelopt_tdq.lab.terrain import TerrainScheduler, TerrainUNet
 
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
@@ -179,6 +183,60 @@ def test_without_maintenance_nothing_changes(settings: DemoSettings) -> None:
     assert left == ["recipe-int8"]
 
 
+@pytest.fixture
+def height_maps(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model of another kind: one channel, classes, sigmas, a scheduler that is not of diffusers."""
+
+    def load() -> TerrainUNet:
+        torch.manual_seed(0)
+        return TerrainUNet(sample_size=16, channels=(32,), attention=(False,), blocks=1, embedding=32).eval()
+
+    weights = bundled_model() / "config.json"
+    numbers = {"steps": 3, "samples": 3, "calibration_steps": 3, "calibration_samples": 2, "batch": 2}
+    small = ReferenceModel("maps", "Maps", load, TerrainScheduler, lambda: weights, "clean maps", **numbers)
+    monkeypatch.setitem(REFERENCE_MODELS, "maps", small)
+    return "maps"
+
+
+def test_a_model_of_another_kind(height_maps: str, tmp_path: Path) -> None:
+    """In this process, so that the stages find it: sampled, quantized, exported and run in OpenVINO, drawn."""
+    pytest.importorskip("openvino")
+    settings = DemoSettings.for_model(height_maps, output=tmp_path, recipes=("int8",), samples=None)
+    assert (settings.steps, settings.samples, settings.batch) == (3, 3, 2)
+    backends = frozenset({"onnx", "openvino"})
+    for stage in stages(settings, backends):
+        run(stage, settings, backends, lambda fraction: None)
+    results, arrays = gather(settings, backends, "modelopt-tdq demo --model maps")
+    rows = {row["variant"]: row for row in results["rows"]}
+    assert arrays["reference"]["images"].shape == (3, 1, 16, 16)
+    assert results["timesteps"] == pytest.approx([80.0, 2.53, 0.08], abs=0.01)
+    # the deployed graph got each sample its class, and the noise that full precision had, in batches of 2 and 1
+    deployed = [float(v) for v in results["openvino"]["sqnr_db"]]
+    assert deployed == pytest.approx([float(v) for v in rows["tdq"]["sqnr_db"]], abs=1.0)
+    assert min(deployed) > 25
+    assert float(rows["tdq"]["psnr_db"]) > 35
+    figures = draw_figures(results, arrays, tmp_path)
+    assert any("Prediction of the clean maps" in figure["caption"] for figure in figures)
+    results["figures"] = figures
+    page = write_html(results, tmp_path, tmp_path / "report.html").read_text()
+    assert "Maps" in page
+    assert "CIFAR" not in page
+
+
+def test_results_belong_to_a_model(height_maps: str, settings: DemoSettings, first: tuple[dict[str, Any], str]) -> None:
+    left = [s.name for s in unfinished(dataclasses.replace(settings, model=height_maps), available_backends())]
+    assert left == ["reference", "recipe-int8"]
+
+
+def test_a_model_with_text_is_refused(tmp_path: Path) -> None:
+    from support.models import FAMILIES
+
+    model: Any = FAMILIES["unet_condition"].make()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TdqError, match="takes more than a sample and a time"):
+        DemoSettings(model=str(tmp_path)).load()
+
+
 def test_settings_are_checked() -> None:
     for wrong in (
         {"maintenance": "some"},
@@ -192,7 +250,3 @@ def test_settings_are_checked() -> None:
             DemoSettings(**wrong)  # type: ignore[arg-type]
     settings = DemoSettings(recipes=("w4a4",), workers=3)
     assert DemoSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
-
-
-def test_bundled_model_is_found() -> None:
-    assert (bundled_model() / "scheduler" / "scheduler_config.json").is_file()

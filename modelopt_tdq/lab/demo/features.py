@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.core.metrics import json_number, sqnr_db
-from modelopt_tdq.lab.denoising import predict, sample_labels
+from modelopt_tdq.core.metrics import json_number
 from modelopt_tdq.lab.features import compute_features
-from modelopt_tdq.lab.judge import Reference
+from modelopt_tdq.lab.judge import Reference, held_out_sqnr
 from modelopt_tdq.temporal_features.errors import relative_squared_error
 from modelopt_tdq.temporal_features.report import COLUMNS, MEASURED, temporal_report
 from modelopt_tdq.temporal_features.runtime import feature_table, has_features, remove_features
@@ -69,16 +68,8 @@ def feature_facts(full: nn.Module, model: nn.Module, against: Reference) -> dict
     }
 
 
-@torch.no_grad()
 def _with_exact_features(model: nn.Module, against: Reference) -> list[float]:
     """[S] dB: as :func:`modelopt_tdq.lab.judge.judge`, with the temporal layers in full precision."""
-    import modelopt.torch.quantization as mtq
-
     exact = copy.deepcopy(model)
     remove_features(exact)
-    mtq.fold_weight(exact)
-    decibels = []
-    for time, inputs, prediction in zip(against.timesteps, against.inputs, against.predictions, strict=True):
-        labels = sample_labels(exact, len(inputs), inputs.device)
-        decibels.append(sqnr_db(prediction, predict(exact, inputs, time, labels)))
-    return decibels
+    return held_out_sqnr(exact, against)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.processes import run_fresh
 
-from modelopt_tdq.lab.report.plots import image_grid, scale_heat_map, scales_over_time, sqnr_per_step
+from modelopt_tdq.lab.report.plots import image_grid, scale_heat_map, scales_over_time, sqnr_per_step, time_axis
 
 pytest.importorskip("matplotlib")
 PNG = b"\x89PNG"
@@ -22,6 +22,29 @@ def test_every_plot_writes_a_png_in_a_new_folder(tmp_path: Path) -> None:
         scale_heat_map(names, times, scale, tmp_path / "new" / "heat.png"),
     ]
     assert [path.read_bytes()[:4] for path in drawn] == [PNG] * 4
+
+
+def test_height_maps_are_coloured_over_the_range_of_the_first_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the formats' range, in which maps near -1 would be all one colour, and not each by its own."""
+    from matplotlib.axes import Axes
+
+    looks = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(
+        Axes, "imshow", lambda self, picture, **look: looks.append(look) or imshow(self, picture, **look)
+    )
+    first = torch.linspace(-1.0, -0.8, 128).reshape(2, 1, 8, 8)
+    image_grid({"FP32": first, "W8A8": first + 0.05}, tmp_path / "grid.png")
+    assert len(looks) == 4
+    assert {(look["vmin"], look["vmax"]) for look in looks} == {(float(first.min()), float(first.max()))}
+
+
+def test_sigmas_are_drawn_by_their_logarithms() -> None:
+    assert time_axis([80.0, 8.0, 0.8, 0.08]) == "log"
+    for times in ([999.0, 500.0, 1.0], [950.0, 500.0, 0.0], [3.0], [1.0, 0.0005, 0.0]):
+        assert time_axis(times) == "linear"
 
 
 def test_infinite_decibels_and_constant_scales_can_be_drawn(tmp_path: Path) -> None:
