@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -190,12 +191,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         model: Whose layers are watched.
-        data: Whether the runs have data, so that what the model writes into its own tensors has to be undone.
+        mode: In which the runs have no data; None: they have, so that what the model writes into its own tensors has to
+            be undone.
     """
 
-    def __init__(self, model: nn.Module, data: bool) -> None:
+    def __init__(self, model: nn.Module, mode: FakeTensorMode | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._model, self._data = model, data
+        self._model, self._mode = model, mode
         self._parameters = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
         self._same: dict[int, int] = {}
@@ -222,7 +224,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             state: The tensors that the model holds, by where.
         """
         held = {where: self._keys(tensors) for where, tensors in state.items()}
-        if self._data:
+        if self._mode is None:
             for tensor in (t for tensors in state.values() for t in tensors if t not in self._slots):
                 self._held.setdefault(self._key(tensor), []).append(tensor)
         named = tuple((name, self._slot(tensor)) for name, tensor in labels)
@@ -290,6 +292,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if self._key(result) != source:
                     self._same[self._key(result)] = source
 
+    def _without_data(self, func: Any, args: Any, written: Sequence[int]) -> Any:
+        """The operands as the mode without data would take them.
+
+        It would do so itself, but does not remember what an operator gives that it is handed tensors with data; most
+        operators of a model are handed a parameter, and come again in every run.
+        """
+        views = any(returned.alias_info is not None for returned in func._schema.returns)
+        if self._mode is None or written or views or _reads_values(func):
+            return args
+        if not any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(args)):
+            return args
+        return pytree.tree_map_only((Tensor, nn.Parameter), self._own, args)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        mode = self._mode
+        return mode.from_tensor(tensor) if mode is not None and type(tensor) in (Tensor, nn.Parameter) else tensor
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         changed = _operands(func, args, kwargs, written=True)
@@ -297,7 +316,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in (t for key in written for t in self._held.get(key, ())):
             self._before.setdefault(id(tensor), (tensor, tensor.detach().clone()))
         operands, inputs = pytree.tree_map(self._reference, (args, kwargs)), self._keys(_tensors((args, kwargs)))
-        result = func(*args, **kwargs)
+        result = func(*self._without_data(func, args, written), **kwargs)
         outputs = pytree.tree_leaves(result)
         results = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
         self._one_storage(func, args, kwargs, results)

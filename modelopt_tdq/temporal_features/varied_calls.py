@@ -41,7 +41,7 @@ class VariedCalls:
         self._model, self._arguments, self._timestep, self._times = model, arguments, timestep, times
         self._mode = None if data else FakeTensorMode(allow_non_fake_inputs=True)
         self._empty = any(parameter.is_meta for parameter in model.parameters())
-        self._recorder = Recorder(model, data)
+        self._recorder = Recorder(model, self._mode)
         self._initial, self._functions = ModelState(model), CachedFunctions(model)
         self._changed: dict[str, Held] = {}
         self._changing: set[str] = set()

@@ -10,14 +10,14 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop
+from support.models import SMALL_UNET, TinyDenoiser, calls, fast_config, loop
 
 import modelopt_tdq as tdq
 from modelopt_tdq.temporal_features.report import COLUMNS, cache_memory, error_db, memory_text, temporal_report
 
 diffusers = pytest.importorskip("diffusers")
 
-FAMILY = FAMILIES["unet"]
+FAMILY = SMALL_UNET
 TIMES = [900.0, 700.0, 600.0, 300.0, 20.0]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.core.metrics import json_number, sqnr_db
 from modelopt_tdq.errors import require
+from modelopt_tdq.export.trace import OPSET
 from modelopt_tdq.lab.demo.cache import StageResult
 from modelopt_tdq.lab.demo.settings import DEPLOYED, DemoSettings, cores
 from modelopt_tdq.lab.denoising import Prediction, sample_labels
@@ -58,7 +59,8 @@ def export_and_build(
         require("onnxscript", "onnx")
         model, _ = settings.load()
         inputs = tuple(_inputs(settings, model).values())
-        program = torch.onnx.export(Prediction(model), inputs, dynamo=True, opset_version=21, verbose=False)
+        # from opset 21 on there is GroupNormalization, with which OpenVINO 2026.4 crashes on the terrain model
+        program = torch.onnx.export(Prediction(model), inputs, dynamo=True, opset_version=OPSET, verbose=False)
         program.save(str(path))  # type: ignore[union-attr]
         return StageResult({}, files=files)
     model = load_quantized(settings.output / "models" / f"{DEPLOYED}-{variant}").model

@@ -40,6 +40,9 @@ __all__ = ["Bench", "Place", "Subject", "places", "run_rows", "subject"]
 #: Seeds of what is calibrated on, what is judged, and the images for the Fréchet distance.
 _CALIBRATION_SEED, _JUDGED_SEED, _IMAGE_SEED = 0, 1, 2
 
+#: Channels of the images that have a Fréchet distance: its network looks at colours.
+_COLOURS = 3
+
 #: Images in a call.
 _BATCH = 64
 
@@ -86,7 +89,7 @@ class Bench:
         samples: Calibration trajectories; None: what suits the model.
         held_out: Trajectories to judge on; None: what suits the model.
         steps: Of a trajectory; None: what suits the model.
-        frechet: Images for the Fréchet distance; 0: none.
+        frechet: Images for the Fréchet distance, of models that make images in colour; 0: none.
         data: ``cifar10.npz`` for QAT; None: none.
         iterations: Of the reconstruction, per block.
         training_steps: Of QAT.
@@ -149,7 +152,7 @@ def _sizes(bench: Bench, of: Subject, row: Row) -> dict[str, int]:
         "samples": bench.samples or of.about.calibration_samples,
         "held_out": bench.held_out or of.about.samples,
         "steps": bench.steps or of.about.calibration_steps,
-        "frechet": bench.frechet,
+        "frechet": bench.frechet if sample_shape(of.model)[0] == _COLOURS else 0,
     }
     if row.long:
         sizes |= {"iterations": bench.iterations, "training_steps": bench.training_steps}
