@@ -22,21 +22,18 @@ class Reference:
     """Full-precision trajectories.
 
     Attributes:
+        start: [N, C, H, W] standard normal noise that the trajectories start from, before the scheduler scales it.
         timesteps: [S] in the order of sampling.
         inputs: [S, N, C, H, W] what the model saw.
         predictions: [S, N, C, H, W] what it answered.
         images: [N, C, H, W] in [-1, 1].
     """
 
+    start: Tensor
     timesteps: Tensor
     inputs: Tensor
     predictions: Tensor
     images: Tensor
-
-    @property
-    def start(self) -> Tensor:
-        """[N, C, H, W] the noise that the trajectories start from (the schedulers here scale it by 1)."""
-        return self.inputs[0]
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,9 @@ def reference(
         predictions.append(prediction)
         tick()
 
-    images = sample(model, scheduler, noise(samples, sample_shape(model), seed), steps, visit)
-    return Reference(torch.stack(times), torch.stack(inputs), torch.stack(predictions), images.clamp(-1.0, 1.0))
+    start = noise(samples, sample_shape(model), seed)
+    images = sample(model, scheduler, start, steps, visit)
+    return Reference(start, *(torch.stack(calls) for calls in (times, inputs, predictions)), images.clamp(-1.0, 1.0))
 
 
 def judge(model: nn.Module, scheduler: Any, against: Reference, tick: Callable[[], None]) -> Judgement:

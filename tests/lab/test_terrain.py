@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,8 @@ from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.lab import terrain
 from modelopt_tdq.lab.denoising import predict, sample_labels
 from modelopt_tdq.lab.example_call import example_call
-from modelopt_tdq.lab.model_folder import describe_inputs, load_quantized, save_quantized
+from modelopt_tdq.lab.judge import judge, reference
+from modelopt_tdq.lab.model_folder import describe_inputs, load_quantized, make_inputs, save_quantized
 from modelopt_tdq.lab.terrain import DIFFICULTIES, INSTALL, TerrainScheduler, TerrainUNet, load_terrain, terrain_file
 from modelopt_tdq.lab.trajectories import is_unconditional, noise, sample, sample_shape
 
@@ -152,6 +154,15 @@ def test_noise_is_a_function_of_the_start(model: TerrainUNet) -> None:
     assert torch.equal(torch.stack(seen[1:]) - 0.25, found)  # whatever the scheduler did before
 
 
+def test_full_precision_is_judged_to_be_perfect(model: TerrainUNet) -> None:
+    """From the same start, not from what the scheduler made of it, and with the same noise."""
+    against = reference(model, TerrainScheduler(), 2, 4, 1, lambda: None)
+    found = judge(model, TerrainScheduler(), against, lambda: None)
+    assert found.psnr_db == math.inf
+    assert found.sqnr_db == [math.inf] * 4
+    assert torch.equal(against.inputs[0], 80.0 * against.start)
+
+
 @pytest.fixture(scope="module")
 def file(model: TerrainUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model as its package has the large one: its operators, its names, no names of group norms."""
@@ -230,7 +241,8 @@ def test_a_quantized_model_is_saved_and_restored(quantized: nn.Module, tmp_path:
 
 def test_a_quantized_model_runs_in_onnx_runtime(model: TerrainUNet, quantized: nn.Module, tmp_path: Path) -> None:
     call = example_call(model, 2, torch.tensor([0.8, 8.0]))
-    report = tdq.export_onnx(quantized, tmp_path / "model.onnx", call)
+    described = make_inputs(describe_inputs(quantized, (), call))  # as the command line does: noise, even for sigma
+    report = tdq.export_onnx(quantized, tmp_path / "model.onnx", described)
     assert not report.skipped
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     assert [each.name for each in session.get_inputs()] == ["sample", "timestep", "class_labels"]

@@ -19,7 +19,7 @@ from modelopt_tdq.errors import TdqError
 __all__ = ["StageCache", "StageResult", "installed"]
 
 #: To be raised whenever a stage computes something else for the same settings.
-FORMAT = 4
+FORMAT = 5
 
 _KIND = "DemoStage"
 

@@ -10,7 +10,6 @@ import torch
 
 from modelopt_tdq.core.metrics import json_number
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.export.trace import OPSET
 from modelopt_tdq.lab.demo import deploy
 from modelopt_tdq.lab.demo.cache import StageCache, StageResult
 from modelopt_tdq.lab.demo.features import feature_facts, feature_tensors
@@ -69,7 +68,7 @@ def stages(settings: DemoSettings, backends: frozenset[str]) -> list[Stage]:
         cost = calibration + 9.0 * call_s * calls
         found.append(Stage(f"recipe-{recipe_name}", f"quantize {recipe_name}", depends, cost, ("reference",)))
     if settings.engines and "onnx" in backends and DEPLOYED in settings.recipes:
-        shared: dict[str, Any] = {"calibrated": settings.calibrated(DEPLOYED), "batch": settings.batch, "opset": OPSET}
+        shared: dict[str, Any] = {"calibrated": settings.calibrated(DEPLOYED), "batch": settings.batch}
         for variant in deploy.DEPLOYED_VARIANTS:
             engine = "tensorrt_rtx" in backends and variant != "fp32"
             title = f"export{' and build' if engine else ''} {variant}"
