@@ -91,7 +91,7 @@ def export_onnx(
             engine, and a kernel more per layer, which unpacks; OpenVINO computes such layers in float. The numbers
             are the same.
         reference_path: Write the graph of ``lowering="reference"`` there, too. Torch traces the model once for both,
-            which is what takes the time. :func:`modelopt_tdq.compare.model.compare_model` takes the file by the same name.
+            which is what takes the time. :func:`modelopt_tdq.compare.model.compare_model` takes the file by this name.
 
     Returns:
         What was written, and which quantizers are deployed in low precision.
