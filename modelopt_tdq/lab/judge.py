@@ -65,7 +65,7 @@ def reference(
 
     start = noise(samples, sample_shape(model), seed)
     images = sample(model, scheduler, start, steps, visit)
-    return Reference(start, *(torch.stack(calls) for calls in (times, inputs, predictions)), images.clamp(-1.0, 1.0))
+    return Reference(start, torch.stack(times), torch.stack(inputs), torch.stack(predictions), images.clamp(-1.0, 1.0))
 
 
 def judge(model: nn.Module, scheduler: Any, against: Reference, tick: Callable[[], None]) -> Judgement:

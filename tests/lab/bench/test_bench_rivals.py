@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -305,11 +305,23 @@ def test_our_stages_add_one_thing_each(models: dict[str, nn.Module]) -> None:
     assert facts("static") == (True, False, False, False)
     assert facts("time") == (False, False, False, False)
     assert facts("offsets")[0] is False
-    assert facts("corrections")[3] is True
     assert tdq.layer_correction(models["smoothing"]) is None
-    static = tdq.layer_correction(models["static-all"])
-    assert static is not None
-    assert all(len(gain) == 1 for gain in static.gain.values())
+
+
+def test_our_stages_are_asked_for_one_thing_more_each(settings: dict[str, Setting]) -> None:
+    class Told(Setting):
+        def quantize(self, rules: list[dict[str, Any]], algorithm: Any) -> Any:
+            return {name: algorithm.get(name) for name in ("bins", "asymmetric", "channel_smoothing", "correction")}
+
+    setting = Told(**{field.name: getattr(settings["W8A8"], field.name) for field in fields(Setting)})
+    told = [tuple(made(ROWS[name], setting).values()) for name in ("static", "time", "offsets", "smoothing")]
+    assert told[0] == (1, False, "none", "none")
+    assert told[1] == (None, False, "none", "none")
+    assert told[2] == (None, "auto", "none", "none")
+    assert told[3] == (None, "auto", "auto", "none")
+    everything = {"asymmetric": "auto", "channel_smoothing": "auto", "correction": "auto"}
+    assert made(ROWS["corrections"], setting) == {"bins": None, **everything}
+    assert made(ROWS["static-all"], setting) == {"bins": 1, **everything}
 
 
 @pytest.fixture
