@@ -59,7 +59,7 @@ _PTQ = ("ptq.py", "--model", "model", "--out", "ptq", "--samples", "20", "--iter
 def begun(folder: Path) -> Path:
     """The folder after one run of each example that can go on, in a process that is over: what they left is on disk."""
     commands = [[str(_EXAMPLES / script), *arguments] for script, *arguments in (_QAT, _PTQ)]
-    code, printed = run_fresh(_RUN.format(folder=str(folder), commands=commands), folder)
+    code, printed = run_fresh(_RUN.format(folder=str(folder), commands=commands), folder, wait=400.0)
     assert code == 0, printed[-2000:]
     return folder
 
