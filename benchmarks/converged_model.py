@@ -10,7 +10,6 @@ usage: python converged_model.py [--rows static,time] [--keep GLOB --keep GLOB .
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -60,7 +59,7 @@ def measured(scales: str, kept: list[str], held_out: int) -> Row:
     mtq.quantize(model, config, lambda m: sample(m, scheduler, start, about.calibration_steps))
     seconds = time.perf_counter() - begun
     quantizers, correction = tdq.temporal_quantizers(model), tdq.layer_correction(model)
-    found = judge(copy.deepcopy(model), scheduler, against, lambda: None)
+    found = judge(model, scheduler, against, lambda: None)
     return Row(
         scales,
         kept,

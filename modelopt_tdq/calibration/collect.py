@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,10 +72,15 @@ def _run(
     config: CalibrationFields,
     statistics: dict[str, StepStatistics],
     others: list[TensorQuantizer],
-    description: str = "calibrate",
-) -> Replay | None:
-    """Run ``forward_loop`` once in full precision, collecting; None if it never called the model."""
-    replay = Replay(model, timestep, config.replay_samples)
+    replay: Replay | None = None,
+) -> bool:
+    """Run ``forward_loop`` once in full precision, collecting, and recording into ``replay``.
+
+    Returns:
+        Whether it called the model, in any process.
+    """
+    description = "smoothed" if replay is None else "calibrate"
+    recording = nullcontext() if replay is None else replay.recording(model)
     quantizers = {name: model.get_submodule(name) for name in statistics}
     calibrators = {name: quantizer._calibrator for name, quantizer in quantizers.items()}
     calibrated = [*quantizers.values(), *others]
@@ -84,7 +90,7 @@ def _run(
                 quantizer._calibrator = statistics[name]
             for quantizer in calibrated:
                 quantizer.enable_calib()
-            with replay.recording(model), full_precision(model), require_own_weights(model), torch.no_grad():
+            with recording, full_precision(model), require_own_weights(model), torch.no_grad():
                 forward_loop(model)
         finally:
             for quantizer in calibrated:
@@ -92,10 +98,11 @@ def _run(
             for name, quantizer in quantizers.items():
                 quantizer._calibrator = calibrators[name]
     if not any(gather(calls())):
-        return None
+        return False
     load_amax(model, others)
-    replay.agree()
-    return replay
+    if replay is not None:
+        replay.agree()
+    return True
 
 
 def _filled(statistics: StepStatistics, times: list[float]) -> ActivationStatistics:
@@ -137,14 +144,15 @@ def collect(
         undo_channel_smoothing(model)
     channels = Channels(model, per_tensor, config)
     statistics = {name: StepStatistics(name, timestep, config.max_steps) for name in per_tensor}
+    replay = Replay(model, timestep, config.replay_samples)
     with channels.observed(model, timestep):
-        replay = _run(model, forward_loop, timestep, config, statistics, others)
-    if replay is None:
+        called = _run(model, forward_loop, timestep, config, statistics, others, replay)
+    if not called:
         raise _never_called(forward_loop, "Call the model on calibration data in it")
     smoothed = smooth_channels(model, channels, per_tensor, replay, timestep, config)
     if smoothed:
         again = {name: StepStatistics(name, timestep, config.max_steps) for name in smoothed}
-        if _run(model, forward_loop, timestep, config, again, [], "smoothed") is not None:
+        if _run(model, forward_loop, timestep, config, again, []):
             statistics |= again
         elif config.channel_smoothing == "auto":
             channels.undo(timestep)

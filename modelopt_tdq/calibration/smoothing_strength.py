@@ -338,6 +338,9 @@ def chosen_vectors(
         errors.append(judge())
     errors[0] -= _CLEAR
     _log.info(
-        "error of the prediction without smoothing, with a strength for each tensor, %s: %s dB", STRENGTHS, errors
+        "error of the prediction in dB, not smoothed (less %s), a strength for each tensor, one of %s for all: %s",
+        _CLEAR,
+        _UNIFORM,
+        errors,
     )
     return choices[errors.index(min(errors))]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from modelopt_tdq.cli.options import command_line, names
+
 __all__ = ["bench"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure the tables of the papers on a model, and this machine's GPU.")
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 @bench.callback()
@@ -51,8 +48,7 @@ def supplement(
     if workers is None:
         workers = (os.cpu_count() or 1) if device == "cpu" else 1
     shared = Bench(model or bundled_model(), data, named_budget(budget), output, workers, device)
-    command = " ".join(["modelopt-tdq", *sys.argv[1:]])
-    for text in run_supplement(shared, _names(table), command, run):
+    for text in run_supplement(shared, names(table), command_line(), run):
         typer.echo(text + "\n")
 
 
@@ -82,7 +78,7 @@ def temporal_features(
     from modelopt_tdq.lab.reference_models import bundled_model
 
     shared = TemporalBench(model or bundled_model(), temporal_budget(budget), output)
-    typer.echo(run_temporal(shared, " ".join(["modelopt-tdq", *sys.argv[1:]]), run))
+    typer.echo(run_temporal(shared, command_line(), run))
 
 
 @bench.command("gpu")
@@ -105,7 +101,7 @@ def gpu(
     """
     from modelopt_tdq.lab.bench.gpu.command import run_gpu
 
-    for line in run_gpu(output, _names(only), " ".join(["modelopt-tdq", *sys.argv[1:]]), rehearse):
+    for line in run_gpu(output, names(only), command_line(), rehearse):
         typer.echo(line)
 
 
@@ -143,10 +139,10 @@ def rivals(
     from modelopt_tdq.lab.bench.rivals.run import Bench
 
     shared = Bench(
-        _names(models),
-        _names(formats),
+        names(models),
+        names(formats),
         output,
-        only=_names(only),
+        only=names(only),
         long=long,
         samples=samples,
         held_out=held_out,
@@ -156,4 +152,4 @@ def rivals(
         iterations=iterations,
         training_steps=training_steps,
     )
-    typer.echo(run_rivals(shared, " ".join(["modelopt-tdq", *sys.argv[1:]]), run))
+    typer.echo(run_rivals(shared, command_line(), run))

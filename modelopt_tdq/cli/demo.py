@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from modelopt_tdq.cli.options import Maintenance
+from modelopt_tdq.cli.options import Maintenance, command_line, names
 
 __all__ = ["demo"]
 
@@ -56,11 +55,10 @@ def demo(
     from modelopt_tdq.lab.demo.run import run_demo
     from modelopt_tdq.lab.demo.settings import DemoSettings
 
-    chosen = tuple(recipe_name.strip() for recipe_name in recipes.split(",") if recipe_name.strip())
     settings = DemoSettings.for_model(
         model,
         output=output,
-        recipes=chosen,
+        recipes=tuple(names(recipes)),
         steps=steps,
         samples=samples,
         calibration_samples=calibration_samples,
@@ -70,4 +68,4 @@ def demo(
         restart=restart,
         maintenance=maintenance,
     )
-    run_demo(settings, command=" ".join(["modelopt-tdq", *sys.argv[1:]]))
+    run_demo(settings, command=command_line())

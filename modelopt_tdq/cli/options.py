@@ -1,13 +1,26 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what they read alike."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["CalibrationScript", "Maintenance", "Model", "Recipe", "Samples", "Seed", "Steps", "Subfolder"]
+__all__ = [
+    "CalibrationScript",
+    "Folder",
+    "Maintenance",
+    "Model",
+    "Recipe",
+    "Samples",
+    "Seed",
+    "Steps",
+    "Subfolder",
+    "command_line",
+    "names",
+]
 
 Model = Annotated[
     str | None,
@@ -57,3 +70,13 @@ Steps = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of the noise that the trajectories start from.")]
 Folder = Annotated[Path, typer.Argument(help="Folder written by `modelopt-tdq quantize`.", show_default=False)]
+
+
+def command_line() -> str:
+    """What was called, to be written beside results."""
+    return " ".join(["modelopt-tdq", *sys.argv[1:]])
+
+
+def names(text: str) -> list[str]:
+    """Those of an option that takes several, separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]

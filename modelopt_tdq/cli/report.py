@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from modelopt_tdq.cli.options import command_line
 from modelopt_tdq.errors import TdqError
 
 __all__ = ["report"]
@@ -90,7 +90,7 @@ def _figures(
         source,
         folder,
         output,
-        " ".join(["modelopt-tdq", *sys.argv[1:]]),
+        command_line(),
         SampleSettings(samples, samples, steps, seed),
     )
     typer.echo(f"Figures: {supplement_figures(settings)}")

@@ -14,7 +14,7 @@ from modelopt_tdq.core.metrics import psnr_db, sqnr_db
 from modelopt_tdq.lab.denoising import predict, sample_labels
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
 
-__all__ = ["Judgement", "Reference", "held_out_sqnr", "judge", "reference"]
+__all__ = ["Judgement", "Reference", "folded", "held_out_sqnr", "judge", "reference"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def reference(
 
 def judge(model: nn.Module, scheduler: Any, against: Reference, tick: Callable[[], None]) -> Judgement:
     """Judge a quantized model; ``tick`` is called twice per step."""
-    model = _folded(model)
+    model = folded(model)
     decibels = _sqnr(model, against, tick)
     images = sample(model, scheduler, against.start, len(against.timesteps), lambda *_: tick()).clamp(-1.0, 1.0)
     return Judgement(decibels, psnr_db(against.images, images), images)
@@ -78,10 +78,10 @@ def judge(model: nn.Module, scheduler: Any, against: Reference, tick: Callable[[
 
 def held_out_sqnr(model: nn.Module, against: Reference) -> list[float]:
     """[S] SQNR of a quantized model's predictions in dB, as :func:`judge` finds it, without the images."""
-    return _sqnr(_folded(model), against, lambda: None)
+    return _sqnr(folded(model), against, lambda: None)
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def folded(model: nn.Module) -> nn.Module:
     """A copy with the same numbers, which does not quantize its weights again at every call."""
     import modelopt.torch.quantization as mtq
 

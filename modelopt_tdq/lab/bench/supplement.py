@@ -6,8 +6,9 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "class_name",
     "facts",
     "full_precision_key",
+    "labelled_progress",
     "run_table",
     "runs_of",
     "table_path",
@@ -231,3 +233,23 @@ def run_table(bench: Bench, table: Table, store: Store) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def labelled_progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar over rows that take different steps.
+
+    Args:
+        total: Of all steps.
+
+    Yields:
+        Says what is being done, and by how much it advanced; 0 where it begins, which is shown at once.
+    """
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
+    with tqdm(total=total, bar_format=layout) as bar:
+
+        def advance(what: str, by: int) -> None:
+            bar.set_description_str(what.ljust(32), refresh=not by)
+            bar.update(by)
+
+        yield advance

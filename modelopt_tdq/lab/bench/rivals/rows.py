@@ -45,6 +45,10 @@ def _has_convolutions(setting: Setting) -> bool:
     return any(not is_linear(layer) for layer in setting.layers.values())
 
 
+def _has_both(setting: Setting) -> bool:
+    return _has_linear(setting) and _has_convolutions(setting)
+
+
 def _nvidia(setting: Setting) -> bool:
     """Its convolutions are what differs from plain max; the example has it for integers alone."""
     return _has_convolutions(setting) and isinstance(setting.bits.activations, int)
@@ -155,7 +159,7 @@ _ALL = (
         _PER_TENSOR,
         "others",
         others.dynamic(others.PER_TENSOR, convolutions=True),
-        applies=lambda setting: _has_linear(setting) and _has_convolutions(setting),
+        applies=_has_both,
     ),
     Row(
         "dynamic-token",
@@ -175,7 +179,7 @@ _ALL = (
         _PER_TOKEN,
         "others",
         others.dynamic(others.PER_TOKEN, convolutions=True),
-        applies=lambda setting: _has_linear(setting) and _has_convolutions(setting),
+        applies=_has_both,
     ),
     Row(
         "pruna",
@@ -213,7 +217,7 @@ _ALL = (
         "ours",
         ours.time_linear,
         keeps=_keeps_convolutions,
-        applies=lambda setting: _has_linear(setting) and _has_convolutions(setting),
+        applies=_has_both,
     ),
     Row("time", "scales over time", "a scale per quantizer and time", _LOOKUP, "ours", ours.stage()),
     Row(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from modelopt_tdq.core.metrics import json_numbers
 from modelopt_tdq.errors import TdqError, require
@@ -24,13 +21,13 @@ from modelopt_tdq.lab.bench.cifar10 import load_cifar10
 from modelopt_tdq.lab.bench.qat_run import Data
 from modelopt_tdq.lab.bench.rivals.rows import Row, chosen_rows, made
 from modelopt_tdq.lab.bench.rivals.setting import FORMATS, Format, Setting, quantized_layers
-from modelopt_tdq.lab.bench.supplement import Store
+from modelopt_tdq.lab.bench.supplement import Store, labelled_progress
 from modelopt_tdq.lab.image_metrics.efficientnet import EfficientNetLite0
 from modelopt_tdq.lab.image_metrics.extractor import FeatureExtractor
 from modelopt_tdq.lab.image_metrics.frechet import frechet_distance
 from modelopt_tdq.lab.image_metrics.images import to_uint8
 from modelopt_tdq.lab.image_metrics.statistics import FeatureStatistics, feature_statistics
-from modelopt_tdq.lab.judge import Reference, judge, reference
+from modelopt_tdq.lab.judge import Reference, folded, judge, reference
 from modelopt_tdq.lab.provenance import installed_versions, provenance
 from modelopt_tdq.lab.reference_models import ReferenceModel, reference_model
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
@@ -179,8 +176,13 @@ def _setting(bench: Bench, of: Subject, bits: Format, images: Data | None) -> Se
 def _images(bench: Bench) -> Data | None:
     if bench.data is None or (not bench.long and not bench.only):
         return None
+    return _cifar10(bench.data)
+
+
+@cache
+def _cifar10(file: Path) -> Data:
     diffusers = require("diffusers", "diffusers")
-    return Data(load_cifar10(bench.data), load_cifar10(bench.data, "test"), diffusers.DDPMScheduler())
+    return Data(load_cifar10(file), load_cifar10(file, "test"), diffusers.DDPMScheduler())
 
 
 def places(bench: Bench) -> dict[tuple[str, str], list[Place]]:
@@ -236,26 +238,10 @@ def _measure(model: nn.Module, place: Place, against: _Yardstick, tick: Callable
         "frechet": None,
     }
     if against.extractor is not None and against.images is not None:
-        import modelopt.torch.quantization as mtq
-
-        model = copy.deepcopy(model)
-        mtq.fold_weight(model)  # as the judge does
-        images = _statistics(model, place.subject, place, against.extractor)
+        images = _statistics(folded(model), place.subject, place, against.extractor)
         found["frechet"] = frechet_distance(against.images, images)
     numbers: dict[str, Any] = json_numbers(found)
     return numbers
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
-    with tqdm(total=total, bar_format=layout) as bar:
-
-        def advance(what: str, by: int) -> None:
-            bar.set_description_str(what.ljust(32), refresh=not by)
-            bar.update(by)
-
-        yield advance
 
 
 def run_rows(bench: Bench, store: Store, command: str) -> None:
@@ -276,7 +262,7 @@ def run_rows(bench: Bench, store: Store, command: str) -> None:
     }
     images = _images(bench)
     yardsticks: dict[str, _Yardstick] = {}  # of one model at a time
-    with _progress(sum(3 * p.sizes["steps"] for rows in todo.values() for p in rows)) as advance:
+    with labelled_progress(sum(3 * p.sizes["steps"] for rows in todo.values() for p in rows)) as advance:
         for rows in todo.values():
             of, bits = rows[0].subject, rows[0].bits
             store.begin(of.about.checksum(), {"versions": installed_versions(_PACKAGES)})

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from modelopt_tdq.config import make_config
 from modelopt_tdq.errors import MissingExtraError, TdqError
-from modelopt_tdq.lab.bench.supplement import OfModel, Store, facts
+from modelopt_tdq.lab.bench.supplement import OfModel, Store, facts, labelled_progress
 from modelopt_tdq.lab.bench.temporal.deploy import deploy
 from modelopt_tdq.lab.bench.temporal.measure import Yardstick, measure
 from modelopt_tdq.lab.bench.temporal.rows import TemporalBudget, TemporalRun, runs
@@ -123,18 +121,6 @@ def _calibrated(model: nn.Module, scheduler: Any, run: TemporalRun, budget: Temp
     return quantized
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
-    with tqdm(total=total, bar_format=layout) as bar:
-
-        def advance(what: str, by: int) -> None:
-            bar.set_description_str(what.ljust(24), refresh=False)
-            bar.update(by)
-
-        yield advance
-
-
 def run_rows(bench: TemporalBench, store: Store, command: str) -> None:
     """Run what the store does not have yet.
 
@@ -168,7 +154,7 @@ def run_rows(bench: TemporalBench, store: Store, command: str) -> None:
     groups = [list(group) for _, group in groupby(todo, key=lambda run: run.bits)]
     cost = {"": 2 * steps, "-deployed": _DEPLOYMENT}
     total = steps + len(groups) * _CALIBRATION + sum(_MAINTENANCE + sum(cost[p] for p in todo[r]) for r in todo)
-    with _progress(total) as advance:
+    with labelled_progress(total) as advance:
         against = yardstick(model, scheduler, budget, lambda: advance("full precision", 1))
         for group in groups:
             advance(f"{group[0].bits}, calibration", 0)
