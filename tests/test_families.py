@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.model.call import first_output
+from modelopt_tdq.model.output_correction import OutputCorrection
 
 #: Where the data enters and leaves each family: high precision by section 4.1 of TDQ. Everything else that is
 #: not a function of the time, the text or the class alone is to be quantized.
@@ -85,8 +86,10 @@ def test_has_a_row_per_time_of_the_family(original: nn.Module, quantized: nn.Mod
 def test_input_and_weight_of_a_layer_are_quantized_together(quantized: nn.Module) -> None:
     for name, layer in _layers(quantized).items():
         assert layer.input_quantizer.is_enabled == layer.weight_quantizer.is_enabled, name
-    enabled = {n for n, m in quantized.named_modules() if isinstance(m, TensorQuantizer) and m.is_enabled}
-    assert all(re.search(r"(input|weight)_quantizer$", n) for n in enabled)
+    enabled = {n: m for n, m in quantized.named_modules() if isinstance(m, TensorQuantizer) and m.is_enabled}
+    outputs = {n: m for n, m in enabled.items() if not re.search(r"(input|weight)_quantizer$", n)}
+    # a correction quantizes nothing, it stands where the quantizer of the output would
+    assert all(n.endswith(".output_quantizer") and isinstance(m, OutputCorrection) for n, m in outputs.items())
 
 
 def test_weights_have_a_scale_per_output_channel(quantized: nn.Module) -> None:
