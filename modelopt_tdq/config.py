@@ -148,7 +148,7 @@ class RunFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
         default="timestep", title="Argument of the model's forward that holds the time"
     )
     replay_samples: int = ModeloptField(
-        default=8, ge=1, title="Samples per time kept for `statistic: output` and `protect_steps`"
+        default=8, ge=1, title="Samples per time kept, for what is judged by running the model again"
     )
     expected_calls: int | None = ModeloptField(
         default=None, ge=1, title="Model calls in one `forward_loop`; lets the progress bar tell the time left"
@@ -241,6 +241,15 @@ class CalibrationFields(RunFields):
         description=(
             "max: the largest magnitude; mse: the multiple of it with the least squared error, never worse than max, "
             "and the same as max at 8 bits, where clipping gains nothing; keep: they are calibrated already."
+        ),
+    )
+    rounding: Literal["nearest", "compensated", "auto"] = ModeloptField(
+        default="nearest",
+        title="Codes of the weights of linear layers and convolutions",
+        description=(
+            "nearest: each weight by itself; compensated: those for which the layer's outputs over replayed inputs of "
+            "all times differ least (GPTQ), which become the weights; auto: compensated where that pays, by samples "
+            "that the codes were not chosen from, and not where scales are kept."
         ),
     )
     temporal: list[str] = ModeloptField(
