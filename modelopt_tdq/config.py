@@ -173,6 +173,9 @@ class RunFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
 class CalibrationFields(RunFields):
     """What all algorithms of this package know about calibration."""
 
+    #: Why an algorithm rounds the weights of all layers in its own way; None: it rounds them as ``rounding`` says.
+    _rounds_itself: ClassVar[str | None] = None
+
     statistic: Literal["max", "mse", "percentile", "entropy", "output"] = ModeloptField(
         default="mse",
         title="What a scale minimises",
@@ -249,7 +252,7 @@ class CalibrationFields(RunFields):
         description=(
             "nearest: each weight by itself; compensated: those for which the layer's outputs over replayed inputs of "
             "all times differ least (GPTQ), which become the weights; auto: compensated where that pays, by samples "
-            "that the codes were not chosen from, and not where scales are kept."
+            "that the codes were not chosen from; not where scales are kept, nor before weights are learned."
         ),
     )
     temporal: list[str] = ModeloptField(
@@ -266,9 +269,11 @@ class CalibrationFields(RunFields):
     max_steps: int = ModeloptField(default=1024, ge=2, title="Most different times that a calibration may visit")
 
     @model_validator(mode="after")
-    def _has_bins(self) -> Self:
+    def _fits_together(self) -> Self:
         if isinstance(self.bins, int) and self.bins < 1:
             raise TdqError("bins", self.bins, "not a positive number", "Use 'per_step', 'optimal', or a number of bins")
+        if self.rounding == "compensated" and self._rounds_itself is not None:
+            raise TdqError("rounding", self.rounding, self._rounds_itself, 'Use "rounding": "nearest" or "auto"')
         return self
 
 

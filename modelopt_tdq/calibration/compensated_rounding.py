@@ -96,6 +96,8 @@ def _unfit(model: nn.Module, replay: Replay) -> str | None:
         return str(error)
     if not union(set(replay.times)):
         return "the model's calls cannot be repeated"
+    if not all(gather(replay.takes_part)):
+        return "some process made no call of the model"
     if not all(gather(replay.is_first)):
         return "several processes compute the same samples together"
     return None
@@ -139,15 +141,14 @@ class _Rounding:
 
 
 def _observed(
-    model: nn.Module, layers: Mapping[str, QuantModule], replay: Replay, progress: bool
-) -> dict[str, Covariance]:
-    """The covariance of each layer's inputs, by block."""
+    model: nn.Module, layers: Mapping[str, QuantModule], replay: Replay, halves: bool, progress: bool
+) -> dict[str, list[Covariance]]:
+    """The covariance of each layer's inputs, over all samples or each half of them."""
     times = union(set(replay.times))
     samples = len(times) * max(gather(max((len(replay.samples(time)) for time in replay.times), default=0)))
-    probes = {name: InputCovariance(layer, samples) for name, layer in layers.items()}
-    pairs = [(layers[name], probe) for name, probe in probes.items()]
-    run_probes(model, pairs, replay, times, "inputs", progress)
-    return {name: list(probe.sums()) for name, probe in probes.items()}
+    probes = {name: InputCovariance(layer, samples, halves) for name, layer in layers.items()}
+    run_probes(model, [(layers[name], probe) for name, probe in probes.items()], replay, times, "inputs", progress)
+    return {name: [list(part) for part in probe.sums()] for name, probe in probes.items()}
 
 
 def _portions(layers: Mapping[str, QuantModule], copies: int) -> Iterator[dict[str, QuantModule]]:
@@ -168,19 +169,14 @@ def _rounded(
     model: nn.Module, layers: Mapping[str, QuantModule], replay: Replay, config: CalibrationFields
 ) -> dict[str, Tensor]:
     """The values of the weights that are rounded otherwise than to the nearest, by layer."""
-    automatic = config.rounding == "auto"
-    replays = replay.halves() if automatic else (replay,)
-    if not all(union(set(part.times)) for part in replays):
-        _log.info("weights rounded to the nearest: there is one sample of each time, and none to judge by")
-        return {}
+    halves = config.rounding == "auto"
     found: dict[str, Tensor] = {}
     bar = tqdm(total=len(layers), desc="rounding", unit="layer", disable=not config.progress)
     with bar, torch.no_grad():
-        for portion in _portions(layers, len(replays)):
-            parts = [_observed(model, portion, part, config.progress) for part in replays]
+        for portion in _portions(layers, 1 + halves):
+            observed = _observed(model, portion, replay, halves, config.progress)
             for name, layer in portion.items():
-                own = [part.pop(name) for part in parts]
-                values = _best(_Rounding(layer), own)
+                values = _best(_Rounding(layer), observed.pop(name))
                 if values is not None:
                     found[name] = values
                 bar.update()

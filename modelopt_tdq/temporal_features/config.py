@@ -29,6 +29,8 @@ class TdqTemporalConfig(CalibrationFields):
     and what they give becomes a table with a row per time.
     """
 
+    _rounds_itself = "temporal features are made from the weights as they are"
+
     method: Literal["tdq_temporal"] = ModeloptField("tdq_temporal")
     maintenance: Literal["auto", "tib", "cache", "naive"] = ModeloptField(
         default="auto",

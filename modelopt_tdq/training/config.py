@@ -20,6 +20,8 @@ __all__ = ["LearningFields", "TdqQatConfig"]
 class LearningFields(CalibrationFields):
     """What the learning algorithms add to calibration."""
 
+    _rounds_itself = "weights or their rounding are learned from the weights as they are"
+
     intervals: Literal[
         "mlp", "thin", "table", "static", "dynamic_absmax", "dynamic_statistics", "dynamic_statistics_time"
     ] = ModeloptField(

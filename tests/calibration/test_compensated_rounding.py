@@ -101,22 +101,29 @@ def test_some_rows_of_every_sample() -> None:
     assert not torch.equal(some, input_covariance._patches(layer, x, 5, 1).reshape(3, 5, -1))
 
 
-def test_the_means_of_a_time_have_a_tenth_of_the_weight() -> None:
+@pytest.mark.parametrize("halves", [False, True])
+def test_what_is_summed(halves: bool) -> None:
+    """Of the means of a time, a tenth and what may be chance: a fifth, of five samples."""
     model: Any = rounded("nearest")
-    probe = InputCovariance(model.mix, 1)
-    expected = torch.zeros(8, 8)
+    probe = InputCovariance(model.mix, 1, halves)
+    expected = torch.zeros(2, 8, 8)
     with full_precision(model), torch.no_grad():
         for row, time in enumerate(TIMES):
             x = noise(5, 3, 8, seed=row) + row
-            probe.row = row
+            probe.row, probe.places = row, (0, 1, 2, 3, 4)
             with at(model, time):
                 probe(model.mix, (x,), {}, None)
-            flat = x.reshape(-1, 8)
-            mean = flat.mean(0)
-            expected += (flat - mean).T @ (flat - mean) + 0.1 * len(flat) * mean.outer(mean)
-    [(block, found)] = probe.sums()
-    assert block == slice(0, 8)
-    assert torch.allclose(found[0], expected, rtol=1e-4, atol=1e-3)
+            left = x - (1 - (0.1 + 0.9 / 5) ** 0.5) * x.mean((0, 1))
+            for half in (0, 1):
+                part = left[half::2].reshape(-1, 8)
+                expected[half] += part.T @ part
+            probe.places = ()  # one that stands in
+            with at(model, time):
+                probe(model.mix, (x + 1,), {}, None)
+    found = [list(part) for part in probe.sums()]
+    assert all(block == slice(0, 8) for [(block, _)] in found)
+    sums = torch.stack([products[0] for [(_, products)] in found])
+    assert torch.allclose(sums, expected if halves else expected.sum(0, keepdim=True), rtol=1e-4, atol=1e-3)
 
 
 # --- what is gained ---
@@ -238,3 +245,10 @@ def test_calls_that_cannot_be_repeated() -> None:
             mtq.calibrate(model, algorithm, loop(DATA))
 
     unchanged_by(model, failing)
+
+
+@pytest.mark.parametrize("method", ["tdq_qat", "tdq_reconstruct", "tdq_temporal"])
+def test_algorithms_that_learn_take_recipes_and_round_in_their_own_way(method: str) -> None:
+    tdq.make_config(method=method, rounding="auto")
+    with pytest.raises(TdqError, match="rounding"):
+        tdq.make_config(method=method, rounding="compensated")
