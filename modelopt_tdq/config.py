@@ -269,7 +269,7 @@ class CalibrationFields(RunFields):
     max_steps: int = ModeloptField(default=1024, ge=2, title="Most different times that a calibration may visit")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _can_be_calibrated(self) -> Self:
         if isinstance(self.bins, int) and self.bins < 1:
             raise TdqError("bins", self.bins, "not a positive number", "Use 'per_step', 'optimal', or a number of bins")
         if self.rounding == "compensated" and self._rounds_itself is not None:

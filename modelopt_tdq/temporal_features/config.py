@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from modelopt.torch.quantization.config import ModeloptField
 from pydantic import model_validator
@@ -29,7 +29,7 @@ class TdqTemporalConfig(CalibrationFields):
     and what they give becomes a table with a row per time.
     """
 
-    _rounds_itself = "temporal features are made from the weights as they are"
+    _rounds_itself: ClassVar[str | None] = "temporal features are made from the weights as they are"
 
     method: Literal["tdq_temporal"] = ModeloptField("tdq_temporal")
     maintenance: Literal["auto", "tib", "cache", "naive"] = ModeloptField(
