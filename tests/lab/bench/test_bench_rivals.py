@@ -53,6 +53,7 @@ ORDER = [
     "time",
     "offsets",
     "smoothing",
+    "rounding",
     "corrections",
     "reconstruction",
     "qat",
@@ -62,7 +63,17 @@ ORDER = [
 FORMAT_OF = {"pruna": "FP8", "reconstruction": "W4A8", "qat": "W4A4"}
 
 #: Rows whose weights have scales of their own.
-OWN_WEIGHTS = ("max", "mse", "nvidia-smoothquant", "smoothing", "corrections", "static-all", "reconstruction", "qat")
+OWN_WEIGHTS = (
+    "max",
+    "mse",
+    "nvidia-smoothquant",
+    "smoothing",
+    "rounding",
+    "corrections",
+    "static-all",
+    "reconstruction",
+    "qat",
+)
 
 
 class Tiny(TinyDenoiser):

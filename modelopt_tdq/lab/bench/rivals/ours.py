@@ -16,7 +16,7 @@ from modelopt_tdq.lab.bench.rivals.setting import Setting, is_linear
 __all__ = ["PLAIN", "qat", "reconstructed", "stage", "static_with_everything", "time_linear"]
 
 #: Scales alone.
-PLAIN: dict[str, Any] = {"asymmetric": False, "channel_smoothing": "none", "correction": "none"}
+PLAIN: dict[str, Any] = {"asymmetric": False, "channel_smoothing": "none", "rounding": "nearest", "correction": "none"}
 
 #: What goes together with scales, over time or not.
 _OFFSETS: dict[str, Any] = {"asymmetric": "auto"}
@@ -40,8 +40,8 @@ def time_linear(setting: Setting) -> nn.Module:
 
 
 def static_with_everything(setting: Setting) -> nn.Module:
-    """One scale per quantizer; offsets, smoothing and corrections as over time, the latter static."""
-    return stage(bins=1, **_OFFSETS, **_SMOOTHING, correction="auto")(setting)
+    """One scale per quantizer; offsets, smoothing, rounding and corrections as over time, the latter static."""
+    return stage(bins=1, **_OFFSETS, **_SMOOTHING, rounding="auto", correction="auto")(setting)
 
 
 def reconstructed(setting: Setting) -> nn.Module:
