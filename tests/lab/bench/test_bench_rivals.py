@@ -320,19 +320,26 @@ def test_our_stages_add_one_thing_each(models: dict[str, nn.Module]) -> None:
 
 
 def test_our_stages_are_asked_for_one_thing_more_each(settings: dict[str, Setting]) -> None:
+    asked = ("bins", "asymmetric", "channel_smoothing", "rounding", "correction")
+
     class Told(Setting):
         def quantize(self, rules: list[dict[str, Any]], algorithm: Any) -> Any:
-            return {name: algorithm.get(name) for name in ("bins", "asymmetric", "channel_smoothing", "correction")}
+            return {name: algorithm.get(name) for name in asked}
 
     setting = Told(**{field.name: getattr(settings["W8A8"], field.name) for field in fields(Setting)})
-    told = [tuple(made(ROWS[name], setting).values()) for name in ("static", "time", "offsets", "smoothing")]
-    assert told[0] == (1, False, "none", "none")
-    assert told[1] == (None, False, "none", "none")
-    assert told[2] == (None, "auto", "none", "none")
-    assert told[3] == (None, "auto", "auto", "none")
-    everything = {"asymmetric": "auto", "channel_smoothing": "auto", "correction": "auto"}
-    assert made(ROWS["corrections"], setting) == {"bins": None, **everything}
-    assert made(ROWS["static-all"], setting) == {"bins": 1, **everything}
+    assert tuple(made(ROWS["static"], setting).values()) == (1, False, "none", "nearest", "none")
+    added = dict(zip(asked, (None, False, "none", "nearest", "none"), strict=True))
+    assert made(ROWS["time"], setting) == added
+    stages = {
+        "offsets": "asymmetric",
+        "smoothing": "channel_smoothing",
+        "rounding": "rounding",
+        "corrections": "correction",
+    }
+    for name, field in stages.items():
+        added[field] = "auto"
+        assert made(ROWS[name], setting) == added
+    assert made(ROWS["static-all"], setting) == {**added, "bins": 1}
 
 
 @pytest.fixture
