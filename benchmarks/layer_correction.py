@@ -83,7 +83,12 @@ def qualities(
     start = noise(samples, sample_shape(model), 0)
     held_out = reference(model, scheduler, arguments.held_out, steps, 1, lambda: None)
     config = tdq.recipe(recipe)
-    config["algorithm"] |= {"progress": False, "correction": "none", "channel_smoothing": smoothing}
+    config["algorithm"] |= {
+        "progress": False,
+        "correction": "none",
+        "channel_smoothing": smoothing,
+        "rounding": "nearest",
+    }
 
     def forward_loop(quantized: nn.Module) -> None:
         sample(quantized, scheduler, start, steps)

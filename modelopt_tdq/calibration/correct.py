@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from modelopt_tdq.config import CorrectionFields, TdqCorrectConfig
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.together import together
-from modelopt_tdq.errors import TdqError
+from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.output_correction import (
     correctable_layers,
@@ -41,6 +42,7 @@ from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
 from modelopt_tdq.model.unquantized import folded_weights
+from modelopt_tdq.model.weight_fit import rounded_weights
 
 __all__ = ["correct_layers", "layers_to_correct", "tdq_correct", "unfit"]
 
@@ -80,10 +82,23 @@ def tdq_correct(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | Non
     with restored_on_error(model), together("tdq_correct"):
         agreed("algorithm", config.model_dump(exclude={"progress", "expected_calls"}))
         require_unattended(model, "have its layers corrected")
+        _warn_of_rounded_weights(model)
         timestep = deliver_timestep(model, config.timestep_argument)
         forget_layer_correction(model)
         replay = _recorded(model, forward_loop, timestep, config)
         correct_layers(model, replay, config)
+
+
+def _warn_of_rounded_weights(model: nn.Module) -> None:
+    rounded = rounded_weights(model)
+    if rounded:
+        warnings.warn(
+            f"the weights of {len(rounded)} layers ({', '.join(rounded[:3])}, ...) are values of their codes already: "
+            "these corrections make good what quantized activations do, and nothing that rounding the weights did. Fit "
+            'them when the weights are rounded: "correction" is a field of tdq and of tdq_reconstruct',
+            TdqWarning,
+            stacklevel=3,
+        )
 
 
 def _recorded(

@@ -36,6 +36,7 @@ __all__ = [
     "require_own_weight",
     "require_own_weights",
     "require_smoothed_weights",
+    "rounded_weights",
     "settle_weights",
     "warn_of_changed_weights",
     "watch_training",
@@ -53,6 +54,10 @@ _NOISIER = 0.5
 
 #: Where nothing was kept: a scale does not fit if the weight's own range would give this fraction of the noise.
 _MISFIT = 0.25
+
+#: A weight is rounded already if quantizing adds less than this fraction of the noise of even rounding, beside what its
+#: own dtype does.
+_ROUNDED = 1e-3
 
 #: Noise of rounding to FP8 E4M3, relative to the energy of what is rounded.
 _FP8_ROUNDING = 2.0**-11
@@ -350,6 +355,19 @@ def changed_weights(model: nn.Module) -> list[WeightChange]:
     settle_weights(model)
     changes = (weight_change(*entry) for entry in plain_weights(model))
     return [change for change in changes if change.is_resized or change.misfits or change.is_foreign]
+
+
+def rounded_weights(model: nn.Module) -> list[str]:
+    """Names of the weights' quantizers that have nothing left to round, in module order.
+
+    So it is after ``rounding`` and reconstruction: the weights are the values of their codes, in their own dtype.
+    """
+    found = []
+    for name, _, weight, quantizer in plain_weights(model):
+        _, noise, rounding = _energy_and_noise(weight, quantizer.amax, quantizer)
+        if noise < _ROUNDED * rounding + (torch.finfo(weight.dtype).eps / 4) ** 2 and rounding > 0:
+            found.append(name)
+    return found
 
 
 def warn_of_changed_weights(model: nn.Module, stacklevel: int = 3) -> None:

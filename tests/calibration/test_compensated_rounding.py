@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -166,6 +167,19 @@ def test_what_is_known_of_the_weights_is_of_those_that_are_there() -> None:
     with torch.no_grad():
         model.mix.weight.mul_(2.0)
     assert [change.name for change in changed_weights(model)] == ["mix.weight_quantizer"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [3, 8, (4, 3)])
+def test_corrections_that_come_later_are_warned_of(bits: Any, dtype: torch.dtype) -> None:
+    algorithm = {"method": "tdq_correct", "correction": "static", "progress": False}
+    data = [(sample.to(dtype), time) for sample, time in DATA]
+    for rounding, warned in (("nearest", False), ("compensated", True)):
+        model = rounded(rounding, data, original().to(dtype), weight_bits=bits)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mtq.calibrate(model, algorithm, loop(data))
+        assert any("values of their codes" in str(w.message) for w in caught) == warned
 
 
 @pytest.mark.parametrize("attribute", ["_BLOCK", "_KEPT"])
