@@ -148,7 +148,7 @@ class RunFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
         default="timestep", title="Argument of the model's forward that holds the time"
     )
     replay_samples: int = ModeloptField(
-        default=8, ge=1, title="Samples per time kept for `statistic: output` and `protect_steps`"
+        default=8, ge=1, title="Samples per time kept, for what is judged by running the model again"
     )
     expected_calls: int | None = ModeloptField(
         default=None, ge=1, title="Model calls in one `forward_loop`; lets the progress bar tell the time left"
@@ -172,6 +172,9 @@ class RunFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
 
 class CalibrationFields(RunFields):
     """What all algorithms of this package know about calibration."""
+
+    #: Why an algorithm rounds the weights of all layers in its own way; None: it rounds them as ``rounding`` says.
+    _rounds_itself: ClassVar[str | None] = None
 
     statistic: Literal["max", "mse", "percentile", "entropy", "output"] = ModeloptField(
         default="mse",
@@ -243,6 +246,15 @@ class CalibrationFields(RunFields):
             "and the same as max at 8 bits, where clipping gains nothing; keep: they are calibrated already."
         ),
     )
+    rounding: Literal["nearest", "compensated", "auto"] = ModeloptField(
+        default="nearest",
+        title="Codes of the weights of linear layers and convolutions",
+        description=(
+            "nearest: each weight by itself; compensated: those for which the layer's outputs over replayed inputs of "
+            "all times differ least (GPTQ), which become the weights; auto: compensated where that pays, by samples "
+            "that the codes were not chosen from; not where scales are kept, nor before weights are learned."
+        ),
+    )
     temporal: list[str] = ModeloptField(
         default=["*"], title="Globs over quantizer names: these follow time, the other activations get one scale"
     )
@@ -257,9 +269,11 @@ class CalibrationFields(RunFields):
     max_steps: int = ModeloptField(default=1024, ge=2, title="Most different times that a calibration may visit")
 
     @model_validator(mode="after")
-    def _has_bins(self) -> Self:
+    def _can_be_calibrated(self) -> Self:
         if isinstance(self.bins, int) and self.bins < 1:
             raise TdqError("bins", self.bins, "not a positive number", "Use 'per_step', 'optimal', or a number of bins")
+        if self.rounding == "compensated" and self._rounds_itself is not None:
+            raise TdqError("rounding", self.rounding, self._rounds_itself, 'Use "rounding": "nearest" or "auto"')
         return self
 
 

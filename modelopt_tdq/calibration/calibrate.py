@@ -12,6 +12,7 @@ from torch import nn
 
 from modelopt_tdq.calibration.collect import collect
 from modelopt_tdq.calibration.columns import columns
+from modelopt_tdq.calibration.compensated_rounding import compensated_rounding
 from modelopt_tdq.calibration.correct import correct_layers
 from modelopt_tdq.calibration.protect import Columns, install, protected_rows
 from modelopt_tdq.config import CalibrationFields, TdqCalibConfig
@@ -49,7 +50,8 @@ def tdq_calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | N
         config = TdqCalibConfig(**known)
         replay = calibrate_scales(model, forward_loop, config)
         if replay is not None:
-            correct_layers(model, replay, config)
+            with compensated_rounding(model, replay, config):
+                correct_layers(model, replay, config)
 
 
 def calibrate_scales(

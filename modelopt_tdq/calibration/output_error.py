@@ -69,11 +69,11 @@ class LayerProbe(Protocol):
 
     Attributes:
         row: Of the time of the call.
-        counts: Whether its samples are this process's.
+        places: Of this process's samples among all of the call; none if the call only stands in.
     """
 
     row: int
-    counts: bool
+    places: tuple[int, ...]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """See the layer's inputs and output."""
@@ -92,8 +92,9 @@ def run_probes(
     try:
         with full_precision(model), torch.no_grad():
             for batch in tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step"):
+                places = replay.places(times[batch.row], batch.order)
                 for _, probe in probes:
-                    probe.row, probe.counts = batch.row, batch.own
+                    probe.row, probe.places = batch.row, places
                 model(**batch.call)
     finally:
         for handle in handles:
@@ -109,7 +110,7 @@ class _Probe:
         self.error = torch.zeros(rows, len(self.scale), dtype=torch.float64)
         self.energy = torch.zeros(rows, dtype=torch.float64)
         self.row = 0
-        self.counts = True
+        self.places: tuple[int, ...] = ()
         self._busy = False
 
     @contextmanager
@@ -132,7 +133,7 @@ class _Probe:
         try:
             given = layer_input(args, kwargs)
             x, y = self.layer.input_quantizer(given), first_output(output)
-            if self.counts:
+            if self.places:
                 self.energy[self.row] += float(y.double().square().sum())
             scale, offset = self.scale.to(x.device), self.offset.to(x.device)
             batched = has_batch(self.layer, x)
@@ -151,7 +152,7 @@ class _Probe:
                     named = {name: tried if value is given else value for name, value in kwargs.items()}
                     result = first_output(self.layer(*positional, **named))
                     error = (result.reshape(-1, *y.shape) - y).float().square().flatten(1).sum(1)
-                    if self.counts:
+                    if self.places:
                         self.error[self.row, part] += error.double().cpu()
         finally:
             self._busy = False

@@ -76,11 +76,11 @@ class _Trial:
         self.static = not temporal
         self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
         self.row = 0
-        self.counts = True
+        self.places: tuple[int, ...] = ()
         self.weights = [_rounded_weight(layer, vector, settings.weight_clips) for vector in vectors]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self.counts:
+        if not self.places:
             return
         layer, num_bits = self.layer, self.layer.quantizer.num_bits
         x, y = layer_input(args, kwargs), first_output(output)

@@ -13,7 +13,7 @@ import inspect
 import itertools
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,6 +153,11 @@ class Replay:
                 pair[(bisect_left(everyone, item[0]) + equal) % 2]._heaps[time].append(item)
         return pair
 
+    def places(self, time: float, order: Sequence[float]) -> tuple[int, ...]:
+        """Of samples of a time, given by their ``order`` (see :class:`Batch`), among all kept in any process."""
+        everyone = self._kept.get(time) or sorted(order, reverse=True)
+        return tuple(everyone.index(number) for number in order)
+
     def _require_names(self) -> None:
         if self._left_out and not self.times:
             raise TdqError(
@@ -193,6 +198,11 @@ class Replay:
     def is_first(self) -> bool:
         """Whether no process of a lower rank saw the very same samples; known after :meth:`agree`."""
         return self._first
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process makes calls in :meth:`batches`: it saw one; known after :meth:`agree`."""
+        return bool(self._spare)
 
     @property
     def has_samples(self) -> bool:

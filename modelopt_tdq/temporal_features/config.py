@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from modelopt.torch.quantization.config import ModeloptField
 from pydantic import model_validator
@@ -28,6 +28,8 @@ class TdqTemporalConfig(CalibrationFields):
     All layers whose outputs depend on the time alone are quantized, whatever the rules of ``quant_cfg`` say of them,
     and what they give becomes a table with a row per time.
     """
+
+    _rounds_itself: ClassVar[str | None] = "temporal features are made from the weights as they are"
 
     method: Literal["tdq_temporal"] = ModeloptField("tdq_temporal")
     maintenance: Literal["auto", "tib", "cache", "naive"] = ModeloptField(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from modelopt.torch.quantization.config import ModeloptField
 from pydantic import model_validator
@@ -19,6 +19,8 @@ __all__ = ["LearningFields", "TdqQatConfig"]
 
 class LearningFields(CalibrationFields):
     """What the learning algorithms add to calibration."""
+
+    _rounds_itself: ClassVar[str | None] = "weights or their rounding are learned from the weights as they are"
 
     intervals: Literal[
         "mlp", "thin", "table", "static", "dynamic_absmax", "dynamic_statistics", "dynamic_statistics_time"

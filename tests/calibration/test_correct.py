@@ -215,14 +215,16 @@ def share(rank: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def in_process(rank: int) -> Any:
-    found = rows(corrected("auto", share(rank)))
-    return found.gain, found.bias, found.timesteps
+    model = corrected("auto", share(rank), rounding="auto")
+    found = rows(model)
+    return found.gain, found.bias, found.timesteps, {name: model.get_submodule(name).weight for name in QUANTIZED}
 
 
-def test_several_processes_fit_what_one_does(tmp_path: Path) -> None:
-    gain, bias, timesteps = in_process(-1)
+def test_several_processes_round_and_fit_as_one_does(tmp_path: Path) -> None:
+    gain, bias, timesteps, weights = in_process(-1)
     one = tdq.LayerCorrection(timesteps, gain, bias)
     for found in results(in_process, 2, tmp_path):
+        assert all(torch.equal(weight, found[3][name]) for name, weight in weights.items())
         assert close(one, tdq.LayerCorrection(found[2], found[0], found[1]))
 
 

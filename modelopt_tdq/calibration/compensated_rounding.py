@@ -1,0 +1,232 @@
+"""Rounding of the weights of linear layers and convolutions by what their inputs are like: GPTQ.
+
+Each layer's codes are those for which its outputs, over replayed inputs of all times, differ least: see
+:mod:`modelopt_tdq.core.compensated`. ModelOpt's own gptq does so for linear layers. Here convolutions are rounded as
+well, whose inputs are patches, and the means of the inputs count for little:
+:mod:`modelopt_tdq.calibration.input_covariance`.
+
+While corrections are fitted, the original weights are still what full precision means. Then the rounded values become
+the weights: whatever quantizes them finds the very same codes.
+
+``auto`` finds the codes from one half of the samples, and leaves layers alone that fare no better on the other half.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modelopt_tdq.calibration.input_covariance import InputCovariance
+from modelopt_tdq.calibration.output_error import run_probes
+from modelopt_tdq.config import CalibrationFields
+from modelopt_tdq.core.compensated import compensated, output_error
+from modelopt_tdq.core.distributed import gather, union
+from modelopt_tdq.core.fake_quant import code_range
+from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.weight_fit import is_learned, plain_weights, remember_weight
+
+__all__ = ["compensated_rounding"]
+
+_log = logging.getLogger(__name__)
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+#: Of the inputs of a layer, block by block.
+Covariance = Sequence[tuple[slice, Tensor]]
+
+#: Numbers of the inputs' covariance that are kept at once: 1 GiB. More takes another pass over the replayed calls.
+_KEPT = 1 << 28
+
+
+class _RoundedWeight(TensorQuantizer):  # type: ignore[misc]
+    """A weight quantizer of ModelOpt that gives the values chosen here; made in place, and undone."""
+
+    _values: Tensor
+
+    @classmethod
+    def from_tensor_quantizer(cls, quantizer: TensorQuantizer, values: Tensor) -> None:
+        """Let ``quantizer`` give ``values``, whatever it is given."""
+        quantizer.__class__ = cls
+        quantizer._values = values
+
+    def settle(self, weight: nn.Parameter) -> None:
+        """Put the values in place of the weight, and become ModelOpt's again."""
+        weight.data = self._values
+        del self._values
+        self.__class__ = TensorQuantizer
+        remember_weight(weight, self)
+
+    def _fake_quantize(self, inputs: Tensor) -> Tensor:
+        return self._values
+
+
+def _layers(model: nn.Module) -> dict[str, QuantModule]:
+    """Those whose weights have integer codes or FP8, a scale per output channel or one, and no other user."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for _, layer, weight, quantizer in plain_weights(model):
+        own = layer._parameters.get("weight")
+        if not isinstance(layer, _LAYERS) or own is not weight or owners[id(weight)] > 1 or is_learned(quantizer):
+            continue
+        amax = quantizer.amax
+        if type(quantizer) is TensorQuantizer and (amax.numel() == 1 or amax.numel() == weight.shape[0]):
+            found[names[id(layer)]] = layer
+    return found
+
+
+def _unfit(model: nn.Module, replay: Replay) -> str | None:
+    """Why no weights can be rounded so; None if they can."""
+    try:
+        require_weights(model, "have its weights rounded by their inputs")
+    except TdqError as error:
+        return str(error)
+    if not union(set(replay.times)):
+        return "the model's calls cannot be repeated"
+    if not all(gather(replay.takes_part)):
+        return "some process made no call of the model"
+    if not all(gather(replay.is_first)):
+        return "several processes compute the same samples together"
+    return None
+
+
+class _Rounding:
+    """The weight of one layer, and what it may be rounded to."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        weight, quantizer = layer._parameters["weight"].detach(), layer.weight_quantizer
+        groups = int(getattr(layer, "groups", 1))
+        self._shape, self._dtype = weight.shape, weight.dtype
+        self._weight = weight.float().reshape(groups, -1, weight[0].numel())
+        amax = quantizer.amax.detach().float().to(weight.device)
+        scale = amax / code_range(quantizer.num_bits)[1]
+        scale = torch.where(scale > 0, scale, 1.0)
+        self._scale = scale.reshape((groups, -1, 1) if amax.numel() > 1 else (1, 1, 1))
+
+    def nearest(self) -> Tensor:
+        """What ModelOpt makes of the weight."""
+        return self._quantized(self._weight)
+
+    def _quantized(self, values: Tensor) -> Tensor:
+        quantized: Tensor = self._layer.weight_quantizer(values.reshape(self._shape).to(self._dtype))
+        return quantized.detach()
+
+    def compensated(self, covariance: Covariance) -> Tensor:
+        """Of the weight's shape and dtype: values that ModelOpt's quantizer leaves as they are."""
+        bits = self._layer.weight_quantizer.num_bits
+        parts = [
+            compensated(self._weight[:, :, block], self._scale, products.to(self._weight.device), bits)
+            for block, products in covariance
+        ]
+        return self._quantized(torch.cat(parts, 2))
+
+    def error(self, values: Tensor, covariance: Covariance) -> float:
+        """Of the layer's outputs, if its weight had these values."""
+        difference = values.float().reshape(self._weight.shape) - self._weight
+        return sum(float(output_error(difference[:, :, block], c)) for block, c in covariance)
+
+
+def _observed(
+    model: nn.Module, layers: Mapping[str, QuantModule], replay: Replay, halves: bool, progress: bool
+) -> dict[str, list[Covariance]]:
+    """The covariance of each layer's inputs, over all samples or each half of them."""
+    times = union(set(replay.times))
+    samples = len(times) * max(gather(max((len(replay.samples(time)) for time in replay.times), default=0)))
+    probes = {name: InputCovariance(layer, samples, halves) for name, layer in layers.items()}
+    run_probes(model, [(layers[name], probe) for name, probe in probes.items()], replay, times, "inputs", progress)
+    return {name: [list(part) for part in probe.sums()] for name, probe in probes.items()}
+
+
+def _portions(layers: Mapping[str, QuantModule], copies: int) -> Iterator[dict[str, QuantModule]]:
+    """``layers`` in portions whose covariances fit into memory, ``copies`` times."""
+    portion: dict[str, QuantModule] = {}
+    size = 0
+    for name, layer in layers.items():
+        own = copies * InputCovariance.numel(layer)
+        if portion and size + own > _KEPT:
+            yield portion
+            portion, size = {}, 0
+        portion[name], size = layer, size + own
+    if portion:
+        yield portion
+
+
+def _rounded(
+    model: nn.Module, layers: Mapping[str, QuantModule], replay: Replay, config: CalibrationFields
+) -> dict[str, Tensor]:
+    """The values of the weights that are rounded otherwise than to the nearest, by layer."""
+    halves = config.rounding == "auto"
+    found: dict[str, Tensor] = {}
+    bar = tqdm(total=len(layers), desc="rounding", unit="layer", disable=not config.progress)
+    with bar, torch.no_grad():
+        for portion in _portions(layers, 1 + halves):
+            observed = _observed(model, portion, replay, halves, config.progress)
+            for name, layer in portion.items():
+                values = _best(_Rounding(layer), observed.pop(name))
+                if values is not None:
+                    found[name] = values
+                bar.update()
+    _log.info("%d of %d weights rounded by their inputs", len(found), len(layers))
+    return found
+
+
+def _best(rounding: _Rounding, covariances: list[Covariance]) -> Tensor | None:
+    """The values of one weight; None: those that are nearest.
+
+    Args:
+        rounding: Of the layer.
+        covariances: Of all samples; or of those that are rounded by, and of those that it is judged by.
+    """
+    if not any(bool(products.any()) for part in covariances for _, products in part):
+        return None  # the layer never ran, or read nothing but zeros
+    if len(covariances) == 1:
+        return rounding.compensated(covariances[0])
+    known, judged = covariances
+    if rounding.error(rounding.compensated(known), judged) >= rounding.error(rounding.nearest(), judged):
+        return None
+    pairs = zip(known, judged, strict=True)
+    return rounding.compensated([(block, products + other) for (block, products), (_, other) in pairs])
+
+
+@contextmanager
+def compensated_rounding(model: nn.Module, replay: Replay, config: CalibrationFields) -> Iterator[None]:
+    """Round the weights of ``model`` by what their layers read; in the body, full precision still knows the originals.
+
+    Args:
+        model: Calibrated: its weights have scales.
+        replay: A sample of its calls.
+        config: Its ``rounding``.
+
+    Raises:
+        TdqError: It is to be done and cannot be: calls that cannot be repeated, weights that are elsewhere, samples
+            that several processes compute together. The caller restores the model.
+    """
+    layers = {} if config.rounding == "nearest" else _layers(model)
+    if config.rounding == "auto" and config.weights == "keep":
+        layers = {}
+    reason = _unfit(model, replay) if layers else None
+    if reason is not None:
+        if config.rounding != "auto":
+            raise TdqError("rounding", config.rounding, reason, 'Use "rounding": "nearest"')
+        _log.info("weights rounded to the nearest: %s", reason)
+        layers = {}
+    values = _rounded(model, layers, replay, config) if layers else {}
+    for name, rounded in values.items():
+        _RoundedWeight.from_tensor_quantizer(layers[name].weight_quantizer, rounded)
+    yield
+    for name in values:
+        layers[name].weight_quantizer.settle(layers[name]._parameters["weight"])

@@ -1,0 +1,141 @@
+"""How the inputs of a layer's products vary together: what rounding its weights has to go by.
+
+A product has one row of inputs for each output channel: what a linear layer reads at one position, or the patch that a
+convolution's kernel covers. Some positions of every sample tell enough.
+
+The means of each time count for little. A mean error of the outputs is what a bias makes good
+(:mod:`modelopt_tdq.calibration.correct`), and rounding may spend it. Without any weight it would be spent without
+bounds, which is worse with and without corrections: 34.5 dB, and 35.1 dB with a tenth (W4A8, bundled UNet). Of n
+samples, 1/n of what differs between them looks like a mean, too.
+
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.model.call import layer_input
+from modelopt_tdq.model.place import execution_device
+from modelopt_tdq.model.select import has_batch, trailing_dimensions
+
+__all__ = ["InputCovariance", "input_blocks"]
+
+#: Weight of the means' products, of many samples.
+_MEANS = 0.1
+
+#: Most inputs that are looked at together; those of other blocks count as independent.
+_BLOCK = 1152
+
+#: Rows of inputs per input of a block.
+_ROWS = 8
+
+
+def input_blocks(layer: nn.Module) -> list[slice]:
+    """Stretches of the inputs of one output channel, of whole input channels each."""
+    weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+    kernel = math.prod(weight.shape[2:])
+    channels = max(1, _BLOCK // kernel)
+    return [slice(c * kernel, min(c + channels, weight.shape[1]) * kernel) for c in range(0, weight.shape[1], channels)]
+
+
+def _chosen(positions: int, wanted: int, seed: int) -> Tensor:
+    """Ascending numbers of at most ``wanted`` positions, the same for every sample."""
+    if wanted >= positions:
+        return torch.arange(positions)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(positions, generator=generator)[:wanted].sort().values
+
+
+def _patches(layer: Any, x: Tensor, wanted: int, seed: int) -> Tensor:
+    """[R, G, n] inputs of the products at some positions of each sample; n inputs, G groups."""
+    trailing = trailing_dimensions(layer)
+    x = x if has_batch(layer, x) else x.unsqueeze(0)
+    if not trailing:
+        positions = x.reshape(x.shape[0], -1, x.shape[-1])
+        chosen = _chosen(positions.shape[1], wanted, seed).to(x.device)
+        return positions[:, chosen].reshape(-1, 1, x.shape[-1])
+    if any(layer._reversed_padding_repeated_twice):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    for dimension in range(trailing):  # a view: [N, C, positions ..., kernel ...]
+        size = (layer.kernel_size[dimension] - 1) * layer.dilation[dimension] + 1
+        x = x.unfold(2 + dimension, size, layer.stride[dimension])
+        x = x[..., :: layer.dilation[dimension]]
+    sizes = x.shape[2 : 2 + trailing]
+    chosen = _chosen(math.prod(sizes), wanted, seed)
+    index: Any = (slice(None), slice(None), *torch.unravel_index(chosen.to(x.device), sizes))
+    found = x[index].movedim(2, 1)  # [N, k, C, kernel ...]
+    return found.reshape(-1, layer.groups, found[0, 0].numel() // layer.groups)
+
+
+class InputCovariance:
+    """A hook on one layer, for :func:`modelopt_tdq.calibration.output_error.run_probes`.
+
+    Args:
+        layer: Linear, or a convolution.
+        samples: Of all times and processes together, about.
+        halves: Keep two sums, of one half of the samples each.
+
+    Attributes:
+        row: Of the time of the call.
+        places: Of this process's samples among all of the call.
+    """
+
+    def __init__(self, layer: QuantModule, samples: int, halves: bool) -> None:
+        self._layer, self._halves = layer, 1 + halves
+        self._blocks = input_blocks(layer)
+        largest = max(block.stop - block.start for block in self._blocks)
+        self._wanted = max(1, math.ceil(_ROWS * largest / max(samples, 1)))
+        groups, device = int(getattr(layer, "groups", 1)), execution_device(layer)
+        sizes = [block.stop - block.start for block in self._blocks]
+        self._products = [
+            [torch.zeros(groups, size, size, device=device) for size in sizes] for _ in range(self._halves)
+        ]
+        self.row = 0
+        self.places: tuple[int, ...] = ()
+
+    @staticmethod
+    def numel(layer: nn.Module) -> int:
+        """Numbers that are kept for ``layer``."""
+        groups = int(getattr(layer, "groups", 1))
+        sizes: list[int] = [block.stop - block.start for block in input_blocks(layer)]
+        return groups * sum(size * size for size in sizes)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """See the layer's inputs, as its weights are multiplied with them in full precision."""
+        x = self._layer.input_quantizer(layer_input(args, kwargs))
+        rows = _patches(self._layer, x, self._wanted, self.row).float()
+        if not self.places:
+            rows = rows[:0]
+        counted = all_reduce(torch.tensor([len(rows), len(self.places)], dtype=torch.float64), "sum")
+        total, samples = counted.clamp(min=1.0).tolist()
+        mean = all_reduce(rows.sum(0), "sum") / total  # [G, n]
+        rows = rows - (1 - math.sqrt(_MEANS + (1 - _MEANS) / samples)) * mean
+        half = self._half(len(rows)).to(rows.device)
+        for number, sums in enumerate(self._products):
+            own = rows[half == number]
+            for known, block in zip(sums, self._blocks, strict=True):
+                part = own[:, :, block].transpose(0, 1)  # [G, R, b]
+                known.baddbmm_(part.transpose(1, 2), part)
+
+    def _half(self, rows: int) -> Tensor:
+        """[rows] to which half each belongs: every other sample of the call to the second."""
+        if self._halves == 1 or not self.places or rows % len(self.places):
+            return torch.zeros(rows, dtype=torch.int64)
+        return (torch.tensor(self.places) % 2).repeat_interleave(rows // len(self.places))
+
+    def sums(self) -> Iterator[Iterator[tuple[slice, Tensor]]]:
+        """Of each half, or of all samples: each block of inputs, and [G, b, b] float32, the sum of their products.
+
+        Over all processes.
+        """
+        for sums in self._products:
+            yield ((block, all_reduce(own, "sum")) for block, own in zip(self._blocks, sums, strict=True))

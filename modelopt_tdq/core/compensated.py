@@ -1,0 +1,84 @@
+"""Rounding weights so that each error is taken up by the weights that are still to be rounded (GPTQ).
+
+Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", after Optimal
+Brain Surgeon: of all codes q, those are looked for whose outputs differ least,
+
+    min tr((W - Q) C (W - Q)^T),    C = sum of x x^T over the inputs x
+
+Columns are rounded one after the other, those with the largest inputs first. The error of a column times row i of U,
+C^-1 = U^T U, over U_ii, is taken from the columns behind it: what is least for the outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modelopt_tdq.core.fake_quant import NumBits, fake_quantize
+
+__all__ = ["compensated", "output_error"]
+
+#: Added to the diagonal of C, as a fraction of its mean; of the second, tenfold until C has an inverse.
+_DAMPING, _MOST_DAMPING = 0.01, 1e3
+
+#: Columns whose errors are taken from all behind them at once.
+_COLUMNS = 128
+
+
+def _inverse_root(covariance: Tensor) -> Tensor:
+    """U [G, n, n], upper triangular, of the inverse of the damped ``covariance``."""
+    mean = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    damping = _DAMPING
+    while True:
+        damped = covariance.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(damping * mean.unsqueeze(1))
+        root, info = torch.linalg.cholesky_ex(damped)
+        if not bool(info.any()):
+            upper: Tensor
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+            if not bool(info.any()):
+                return upper
+        if damping > _MOST_DAMPING:  # the inputs are not numbers to reckon with: nothing is taken up
+            return torch.eye(covariance.shape[1], device=covariance.device).expand_as(covariance)
+        damping *= 10
+
+
+def compensated(weight: Tensor, scale: Tensor, covariance: Tensor, num_bits: NumBits) -> Tensor:
+    """The values that a weight is rounded to.
+
+    Args:
+        weight: [G, O, n], of G groups of O outputs and n inputs each.
+        scale: [G, O, 1] or [1, 1, 1] float32, positive.
+        covariance: [G, n, n] float32, C of each group.
+        num_bits: The format.
+
+    Returns:
+        [G, O, n] float32: codes times ``scale``.
+    """
+    order = covariance.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
+    left = weight.float()[:, :, order]
+    upper = _inverse_root(covariance[:, order][:, :, order])
+    values = torch.empty_like(left)
+    columns = left.shape[2]
+    for start in range(0, columns, _COLUMNS):
+        end = min(start + _COLUMNS, columns)
+        part, root = left[:, :, start:end].clone(), upper[:, start:end, start:end]
+        errors = torch.empty_like(part)
+        for i in range(end - start):
+            own = part[:, :, i : i + 1]
+            rounded = fake_quantize(own, scale, None, num_bits)
+            values[:, :, start + i : start + i + 1] = rounded
+            errors[:, :, i : i + 1] = (own - rounded) / root[:, i : i + 1, i : i + 1]
+            part[:, :, i + 1 :] -= errors[:, :, i : i + 1] * root[:, i : i + 1, i + 1 :]
+        left[:, :, end:] -= errors @ upper[:, start:end, end:]
+    return values[:, :, order.argsort()]
+
+
+def output_error(difference: Tensor, covariance: Tensor) -> Tensor:
+    """tr(D C D^T), summed over groups: the squared error of the outputs, where weights differ by D.
+
+    Args:
+        difference: D, [G, O, n] float32.
+        covariance: C, [G, n, n] float32.
+    """
+    return ((difference @ covariance) * difference).sum(dtype=torch.float64)
