@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 
 # `support` for every test, wherever pytest is started and whichever folders are packages
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from support.exporter import taken_apart  # noqa: E402
+
 torch.set_num_threads(1)
 settings.register_profile(
     "repeatable",
@@ -37,6 +39,7 @@ def pytest_collection_finish() -> None:
     """What the imports left stays: the garbage collector need not look at half a million objects again and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # what is left is little; a trace makes many small objects and keeps them
 
 
 def pytest_unconfigure() -> None:
@@ -44,23 +47,33 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Slower, and with nothing of torch in another form than users have it."""
+    parser.addoption("--torch-as-it-is", action="store_true", help="leave torch's exporter as it is")
+
+
 @pytest.fixture(autouse=True, scope="session")
-def operators_are_read_once() -> Iterator[None]:
+def operators_are_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """What torch.onnx finds out anew in every export, though it is the same in all of them: here once per opset.
 
     That is, the sources of all its operators, a second each; which of them are made of others; how torch takes them
-    apart; and that a rewriting of two nodes cannot begin at a node of another kind.
+    apart; and that a rewriting of two nodes cannot begin at a node of another kind. Graphs in which nothing is to be
+    taken apart are not traced a second time (``test_exporter.py``).
     """
+    if request.config.getoption("--torch-as-it-is"):
+        yield
+        return
     try:
         from onnxscript.rewriter._rewrite_rule import RewriteRule
         from torch._export import utils
-        from torch.onnx._internal.exporter import _decomp
+        from torch.onnx._internal.exporter import _decomp, _fx_passes
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         read = functools.cache(ONNXRegistry.from_torchlib)
         implicit = functools.cache(utils._materialize_cpp_cia_ops)
         decompositions = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
         try_rewrite = RewriteRule.try_rewrite
+        decompose = _fx_passes.decompose_with_registry
     except (ImportError, AttributeError):  # of no version of torch known so far: exports only take longer
         yield
         return
@@ -78,7 +91,13 @@ def operators_are_read_once() -> Iterator[None]:
             return None
         return try_rewrite(rule, model, graph, node, **given)
 
+    def decomposed(program: Any, registry: Any) -> Any:
+        operators = frozenset(_decomp.get_onnx_implemented_overloads(registry))
+        made = taken_apart(program, operators, decompositions(operators))
+        return decompose(program, registry) if made is None else made
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fx_passes, "decompose_with_registry", decomposed)
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
         patch.setattr(RewriteRule, "try_rewrite", tried)
         patch.setattr(utils, "_materialize_cpp_cia_ops", implicit)

@@ -119,7 +119,8 @@ def test_the_package_and_its_command_line_import_nothing_heavy() -> None:
 #: Each in a process of its own, forked from one that has imported what ModelOpt needs, and not ModelOpt.
 _REGISTERED = """
 import os, sys
-import diffusers, torch, transformers
+import accelerate, diffusers, omegaconf, onnx, peft, pulp, transformers
+import scipy.optimize, scipy.stats, torch._inductor.compile_fx
 for script in {scripts!r}:
     assert not {{"modelopt", "modelopt_tdq"}} & set(sys.modules)
     process = os.fork()

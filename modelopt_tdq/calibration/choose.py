@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from modelopt_tdq.calibration.candidates import (
     ErrorCurves,
     affine_offset,
+    candidate_grid,
     histogram_error,
     row_errors,
     symmetric_scale,
@@ -18,7 +20,12 @@ from modelopt_tdq.calibration.entropy import entropy_amax
 from modelopt_tdq.calibration.statistics import BINS, ActivationStatistics
 from modelopt_tdq.core.fake_quant import NumBits, code_range
 
-__all__ = ["Evidence", "choose_rows"]
+__all__ = ["Evidence", "choose_rows", "own_curves"]
+
+
+def own_curves(statistics: ActivationStatistics, num_bits: NumBits, asymmetric: bool) -> ErrorCurves:
+    """Error of the activation itself at every scale that is worth trying, with offsets or without."""
+    return histogram_error(statistics, *candidate_grid(statistics, num_bits, asymmetric), num_bits)
 
 
 @dataclass(frozen=True)
@@ -27,19 +34,24 @@ class Evidence:
 
     Attributes:
         statistics: Histograms and ranges over K times.
-        curves: Error of candidate scales over the same times: the activation's own, or the layer's output.
         num_bits: Number format.
         asymmetric: Whether an offset is used.
+        known: See ``curves``; None: they are not known yet. Statistics that look at no error never need them.
     """
 
     statistics: ActivationStatistics
-    curves: ErrorCurves
     num_bits: NumBits
     asymmetric: bool
+    known: ErrorCurves | None = None
+
+    @cached_property
+    def curves(self) -> ErrorCurves:
+        """Error of candidate scales over the same times: the activation's own, or the layer's output."""
+        return own_curves(self.statistics, self.num_bits, self.asymmetric) if self.known is None else self.known
 
     def symmetric(self) -> Evidence:
         """The same without offsets."""
-        return replace(self, curves=self.curves.symmetric(), asymmetric=False)
+        return replace(self, known=self.curves.symmetric(), asymmetric=False)
 
     def error(self, scale: Tensor, offset: Tensor) -> Tensor:
         """[K] float64 squared error of each row at its own scale and offset, each [K], chosen by :func:`choose_rows`.

@@ -13,9 +13,8 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
 from modelopt_tdq.calibration.channel_smoothing import Channels, smooth_channels, undo_channel_smoothing
-from modelopt_tdq.calibration.choose import Evidence
+from modelopt_tdq.calibration.choose import Evidence, own_curves
 from modelopt_tdq.calibration.columns import worth_an_offset
 from modelopt_tdq.calibration.others import load_amax
 from modelopt_tdq.calibration.output_error import output_curves
@@ -182,7 +181,7 @@ def collect(
         )
     if config.statistic == "output":
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
-            evidence[name] = _settled(replace(evidence[name], curves=curves), config, name in follow)
+            evidence[name] = _settled(replace(evidence[name], known=curves), config, name in follow)
     return Calibration(quantizers, times, evidence, replay)
 
 
@@ -202,9 +201,8 @@ def _activation_evidence(
 ) -> Evidence:
     rows, num_bits = _filled(statistics, times), quantizer.num_bits
     asymmetric = bool(config.asymmetric) and isinstance(num_bits, int)  # FP8 has a sign of its own
-    return Evidence(
-        rows, histogram_error(rows, *candidate_grid(rows, num_bits, asymmetric), num_bits), num_bits, asymmetric
-    )
+    judged = config.statistic in ("mse", "output")
+    return Evidence(rows, num_bits, asymmetric, own_curves(rows, num_bits, asymmetric) if judged else None)
 
 
 def _settled(evidence: Evidence, config: CalibrationFields, temporal: bool) -> Evidence:

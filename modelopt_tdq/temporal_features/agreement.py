@@ -14,7 +14,7 @@ from modelopt_tdq.temporal_features.numbering import Number
 from modelopt_tdq.temporal_features.tape import Tape
 from modelopt_tdq.temporal_features.trace import Leave, Run
 
-__all__ = ["disagreeing", "outputs_of"]
+__all__ = ["disagreeing", "near", "outputs_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def _rows(model: nn.Module, tape: Tape, layers: list[str], time: Tensor) -> dict
     return {name: [value[:1] for value in values] for name, values in made.items()}
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
+def near(one: Tensor, other: Tensor) -> bool:
+    """Whether two rows are equal but for rounding."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if torch.equal(one, other):
@@ -84,7 +85,7 @@ def disagreeing(
     for name in unsure:
         known = {number.alike: row for number, row in zip(other[name], second[name], strict=True)}
         pairs = zip(one[name], first[name], strict=True)
-        if not all(number.alike in known and _near(row, known[number.alike]) for number, row in pairs):
+        if not all(number.alike in known and near(row, known[number.alike]) for number, row in pairs):
             different[0].add(name)
             different[1].add(name)
     return different

@@ -6,6 +6,7 @@ g_i(h(t)), the temporal features, steer the rest of the model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,16 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.timestep import INTERVALS, find_timestep
 from modelopt_tdq.model.wrapped import unwrapped
+from modelopt_tdq.temporal_features.agreement import near
+from modelopt_tdq.temporal_features.dataflow import Watched
 from modelopt_tdq.temporal_features.proof import Proof
-from modelopt_tdq.temporal_features.search import search
+from modelopt_tdq.temporal_features.search import search, watched_at_once
 from modelopt_tdq.temporal_features.tape import Tape
 from modelopt_tdq.temporal_features.trace import layers_with_parameters
 from modelopt_tdq.temporal_features.variation import named_leaves
 
-__all__ = ["TemporalBlock", "find_temporal_block", "named"]
+__all__ = ["TemporalBlock", "find_temporal_block", "for_times", "named"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ def find_temporal_block(
         raise TdqError("timestep", timestep, "not among the arguments of the call", f"Given: {', '.join(arguments)}")
     with _at_rest(model):
         result = search(model, arguments, timestep, times)
-    found, whole = result.watched, result.watched.tapes[0]
+    found = result.watched
     depends = {name: tuple(sorted(on - {timestep})) for name, on in found.depends.items() if timestep in on}
     if not found.features:
         example = next(iter(depends.items()), None)
@@ -219,20 +225,61 @@ def find_temporal_block(
             f"it has no temporal block: none of its layers depends on `{timestep}` alone{why}",
             'Quantize it with {"method": "tdq"}',
         )
-    tape = whole.only(found.features)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}  # each once, by its first name
-    layers = layers_with_parameters(model)
     inputs = {name for name, leaf in named_leaves(arguments) if isinstance(leaf, Tensor)}
     return TemporalBlock(
-        timestep,
-        tape.layers,
-        {name: shape[1:] for name, shape in found.features.items()},
-        {name: found.shapes[name][1:] for name in tape.layers if name in found.shapes},
-        {name: {names[id(p)]: p.numel() for p in layers[name].parameters()} for name in tape.layers},
-        {name: found.multiply_adds.get(name, 0) // rows for name, (rows, *_) in found.shapes.items()},
-        depends,
-        {name: on for name, on in depends.items() if inputs.isdisjoint(on)},
-        frozenset(tape.layers) - whole.results.keys(),
-        tape,
-        result.proof,
+        timestep=timestep,
+        depends=depends,
+        refused={name: on for name, on in depends.items() if inputs.isdisjoint(on)},
+        proof=result.proof,
+        **_computed(model, found, found.features),
     )
+
+
+def _computed(model: nn.Module, found: Watched, features: Iterable[str]) -> dict[str, Any]:
+    """What the first of the runs tells of a block with these features: fields of :class:`TemporalBlock`."""
+    whole = found.tapes[0]
+    tape = whole.only(features)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # each once, by its first name
+    layers = layers_with_parameters(model)
+    return {
+        "layers": tape.layers,
+        "features": {name: found.shapes[name][1:] for name in whole.results if name in tape.results},
+        "shapes": {name: found.shapes[name][1:] for name in tape.layers if name in found.shapes},
+        "weights": {name: {names[id(p)]: p.numel() for p in layers[name].parameters()} for name in tape.layers},
+        "costs": {name: found.multiply_adds.get(name, 0) // rows for name, (rows, *_) in found.shapes.items()},
+        "kept": frozenset(tape.layers) - whole.results.keys(),
+        "tape": tape,
+    }
+
+
+def for_times(block: TemporalBlock, model: nn.Module, arguments: Mapping[str, Any], times: Tensor) -> TemporalBlock:
+    """The same block with a tape that computes all of these times in one run, if the model takes a time per sample.
+
+    That takes one more call, not another search: a tape that does not give at all of these times what ``block`` gives
+    is not used. Then, and where the model does not take so many times, it is ``block`` itself.
+
+    Args:
+        block: All that :func:`find_temporal_block` has found, with ``times=None``.
+        model: Of the block; its parameters have data.
+        arguments: With which the block was found.
+        times: [K] float32, where the model computes.
+    """
+    whole = unwrapped(model)
+    with _at_rest(whole):
+        found = watched_at_once(whole, arguments, block.timestep, len(times))
+    if found is None or not block.features.keys() <= found.tapes[0].results.keys():
+        return block
+    made = replace(block, **_computed(whole, found, block.features))
+    made = replace(made, kept=made.kept | (block.kept & set(made.layers)))
+    return made if _same_features(model, block, made, times) else block
+
+
+def _same_features(model: nn.Module, one: TemporalBlock, other: TemporalBlock, times: Tensor) -> bool:
+    """Whether both compute the same at these times, but for rounding."""
+    try:
+        with full_precision(model), torch.no_grad():
+            first, second = one.compute(model, times), other.compute(model, times)
+    except Exception as error:
+        _log.info("the temporal block cannot be compared: %s", error)
+        return False
+    return all(near(*rows) for name, value in first.items() for rows in zip(value, second[name], strict=True))

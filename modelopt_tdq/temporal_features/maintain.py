@@ -15,7 +15,7 @@ from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.model_table import scale_table, set_scale_table
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.timestep import INTERVALS
-from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block
+from modelopt_tdq.temporal_features.block import TemporalBlock, find_temporal_block, for_times
 from modelopt_tdq.temporal_features.checksum import block_checksum
 from modelopt_tdq.temporal_features.config import Strategy, TdqTemporalConfig
 from modelopt_tdq.temporal_features.errors import FeatureErrors, cosine_similarity, relative_squared_error
@@ -53,9 +53,9 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
     """
     times = _share_rows(model, config.times)
     device = execution_device(model)
-    called = find_temporal_block(model, arguments, config.timestep_argument, None)
-    called = called.only(_wanted(called, config.features))
-    block = find_temporal_block(model, arguments, config.timestep_argument, len(times))
+    whole = find_temporal_block(model, arguments, config.timestep_argument, None)
+    called = whole.only(_wanted(whole, config.features))
+    block = for_times(whole, model, arguments, times.to(device))
     block = block.only(list(called.features)) if block.features.keys() >= called.features.keys() else called
     bits = formats(model, _bits(config.temporal_weight_bits), _bits(config.temporal_activation_bits))
     for layer in quantizable(model, block).values():
@@ -72,8 +72,8 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
     errors = {strategy: relative_squared_error(targets, made) for strategy, made in candidates.items()}
     choice = _choice(errors, config)
     features = merged(choice, candidates)
-    whole = {name for name, strategies in choice.items() if set(strategies) == {"cache"}}
-    stored = {name: cached[name] if name in whole else Feature(_stored(value)) for name, value in features.items()}
+    wholly = {name for name, strategies in choice.items() if set(strategies) == {"cache"}}
+    stored = {name: cached[name] if name in wholly else Feature(_stored(value)) for name, value in features.items()}
     measured: dict[str, Mapping[str, Tensor]] = {**dict(candidates.items()), "chosen": features}
     metadata: dict[str, Any] = {
         "timestep_argument": config.timestep_argument,

@@ -35,7 +35,7 @@ from modelopt_tdq.temporal_features.variation import (
 )
 from modelopt_tdq.temporal_features.varied_calls import VariedCalls
 
-__all__ = ["Found", "search"]
+__all__ = ["Found", "search", "watched_at_once"]
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +115,32 @@ def search(model: nn.Module, arguments: Mapping[str, Any], timestep: str, times:
         return _found(calls, model, own, own, timestep, data=True)
     finally:
         calls.restore()
+
+
+def watched_at_once(model: nn.Module, arguments: Mapping[str, Any], timestep: str, times: int) -> Watched | None:
+    """Watch one call with as many samples as times, by shapes alone; None where :func:`search` would not do so either.
+
+    Nothing is proven by one call: what it computes has to be compared with what a search has found.
+
+    Args:
+        model: As for :func:`search`, also for the next two.
+        arguments: Likewise.
+        timestep: Likewise.
+        times: How many.
+    """
+    batched = _batched(_tensors(model, arguments, timestep), timestep, times)
+    calls = VariedCalls(model, batched, timestep, times, data=False)
+    try:
+        calls.call()
+        found = calls.watched()
+    except TdqError:
+        raise
+    except Exception as error:  # models may look at values, or not take a time per sample
+        _log.info("the model cannot be watched at several times without data: %s", error)
+        return None
+    finally:
+        calls.restore()
+    return found if _is_usable(found, times) else None
 
 
 class _Evidence:

@@ -9,9 +9,8 @@ import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
-from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -29,8 +28,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CLOSED = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType, torch.Generator)
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """One value that a model, or an argument, holds.
 
     Attributes:
@@ -141,9 +139,13 @@ class ModelState:
             attributes = vars(module)
             own = {key: value for key, value in attributes.items() if key not in _COMMON}
             self._modules.append((attributes, own))
+            of = f"of module `{name}`" if name else "of the model"
             for key, value in own.items():
+                if type(value) in _PLAIN:  # most are
+                    self.held[f"the state `{key}` {of}"] = Held(value, attributes, key)
+                    continue
                 for path, held in self._attribute(key, value, attributes):
-                    self.held[f"the state `{path}` of {f'module `{name}`' if name else 'the model'}"] = held
+                    self.held[f"the state `{path}` {of}"] = held
 
     def _attribute(self, key: str, value: Any, attributes: dict[str, Any]) -> Iterator[tuple[str, Held]]:
         for path, held in self._walk(value, key, attributes, key):

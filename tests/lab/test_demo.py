@@ -55,10 +55,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> DemoSettings:
     )
 
 
+_FORKED = SimpleNamespace(Popen=ForkedModule, PIPE=None)
+
+
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers import nothing anew, which takes longer than what they do here; those of ``first`` are the real ones."""
-    monkeypatch.setattr("modelopt_tdq.lab.demo.pool.subprocess", SimpleNamespace(Popen=ForkedModule, PIPE=None))
+    monkeypatch.setattr("modelopt_tdq.lab.demo.pool.subprocess", _FORKED)
 
 
 @pytest.fixture(scope="module")
@@ -165,25 +168,43 @@ def test_cache_keeps_and_forgets(tmp_path: Path) -> None:
     assert not cache.folder.exists()
 
 
+@pytest.fixture(scope="module")
+def small(settings: DemoSettings, tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoSettings, dict[str, Any]]:
+    """A model that is calibrated in a few seconds, and its results without maintenance."""
+    import diffusers
+    from support.models import SMALL_UNET
+
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    model: Any = SMALL_UNET.make()
+    model.save_pretrained(folder / "model")
+    diffusers.DDIMScheduler().save_pretrained(folder / "model" / "scheduler")
+    changed = dataclasses.replace(settings, model=str(folder / "model"), output=folder / "none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modelopt_tdq.lab.demo.pool.subprocess", _FORKED)
+        return changed, _run(changed)[0]
+
+
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("maintenance", ["naive", "cache"])
-def test_temporal_features(settings: DemoSettings, first: tuple[dict[str, Any], str], maintenance: str) -> None:
+def test_temporal_features(small: tuple[DemoSettings, dict[str, Any]], maintenance: str) -> None:
+    settings, without = small
     output = settings.output.parent / maintenance
     changed = dataclasses.replace(settings, output=output, maintenance=maintenance)
     results, text = _run(changed)
     assert f"TDQ mse + {maintenance}" in text
     rows = {row["variant"]: row for row in results["rows"]}
-    plain = {row["variant"]: row for row in first[0]["rows"]}
+    plain = {row["variant"]: row for row in without["rows"]}
     for variant in ("max", "static"):
         assert rows[variant]["sqnr_db"] == plain[variant]["sqnr_db"]
     facts = results["features"]["int8"]
-    assert len(facts["names"]) == 11
+    assert len(facts["names"]) == 5
     page = (output / "report.html").read_text()
     assert "Temporal features" in page
     assert (output / "plots" / "features.png").stat().st_size > 10_000
     assert load_results(output / "results.json")["features"] == results["features"]
     if maintenance == "cache":
-        assert [cells[2] for cells in facts["rows"]] == ["cache"] * 11
+        assert [cells[2] for cells in facts["rows"]] == ["cache"] * 5
         assert facts["sqnr_exact_db"] == _without_corrections(settings)  # nothing else differs
         assert rows["tdq"]["sqnr_db"] != plain["tdq"]["sqnr_db"]
         assert "down_blocks.0.resnets.0.time_emb_proj" in page

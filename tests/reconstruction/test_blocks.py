@@ -99,7 +99,7 @@ def test_every_family_is_reconstructed() -> None:
         torch.manual_seed(0)
         family = FAMILIES[name]
         config = fast_config(
-            weight_bits=3, activation_bits=6, method="tdq_reconstruct", iterations=20, samples=8, batch_size=4
+            weight_bits=3, activation_bits=6, method="tdq_reconstruct", iterations=8, samples=8, batch_size=4
         )
         model = mtq.quantize(family.make().eval(), config, family.forward_loop(4))
         report = tdq.reconstruction_report(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelopt_tdq.calibration.candidates import candidate_grid, histogram_error
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics
 from modelopt_tdq.core.fake_quant import NumBits, fake_quantize
@@ -24,9 +23,7 @@ def statistics(rows: list[Tensor]) -> ActivationStatistics:
 
 def evidence(rows: list[Tensor], num_bits: NumBits, asymmetric: bool) -> Evidence:
     """Likewise, with the error of the activation itself."""
-    found = statistics(rows)
-    curves = histogram_error(found, *candidate_grid(found, num_bits, asymmetric), num_bits)
-    return Evidence(found, curves, num_bits, asymmetric)
+    return Evidence(statistics(rows), num_bits, asymmetric)
 
 
 def squared_error(rows: list[Tensor], scale: Tensor, offset: Tensor | None, num_bits: NumBits) -> Tensor:

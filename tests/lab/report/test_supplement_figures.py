@@ -36,9 +36,9 @@ TIMES = torch.tensor([0.0, 300.0, 900.0])
 SMOKE, FULL = BUDGETS["smoke"], BUDGETS["full"]
 SMALL = {
     "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
     "norm_num_groups": 4,
     "layers_per_block": 1,
     "attention_head_dim": 8,
@@ -268,7 +268,7 @@ def page(model: Path, layers: list[LayerActivation], tmp_path_factory: pytest.Te
     runs: dict[tuple[str, int], float | None] = {("W4A4 TDQ", 0): 2.0, ("W4A4 TDQ", 1): 1.5, ("W4A4 LSQ", 0): 1.0}
     keep(results, model, [layer.name for layer in layers], runs, SMOKE)
     result = run(
-        "report", "--figures", "--model", model, "--results", results, "--samples", 2, "--steps", 3, "--seed", 5
+        "report", "--figures", "--model", model, "--results", results, "--samples", 2, "--steps", 2, "--seed", 5
     )
     assert result.exit_code == 0, result.output
     return results / "UNet2DModel_figures" / "figures.md"
