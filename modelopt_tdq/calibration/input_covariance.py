@@ -12,6 +12,7 @@ samples, 1/n of what differs between them looks like a mean, too.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -39,11 +40,12 @@ _ROWS = 8
 
 
 def input_blocks(layer: nn.Module) -> list[slice]:
-    """Stretches of the inputs of one output channel, of whole input channels each."""
+    """Stretches of the inputs of one output channel, of whole input channels each, about as long as each other."""
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
-    kernel = math.prod(weight.shape[2:])
-    channels = max(1, _BLOCK // kernel)
-    return [slice(c * kernel, min(c + channels, weight.shape[1]) * kernel) for c in range(0, weight.shape[1], channels)]
+    kernel, channels = math.prod(weight.shape[2:]), weight.shape[1]
+    blocks = math.ceil(channels / max(1, _BLOCK // kernel))
+    ends = [channels * number // blocks * kernel for number in range(blocks + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def _chosen(positions: int, wanted: int, seed: int) -> Tensor:

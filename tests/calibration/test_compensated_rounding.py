@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_rows_times_weights_are_the_output(layer: Any, samples: int, batched: bo
     found = torch.einsum("rgn,gon->rgo", rows, weight).flatten(1)
     expected = output if isinstance(layer, nn.Linear) else output.movedim(-1 - len(layer.kernel_size), -1)
     assert torch.allclose(found, expected.reshape(found.shape), atol=1e-5)
+
+
+@given(st.integers(1, 5000), st.sampled_from([(), (3,), (3, 3), (11, 11, 11)]))
+def test_blocks_are_of_whole_channels(channels: int, kernel: tuple[int, ...]) -> None:
+    layer: Any = nn.Module()
+    layer.weight = nn.Parameter(torch.empty(1, device="meta").expand(2, channels, *kernel))
+    blocks, size = input_covariance.input_blocks(layer), math.prod(kernel)
+    assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
+    assert blocks[-1].stop == channels * size
+    sizes = [block.stop - block.start for block in blocks]
+    assert all(length % size == 0 and (length <= 1152 or length == size) for length in sizes)
+    assert max(sizes) - min(sizes) <= size
 
 
 def test_some_rows_of_every_sample() -> None:
