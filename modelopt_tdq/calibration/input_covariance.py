@@ -33,7 +33,7 @@ __all__ = ["InputCovariance", "input_blocks"]
 _MEANS = 0.1
 
 #: Most inputs that are looked at together; those of other blocks count as independent.
-_BLOCK = 1152
+_BLOCK = 576
 
 #: Rows of inputs per input of a block.
 _ROWS = 8

@@ -101,7 +101,7 @@ def test_blocks_are_of_whole_channels(channels: int, kernel: tuple[int, ...]) ->
     assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
     assert blocks[-1].stop == channels * size
     sizes = [block.stop - block.start for block in blocks]
-    assert all(length % size == 0 and (length <= 1152 or length == size) for length in sizes)
+    assert all(length % size == 0 and (length <= 576 or length == size) for length in sizes)
     assert max(sizes) - min(sizes) <= size
 
 

@@ -24,7 +24,7 @@ def _pair(bits: NumBits, family: str) -> tuple[nn.Module, nn.Module]:
     chosen = FAMILIES[family]
     torch.manual_seed(0)
     model = chosen.make().eval()
-    config = tdq.make_config(bits, bits, statistic="max", bins=1, weights="max", progress=False)
+    config = tdq.make_config(bits, bits, statistic="max", bins=1, weights="max", correction="none", progress=False)
     theirs = mtq.quantize(copy.deepcopy(model), {**config, "algorithm": "max"}, chosen.forward_loop())
     return theirs, mtq.quantize(model, config, chosen.forward_loop())
 
@@ -141,7 +141,9 @@ def test_ours_after_max_starts_from_nothing() -> None:
 
 def test_another_format_on_a_calibrated_model() -> None:
     model = quantized()
-    config = tdq.make_config(8, 4, statistic="max", weights="max", progress=False, protect_steps=False)
+    config = tdq.make_config(
+        8, 4, statistic="max", weights="max", correction="none", progress=False, protect_steps=False
+    )
     mtq.quantize(model, config, loop(calls()))
     torch.manual_seed(0)
     expected = mtq.quantize(TinyDenoiser().eval(), config, loop(calls()))

@@ -69,7 +69,8 @@ def _table(kind: type[_Layers], **fields: Any) -> tdq.ScaleTable:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     data = [(torch.randn(8, 16, generator=generator), torch.tensor(t)) for t in TIMES]
-    settings = {"statistic": "output", "smoothing": 0.0, "weights": "max", "protect_steps": False, "progress": False}
+    settings = {"statistic": "output", "smoothing": 0.0, "weights": "max", "protect_steps": False}
+    settings |= {"correction": "none", "progress": False}
     config = tdq.make_config(8, 4, high_precision=(), **{**settings, **fields})
     model = mtq.quantize(copy.deepcopy(kind()).eval(), config, loop(data))
     return tdq.scale_table(model)

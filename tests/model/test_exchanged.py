@@ -38,7 +38,9 @@ def test_functions_come_back_after_an_error(processor: type) -> None:
         for t in (900.0, 100.0):
             model(x, torch.tensor([t]))
 
-    model = mtq.quantize(_Denoiser(processor()).eval(), tdq.make_config(protect_steps=False, progress=False), loop)
+    model = mtq.quantize(
+        _Denoiser(processor()).eval(), tdq.make_config(protect_steps=False, correction="none", progress=False), loop
+    )
     expected = model(x, torch.tensor([100.0]))
     assert _state() == before
     with pytest.raises(tdq.TdqError, match="timestep"):
