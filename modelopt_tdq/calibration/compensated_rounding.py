@@ -125,14 +125,22 @@ class _Rounding:
         quantized: Tensor = self._layer.weight_quantizer(values.reshape(self._shape).to(self._dtype))
         return quantized.detach()
 
-    def compensated(self, covariance: Covariance) -> Tensor:
-        """Of the weight's shape and dtype: values that ModelOpt's quantizer leaves as they are."""
-        bits = self._layer.weight_quantizer.num_bits
-        parts = [
-            compensated(self._weight[:, :, block], self._scale, products.to(self._weight.device), bits)
-            for block, products in covariance
-        ]
-        return self._quantized(torch.cat(parts, 2))
+    def compensated(self, *covariances: Covariance) -> list[Tensor]:
+        """For each of some covariances: values, of the weight's shape and dtype, that ModelOpt leaves as they are."""
+        bits, blocks = self._layer.weight_quantizer.num_bits, [block for block, _ in covariances[0]]
+        groups = len(self._weight)
+        parts: list[list[Tensor]] = [[self._weight[:, :, block] for block in blocks] for _ in covariances]
+        # all blocks of one size at once, and for all covariances
+        for size in {block.stop - block.start for block in blocks}:
+            chosen = [i for i, block in enumerate(blocks) if block.stop - block.start == size]
+            weight = torch.cat([part[i] for part in parts for i in chosen])
+            products = torch.cat([covariance[i][1].to(weight.device) for covariance in covariances for i in chosen])
+            scale = self._scale.expand(groups, -1, -1).repeat(len(weight) // groups, 1, 1)
+            solved = iter(compensated(weight, scale, products, bits).reshape(-1, groups, *weight.shape[1:]))
+            for part in parts:
+                for i in chosen:
+                    part[i] = next(solved)
+        return [self._quantized(torch.cat(part, 2)) for part in parts]
 
     def error(self, values: Tensor, covariance: Covariance) -> float:
         """Of the layer's outputs, if its weight had these values."""
@@ -194,12 +202,12 @@ def _best(rounding: _Rounding, covariances: list[Covariance]) -> Tensor | None:
     if not any(bool(products.any()) for part in covariances for _, products in part):
         return None  # the layer never ran, or read nothing but zeros
     if len(covariances) == 1:
-        return rounding.compensated(covariances[0])
+        return rounding.compensated(covariances[0])[0]
     known, judged = covariances
-    if rounding.error(rounding.compensated(known), judged) >= rounding.error(rounding.nearest(), judged):
-        return None
     pairs = zip(known, judged, strict=True)
-    return rounding.compensated([(block, products + other) for (block, products), (_, other) in pairs])
+    everything = [(block, products + other) for (block, products), (_, other) in pairs]
+    trial, values = rounding.compensated(known, everything)
+    return values if rounding.error(trial, judged) < rounding.error(rounding.nearest(), judged) else None
 
 
 @contextmanager

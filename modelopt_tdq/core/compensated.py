@@ -5,8 +5,8 @@ Brain Surgeon: of all codes q, those are looked for whose outputs differ least,
 
     min tr((W - Q) C (W - Q)^T),    C = sum of x x^T over the inputs x
 
-Columns are rounded one after the other, those with the largest inputs first. The error of a column times row i of U,
-C^-1 = U^T U, over U_ii, is taken from the columns behind it: what is least for the outputs.
+Columns are rounded one after the other, of each group those with the largest inputs first. The error of a column times
+row i of U, C^-1 = U^T U, over U_ii, is taken from the columns behind it: what is least for the outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["compensated", "output_error"]
 _DAMPING, _MOST_DAMPING = 0.01, 1e3
 
 #: Columns whose errors are taken from all behind them at once.
-_COLUMNS = 128
+_COLUMNS = 48
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:
@@ -55,23 +55,25 @@ def compensated(weight: Tensor, scale: Tensor, covariance: Tensor, num_bits: Num
     Returns:
         [G, O, n] float32: codes times ``scale``.
     """
-    order = covariance.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
-    left = weight.float()[:, :, order]
-    upper = _inverse_root(covariance[:, order][:, :, order])
+    order = covariance.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True).unsqueeze(2)  # [G, n, 1]
+    # inputs first: what belongs to one column of the weight lies side by side
+    left = weight.float().transpose(1, 2).take_along_dim(order, 1)
+    upper = _inverse_root(covariance.take_along_dim(order, 1).take_along_dim(order.transpose(1, 2), 2))
+    scale = scale.squeeze(2)
     values = torch.empty_like(left)
-    columns = left.shape[2]
+    columns = left.shape[1]
     for start in range(0, columns, _COLUMNS):
         end = min(start + _COLUMNS, columns)
-        part, root = left[:, :, start:end].clone(), upper[:, start:end, start:end]
+        part, root = left[:, start:end].clone(), upper[:, start:end, start:end]
         errors = torch.empty_like(part)
-        for i in range(end - start):
-            own = part[:, :, i : i + 1]
-            rounded = fake_quantize(own, scale, None, num_bits)
-            values[:, :, start + i : start + i + 1] = rounded
-            errors[:, :, i : i + 1] = (own - rounded) / root[:, i : i + 1, i : i + 1]
-            part[:, :, i + 1 :] -= errors[:, :, i : i + 1] * root[:, i : i + 1, i + 1 :]
-        left[:, :, end:] -= errors @ upper[:, start:end, end:]
-    return values[:, :, order.argsort()]
+        behind, inverse = root.transpose(1, 2), root.diagonal(dim1=1, dim2=2)[:, :, None].reciprocal().unbind(1)
+        places = zip(part.unbind(1), values[:, start:end].unbind(1), errors.unbind(1), inverse, strict=True)
+        for i, (own, rounded, error, factor) in enumerate(places):
+            rounded.copy_(fake_quantize(own, scale, None, num_bits))
+            torch.sub(own, rounded, out=error).mul_(factor)
+            part[:, i + 1 :].baddbmm_(behind[:, i + 1 :, i : i + 1], error.unsqueeze(1), alpha=-1)
+        left[:, end:].baddbmm_(upper[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+    return values.take_along_dim(order.argsort(1), 1).transpose(1, 2)
 
 
 def output_error(difference: Tensor, covariance: Tensor) -> Tensor:
