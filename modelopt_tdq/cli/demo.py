@@ -50,7 +50,7 @@ def demo(
     """Compare full precision, ModelOpt's static quantization, and scales over time on one model.
 
     Prints one table; writes images, plots, quantized models, results.json and report.html. With the bundled model it
-    takes about ten minutes on two cores. An interrupted demo goes on where it stopped.
+    takes about twelve minutes on two cores. An interrupted demo goes on where it stopped.
     """
     from modelopt_tdq.lab.demo.run import run_demo
     from modelopt_tdq.lab.demo.settings import DemoSettings
