@@ -177,8 +177,8 @@ def test_corrections_know_the_weights_that_were_rounded() -> None:
 def test_what_is_known_of_the_weights_is_of_those_that_are_there() -> None:
     model = rounded()
     assert changed_weights(model) == []
-    with torch.no_grad():
-        model.mix.weight.mul_(2.0)
+    with torch.no_grad():  # as somebody who loads the checkpoint once more
+        model.mix.weight.copy_(weights(original())["mix"])
     assert [change.name for change in changed_weights(model)] == ["mix.weight_quantizer"]
 
 
@@ -238,6 +238,26 @@ def test_auto_leaves_layers_alone_that_gain_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compensated_rounding, "compensated", lambda weight, scale, covariance, bits: 0.5 * weight)
     assert untouched(rounded("auto"))
     assert not untouched(rounded("compensated"))
+
+
+@pytest.mark.parametrize(("trial", "kept"), [(2.0, True), (4.0, False)])
+def test_judged_by_the_half_that_it_was_not_rounded_by(trial: float, kept: bool) -> None:
+    known, judged = ([(slice(0, 1), torch.full((1, 1, 1), value))] for value in (1.0, 2.0))
+
+    class Rounding:
+        def compensated(self, *covariances: Any) -> list[str]:
+            assert [float(products) for [(_, products)] in covariances] == [1.0, 3.0]
+            return ["trial", "of all"]
+
+        def nearest(self) -> str:
+            return "nearest"
+
+        def error(self, values: str, covariance: Any) -> float:
+            assert covariance is judged
+            return {"trial": trial, "nearest": 3.0}[values]
+
+    found: Any = compensated_rounding._best(Rounding(), [known, judged])  # type: ignore[arg-type]
+    assert found == ("of all" if kept else None)
 
 
 def test_scales_that_are_kept_keep_the_codes() -> None:
