@@ -38,29 +38,23 @@ from modelopt_tdq.model.intact import writes
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
-from modelopt_tdq.model.select import trailing_dimensions
+from modelopt_tdq.model.select import PRODUCTS, shared_parameters, trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["Channels", "smooth_channels", "undo_channel_smoothing"]
 
 _log = logging.getLogger(__name__)
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer], automatic: bool) -> list[SmoothedLayer]:
     """Those whose input quantizer is one of ``quantizers``, and whose weight is theirs alone."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    shared = shared_parameters(model)
     found = []
     for name, module in model.named_modules():
-        if not isinstance(module, QuantModule) or not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+        if not isinstance(module, QuantModule) or not isinstance(module, PRODUCTS):
             continue
         weight = module._parameters.get("weight")
-        if quantizers.get(f"{name}.input_quantizer") is None or weight is None or owners[id(weight)] > 1:
+        if quantizers.get(f"{name}.input_quantizer") is None or weight is None or id(weight) in shared:
             continue
         if weight.dim() != 2 + trailing_dimensions(module):
             continue  # compressed

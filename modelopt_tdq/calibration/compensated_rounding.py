@@ -32,13 +32,12 @@ from modelopt_tdq.core.fake_quant import code_range
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.select import PRODUCTS, shared_parameters
 from modelopt_tdq.model.weight_fit import is_learned, plain_weights, remember_weight
 
 __all__ = ["compensated_rounding"]
 
 _log = logging.getLogger(__name__)
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 #: Of the inputs of a layer, block by block.
 Covariance = Sequence[tuple[slice, Tensor]]
@@ -71,16 +70,12 @@ class _RoundedWeight(TensorQuantizer):  # type: ignore[misc]
 
 def _layers(model: nn.Module) -> dict[str, QuantModule]:
     """Those whose weights have integer codes or FP8, a scale per output channel or one, and no other user."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    shared = shared_parameters(model)
     names = {id(module): name for name, module in model.named_modules()}
     found = {}
     for _, layer, weight, quantizer in plain_weights(model):
         own = layer._parameters.get("weight")
-        if not isinstance(layer, _LAYERS) or own is not weight or owners[id(weight)] > 1 or is_learned(quantizer):
+        if not isinstance(layer, PRODUCTS) or own is not weight or id(weight) in shared or is_learned(quantizer):
             continue
         amax = quantizer.amax
         if type(quantizer) is TensorQuantizer and (amax.numel() == 1 or amax.numel() == weight.shape[0]):

@@ -7,7 +7,6 @@ The means of each time count for little. A mean error of the outputs is what a b
 (:mod:`modelopt_tdq.calibration.correct`), and rounding may spend it. Without any weight it would be spent without
 bounds, which is worse with and without corrections: 34.5 dB, and 35.1 dB with a tenth (W4A8, bundled UNet). Of n
 samples, 1/n of what differs between them looks like a mean, too.
-
 """
 
 from __future__ import annotations
@@ -46,6 +45,12 @@ def input_blocks(layer: nn.Module) -> list[slice]:
     blocks = math.ceil(channels / max(1, _BLOCK // kernel))
     ends = [channels * number // blocks * kernel for number in range(blocks + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def _shapes(layer: nn.Module) -> list[tuple[int, int, int]]:
+    """[G, b, b] of the sum that is kept for each block."""
+    groups, sizes = int(getattr(layer, "groups", 1)), [block.stop - block.start for block in input_blocks(layer)]
+    return [(groups, size, size) for size in sizes]
 
 
 def _chosen(positions: int, wanted: int, seed: int) -> Tensor:
@@ -92,24 +97,17 @@ class InputCovariance:
     """
 
     def __init__(self, layer: QuantModule, samples: int, halves: bool) -> None:
-        self._layer, self._halves = layer, 1 + halves
-        self._blocks = input_blocks(layer)
-        largest = max(block.stop - block.start for block in self._blocks)
-        self._wanted = max(1, math.ceil(_ROWS * largest / max(samples, 1)))
-        groups, device = int(getattr(layer, "groups", 1)), execution_device(layer)
-        sizes = [block.stop - block.start for block in self._blocks]
-        self._products = [
-            [torch.zeros(groups, size, size, device=device) for size in sizes] for _ in range(self._halves)
-        ]
+        self._layer, self._blocks = layer, input_blocks(layer)
+        shapes, device = _shapes(layer), execution_device(layer)
+        self._wanted = max(1, math.ceil(_ROWS * max(shapes)[1] / max(samples, 1)))
+        self._products = [[torch.zeros(shape, device=device) for shape in shapes] for _ in range(1 + halves)]
         self.row = 0
         self.places: tuple[int, ...] = ()
 
     @staticmethod
     def numel(layer: nn.Module) -> int:
         """Numbers that are kept for ``layer``."""
-        groups = int(getattr(layer, "groups", 1))
-        sizes: list[int] = [block.stop - block.start for block in input_blocks(layer)]
-        return groups * sum(size * size for size in sizes)
+        return sum(math.prod(shape) for shape in _shapes(layer))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """See the layer's inputs, as its weights are multiplied with them in full precision."""
@@ -130,7 +128,7 @@ class InputCovariance:
 
     def _half(self, rows: int) -> Tensor:
         """[rows] to which half each belongs: every other sample of the call to the second."""
-        if self._halves == 1 or not self.places or rows % len(self.places):
+        if len(self._products) == 1 or not self.places or rows % len(self.places):
             return torch.zeros(rows, dtype=torch.int64)
         return (torch.tensor(self.places) % 2).repeat_interleave(rows // len(self.places))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 
 from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
 from torch import Tensor, nn
@@ -12,15 +13,20 @@ from modelopt_tdq.errors import TdqError
 
 __all__ = [
     "LAYERS",
+    "PRODUCTS",
     "activation_quantizers",
     "has_batch",
+    "shared_parameters",
     "temporal_names",
     "trailing_dimensions",
     "weight_quantizers",
 ]
 
+#: Layers whose outputs are products of their weights with what they read at one place.
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 #: Layers whose weights the presets can quantize.
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*PRODUCTS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def trailing_dimensions(layer: nn.Module) -> int:
@@ -31,6 +37,12 @@ def trailing_dimensions(layer: nn.Module) -> int:
 def has_batch(layer: nn.Module, x: Tensor) -> bool:
     """Whether a layer's input has a first dimension that can grow: not a single vector, nor a single image."""
     return x.dim() > 1 + trailing_dimensions(layer)
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ``id`` of each parameter that several modules have: what suits one of them need not suit the others."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter for parameter, modules in owners.items() if modules > 1}
 
 
 def weight_quantizers(model: nn.Module) -> list[nn.Module]:
