@@ -23,12 +23,12 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modelopt_tdq.calibration.candidates import symmetric_scale
 from modelopt_tdq.calibration.input_covariance import InputCovariance
 from modelopt_tdq.calibration.output_error import run_probes
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.compensated import compensated, output_error
 from modelopt_tdq.core.distributed import gather, union
-from modelopt_tdq.core.fake_quant import code_range
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.replay import Replay
@@ -83,6 +83,25 @@ def _layers(model: nn.Module) -> dict[str, QuantModule]:
     return found
 
 
+def _layers_to_round(model: nn.Module, replay: Replay, config: CalibrationFields) -> dict[str, QuantModule]:
+    """Those that ``config`` wants rounded by their inputs, by name.
+
+    Raises:
+        TdqError: They cannot be, and are not left to ``auto``.
+    """
+    automatic = config.rounding == "auto"
+    if config.rounding == "nearest" or (automatic and config.weights == "keep"):
+        return {}
+    layers = _layers(model)
+    reason = _unfit(model, replay) if layers else None
+    if reason is None:
+        return layers
+    if not automatic:
+        raise TdqError("rounding", config.rounding, reason, 'Use "rounding": "nearest"')
+    _log.info("weights rounded to the nearest: %s", reason)
+    return {}
+
+
 def _unfit(model: nn.Module, replay: Replay) -> str | None:
     """Why no weights can be rounded so; None if they can."""
     try:
@@ -108,8 +127,7 @@ class _Rounding:
         self._shape, self._dtype = weight.shape, weight.dtype
         self._weight = weight.float().reshape(groups, -1, weight[0].numel())
         amax = quantizer.amax.detach().float().to(weight.device)
-        scale = amax / code_range(quantizer.num_bits)[1]
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = symmetric_scale(amax, quantizer.num_bits)
         self._scale = scale.reshape((groups, -1, 1) if amax.numel() > 1 else (1, 1, 1))
 
     def nearest(self) -> Tensor:
@@ -218,15 +236,7 @@ def compensated_rounding(model: nn.Module, replay: Replay, config: CalibrationFi
         TdqError: It is to be done and cannot be: calls that cannot be repeated, weights that are elsewhere, samples
             that several processes compute together. The caller restores the model.
     """
-    layers = {} if config.rounding == "nearest" else _layers(model)
-    if config.rounding == "auto" and config.weights == "keep":
-        layers = {}
-    reason = _unfit(model, replay) if layers else None
-    if reason is not None:
-        if config.rounding != "auto":
-            raise TdqError("rounding", config.rounding, reason, 'Use "rounding": "nearest"')
-        _log.info("weights rounded to the nearest: %s", reason)
-        layers = {}
+    layers = _layers_to_round(model, replay, config)
     values = _rounded(model, layers, replay, config) if layers else {}
     for name, rounded in values.items():
         _RoundedWeight.from_tensor_quantizer(layers[name].weight_quantizer, rounded)

@@ -28,19 +28,18 @@ _COLUMNS = 48
 def _inverse_root(covariance: Tensor) -> Tensor:
     """U [G, n, n], upper triangular, of the inverse of the damped ``covariance``."""
     mean = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
-    damping = _DAMPING
+    nothing = torch.eye(covariance.shape[1], device=covariance.device)  # is taken up
+    damping = torch.full_like(mean, _DAMPING)  # of each group, whatever the others need
     while True:
         damped = covariance.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(damping * mean.unsqueeze(1))
-        root, info = torch.linalg.cholesky_ex(damped)
-        if not bool(info.any()):
-            upper: Tensor
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
-            if not bool(info.any()):
-                return upper
-        if damping > _MOST_DAMPING:  # the inputs are not numbers to reckon with: nothing is taken up
-            return torch.eye(covariance.shape[1], device=covariance.device).expand_as(covariance)
-        damping *= 10
+        damped.diagonal(dim1=1, dim2=2).add_((damping * mean).unsqueeze(1))
+        root, singular = torch.linalg.cholesky_ex(damped)
+        root = torch.where((singular != 0)[:, None, None], nothing, root)
+        upper, unlike = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+        failed = (singular != 0) | (unlike != 0)
+        if not bool(failed.any()) or float(damping.max()) > _MOST_DAMPING:
+            return torch.where(failed[:, None, None], nothing, upper)
+        damping = torch.where(failed, 10 * damping, damping)
 
 
 def compensated(weight: Tensor, scale: Tensor, covariance: Tensor, num_bits: NumBits) -> Tensor:
