@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 # `support` for every test, wherever pytest is started and whichever folders are packages
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from support.exporter import taken_apart  # noqa: E402
+from support.exporter import Decomposition  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -72,6 +72,7 @@ def operators_are_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
         read = functools.cache(ONNXRegistry.from_torchlib)
         implicit = functools.cache(utils._materialize_cpp_cia_ops)
         decompositions = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
+        decomposition = functools.cache(lambda operators: Decomposition(operators, decompositions(operators)))
         try_rewrite = RewriteRule.try_rewrite
         decompose = _fx_passes.decompose_with_registry
     except (ImportError, AttributeError):  # of no version of torch known so far: exports only take longer
@@ -92,8 +93,7 @@ def operators_are_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
         return try_rewrite(rule, model, graph, node, **given)
 
     def decomposed(program: Any, registry: Any) -> Any:
-        operators = frozenset(_decomp.get_onnx_implemented_overloads(registry))
-        made = taken_apart(program, operators, decompositions(operators))
+        made = decomposition(frozenset(_decomp.get_onnx_implemented_overloads(registry)))(program)
         return decompose(program, registry) if made is None else made
 
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -12,6 +13,8 @@ import pytest
 import torch
 from support.export import trace
 from support.models import FAMILIES, Family, fast_config
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _decomp, _fx_passes
 
 
@@ -39,25 +42,77 @@ def _anonymous(proto: onnx.ModelProto) -> list[Any]:
     return [*found, *(shape(value) for value in proto.graph.output)]
 
 
-CASES = {"plain": FAMILIES["plain"], "dit": FAMILIES["dit"]}
+class _OperatorsOfOthers(nn.Module):
+    """Operators that ONNX does not have, or has in one form only; at one size or at any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Conv2d(4, 4, 3, padding="same")
+        self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.norm = nn.RMSNorm(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = 1 - self.up(self.same(x)).square()
+        h = self.norm(h.movedim(1, -1))
+        first, second = h.flatten(-2).chunk(2, dim=-1)
+        angles = torch.outer(torch.arange(4.0), torch.arange(3.0)).to(torch.float16, copy=False)
+        return first + second.unflatten(-1, (-1, 4)).flatten(-2), h.to("cpu"), angles.to(x.device, x.dtype) * x.mean()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_same_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    family: Family = CASES[name]
-    torch.manual_seed(0)
-    model = mtq.quantize(family.make().eval(), fast_config(), family.forward_loop())
-    inputs = family.inputs(2, torch.tensor(450.0), 50)
-    traced = []
+class _WritesInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        made = x * 2
+        made[:, 0] = x[:, 1]
+        return made
 
-    def counted(program: Any, registry: Any) -> Any:
-        """As torch has it."""
+
+@pytest.fixture
+def as_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Callable[[], None]]:
+    """The programs that torch has traced once more; and a way to have it do so from now on."""
+    traced: list[Any] = []
+    run = ExportedProgram.run_decompositions
+
+    def counted(program: Any, *given: Any, **named: Any) -> Any:
         traced.append(program)
+        return run(program, *given, **named)
+
+    def whole(program: Any, registry: Any) -> Any:
         operators = set(_decomp.get_onnx_implemented_overloads(registry))
         return program.run_decompositions(_decomp.create_onnx_friendly_decomposition_table(operators))
 
-    short = ir.to_proto(trace(model, inputs, dynamic_batch=True).model)
-    monkeypatch.setattr(_fx_passes, "decompose_with_registry", counted)
-    whole = ir.to_proto(trace(model, inputs, dynamic_batch=True).model)
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", counted)
+    return traced, lambda: monkeypatch.setattr(_fx_passes, "decompose_with_registry", whole)
+
+
+@pytest.mark.parametrize(("name", "dynamic_batch"), [("plain", True), ("dit", True), ("flux", False)])
+def test_the_same_graph(name: str, dynamic_batch: bool, as_torch_has_it: Any) -> None:
+    family: Family = FAMILIES[name]
+    torch.manual_seed(0)
+    model = mtq.quantize(family.make().eval(), fast_config(), family.forward_loop())
+    inputs = family.inputs(2, torch.tensor(450.0), 50)
+    traced, from_now_on = as_torch_has_it
+    short = ir.to_proto(trace(model, inputs, dynamic_batch).model)
+    assert not traced
+    from_now_on()
+    whole = ir.to_proto(trace(model, inputs, dynamic_batch).model)
     assert len(traced) == 1
     assert _anonymous(short) == _anonymous(whole)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("make", [_OperatorsOfOthers, _WritesInPlace])
+def test_operators_that_are_made_of_others(make: type[nn.Module], dynamic: bool, as_torch_has_it: Any) -> None:
+    module, shapes = make().eval(), ({0: torch.export.Dim("batch")},) if dynamic else None
+    traced, from_now_on = as_torch_has_it
+
+    def graph() -> list[Any]:
+        with torch.no_grad():
+            program = torch.export.export(module, (torch.randn(3, 4, 6, 6),), dynamic_shapes=shapes, strict=False)
+            return _anonymous(ir.to_proto(torch.onnx.export(program, dynamo=True, verbose=False).model))
+
+    short = graph()
+    assert len(traced) == (make is _WritesInPlace)
+    traced.clear()
+    from_now_on()
+    assert short == graph()
+    assert len(traced) == 1
