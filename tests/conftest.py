@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, settings
 
 # `support` for every test, wherever pytest is started and whichever folders are packages
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from support.exporter import Decomposition  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -53,21 +52,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def operators_are_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What torch.onnx finds out anew in every export, though it is the same in all of them: here once per opset.
+def torchs_own(request: pytest.FixtureRequest) -> Iterator[list[tuple[Any, str, Any]]]:
+    """Lets torch.onnx find out once per opset what it finds out anew in every export, though it is the same in all.
 
     That is, the sources of all its operators, a second each; which of them are made of others; how torch takes them
-    apart; and that a rewriting of two nodes cannot begin at a node of another kind. Graphs in which nothing is to be
-    taken apart are not traced a second time (``test_exporter.py``).
+    apart; and that a rewriting cannot begin at a node of another kind. Graphs are not traced a second time to take
+    them apart, and not run once more to find out where to cast.
+
+    Returns:
+        Class or module, name and torch's own form of what does its work in another way (``test_exporter.py``).
     """
     if request.config.getoption("--torch-as-it-is"):
-        yield
+        yield []
         return
     try:
         from onnxscript.rewriter._rewrite_rule import RewriteRule
+        from support.exporter import Decomposition, promote
         from torch._export import utils
         from torch.onnx._internal.exporter import _decomp, _fx_passes
         from torch.onnx._internal.exporter._registration import ONNXRegistry
+        from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
 
         read = functools.cache(ONNXRegistry.from_torchlib)
         implicit = functools.cache(utils._materialize_cpp_cia_ops)
@@ -75,8 +79,9 @@ def operators_are_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
         decomposition = functools.cache(lambda operators: Decomposition(operators, decompositions(operators)))
         try_rewrite = RewriteRule.try_rewrite
         decompose = _fx_passes.decompose_with_registry
+        run_node = _TypePromotionInterpreter.run_node
     except (ImportError, AttributeError):  # of no version of torch known so far: exports only take longer
-        yield
+        yield []
         return
 
     def copied(opset_version: int) -> Any:
@@ -85,10 +90,12 @@ def operators_are_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
         return registry
 
     def tried(rule: Any, model: Any, graph: Any, node: Any, **given: Any) -> Any:
-        """Onnxscript looks at all nodes of the graph, for each of them, before it looks at this one."""
-        pattern = getattr(getattr(rule, "_matcher", None), "pattern", None)
-        several = pattern is not None and not pattern.has_single_output_node
-        if several and pattern.output_nodes[0].op_identifier() not in (None, node.op_identifier()):
+        """Onnxscript prepares much, or looks at all nodes of the graph, before it looks at this one."""
+        kind = rule.__dict__.get("first_kind", "unknown")
+        if kind == "unknown":
+            pattern = getattr(getattr(rule, "_matcher", None), "pattern", None)
+            kind = rule.first_kind = pattern and pattern.output_nodes[0].op_identifier()
+        if kind and kind[:2] != (node.domain, node.op_type):
             return None
         return try_rewrite(rule, model, graph, node, **given)
 
@@ -98,14 +105,19 @@ def operators_are_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_fx_passes, "decompose_with_registry", decomposed)
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        patch.setattr(_TypePromotionInterpreter, "run_node", promote)
         patch.setattr(RewriteRule, "try_rewrite", tried)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
         patch.setattr(utils, "_materialize_cpp_cia_ops", implicit)
         # the exporter takes entries out of the table that it gets
         patch.setattr(
             _decomp, "create_onnx_friendly_decomposition_table", lambda ops: dict(decompositions(frozenset(ops)))
         )
-        yield
+        yield [
+            (_fx_passes, "decompose_with_registry", decompose),
+            (_TypePromotionInterpreter, "run_node", run_node),
+            (RewriteRule, "try_rewrite", try_rewrite),
+        ]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,7 +15,6 @@ from support.export import trace
 from support.models import FAMILIES, Family, fast_config
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.onnx._internal.exporter import _decomp, _fx_passes
 
 
 def _anonymous(proto: onnx.ModelProto) -> list[Any]:
@@ -56,7 +55,9 @@ class _OperatorsOfOthers(nn.Module):
         h = self.norm(h.movedim(1, -1))
         first, second = h.flatten(-2).chunk(2, dim=-1)
         angles = torch.outer(torch.arange(4.0), torch.arange(3.0)).to(torch.float16, copy=False)
-        return first + second.unflatten(-1, (-1, 4)).flatten(-2), h.to("cpu"), angles.to(x.device, x.dtype) * x.mean()
+        tokens = h.reshape(x.shape[0] * 144, 4)
+        whole = angles.to(x.dtype) + torch.arange(3) * x.mean()
+        return first + second.unflatten(-1, (-1, 4)).flatten(-2), h.to("cpu"), tokens, whole
 
 
 class _WritesInPlace(nn.Module):
@@ -66,9 +67,12 @@ class _WritesInPlace(nn.Module):
         return made
 
 
+Ways = tuple[list[Any], Callable[[], None], int]
+
+
 @pytest.fixture
-def as_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Callable[[], None]]:
-    """The programs that torch has traced once more; and a way to have it do so from now on."""
+def ways(monkeypatch: pytest.MonkeyPatch, torchs_own: list[tuple[Any, str, Any]]) -> Ways:
+    """The programs that torch has traced once more; what has it do everything in its way from now on; what it did."""
     traced: list[Any] = []
     run = ExportedProgram.run_decompositions
 
@@ -76,24 +80,25 @@ def as_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Callabl
         traced.append(program)
         return run(program, *given, **named)
 
-    def whole(program: Any, registry: Any) -> Any:
-        operators = set(_decomp.get_onnx_implemented_overloads(registry))
-        return program.run_decompositions(_decomp.create_onnx_friendly_decomposition_table(operators))
+    def in_torchs_way() -> None:
+        traced.clear()
+        for where, name, own in torchs_own:
+            monkeypatch.setattr(where, name, own)
 
     monkeypatch.setattr(ExportedProgram, "run_decompositions", counted)
-    return traced, lambda: monkeypatch.setattr(_fx_passes, "decompose_with_registry", whole)
+    return traced, in_torchs_way, 0 if torchs_own else 1
 
 
 @pytest.mark.parametrize(("name", "dynamic_batch"), [("plain", True), ("dit", True), ("flux", False)])
-def test_the_same_graph(name: str, dynamic_batch: bool, as_torch_has_it: Any) -> None:
+def test_the_same_graph(name: str, dynamic_batch: bool, ways: Ways) -> None:
     family: Family = FAMILIES[name]
     torch.manual_seed(0)
     model = mtq.quantize(family.make().eval(), fast_config(), family.forward_loop())
     inputs = family.inputs(2, torch.tensor(450.0), 50)
-    traced, from_now_on = as_torch_has_it
+    traced, in_torchs_way, before = ways
     short = ir.to_proto(trace(model, inputs, dynamic_batch).model)
-    assert not traced
-    from_now_on()
+    assert len(traced) == before
+    in_torchs_way()
     whole = ir.to_proto(trace(model, inputs, dynamic_batch).model)
     assert len(traced) == 1
     assert _anonymous(short) == _anonymous(whole)
@@ -101,9 +106,9 @@ def test_the_same_graph(name: str, dynamic_batch: bool, as_torch_has_it: Any) ->
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("make", [_OperatorsOfOthers, _WritesInPlace])
-def test_operators_that_are_made_of_others(make: type[nn.Module], dynamic: bool, as_torch_has_it: Any) -> None:
+def test_operators_that_are_made_of_others(make: type[nn.Module], dynamic: bool, ways: Ways) -> None:
     module, shapes = make().eval(), ({0: torch.export.Dim("batch")},) if dynamic else None
-    traced, from_now_on = as_torch_has_it
+    traced, in_torchs_way, before = ways
 
     def graph() -> list[Any]:
         with torch.no_grad():
@@ -111,8 +116,7 @@ def test_operators_that_are_made_of_others(make: type[nn.Module], dynamic: bool,
             return _anonymous(ir.to_proto(torch.onnx.export(program, dynamo=True, verbose=False).model))
 
     short = graph()
-    assert len(traced) == (make is _WritesInPlace)
-    traced.clear()
-    from_now_on()
+    assert len(traced) == (1 if make is _WritesInPlace else before)
+    in_torchs_way()
     assert short == graph()
     assert len(traced) == 1

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export import exported_program
 from torch.export._trace import _ignore_backend_decomps
-from torch.fx import GraphModule, Node
+from torch.export.exported_program import (
+    _override_composite_implicit_decomp,
+    _split_decomp_table_to_cia_and_python_decomp,
+)
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+from torch.onnx._internal.fx.passes.type_promotion import get_type_promotion_rule
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 _ATEN = torch.ops.aten
@@ -43,7 +47,8 @@ def _inputs(node: Node) -> list[FakeTensor]:
 
 
 def _is_composite(target: Any) -> bool:
-    return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return isinstance(target, torch._ops.OpOverload) and target.has_kernel_for_dispatch_key(key)
 
 
 def _is_fixed(values: Sequence[Tensor]) -> bool:
@@ -118,7 +123,7 @@ class Decomposition:
     def __init__(self, registered: frozenset[Any], table: Mapping[Any, Any]) -> None:
         self._registered = registered
         self._table = table
-        self._composite, self._others = exported_program._split_decomp_table_to_cia_and_python_decomp(dict(table))
+        self._composite, self._others = _split_decomp_table_to_cia_and_python_decomp(dict(table))
         self._known: dict[str, GraphModule | None] = {}
 
     def __call__(self, program: Any) -> Any:
@@ -180,7 +185,7 @@ class Decomposition:
                 enable_python_dispatcher(),
                 _ignore_backend_decomps(),
                 inputs[left[0]][0].fake_mode,
-                exported_program._override_composite_implicit_decomp(self._composite),
+                _override_composite_implicit_decomp(self._composite),
             ):
                 traced: dict[str, GraphModule | None] = {}
                 for node in left:
@@ -215,3 +220,14 @@ class Decomposition:
         results = made.graph.output_node().args[0]
         apart = all(user.target is operator.getitem for user in node.users)
         return made if isinstance(results, Node) or apart else None
+
+
+def promote(interpreter: Any, node: Node) -> Any:
+    """As torch inserts casts for a node, but what it gives is known already."""
+    if node.op != "call_function" or "val" not in node.meta:
+        return Interpreter.run_node(interpreter, node)
+    with interpreter._set_current_node(node):
+        rule = get_type_promotion_rule(node, interpreter.type_promotion_table)
+        if rule is not None:
+            interpreter._maybe_promote_node(node, rule)
+    return node.meta["val"]
