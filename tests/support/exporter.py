@@ -215,7 +215,8 @@ class Decomposition:
                 continue
             # a size that is worked out here may be known elsewhere in the graph already
             tensors = all(isinstance(value, Tensor) for value in tree_leaves(part.meta.get("val")))
-            if part.op != "call_function" or _changes_inputs(part) or not tensors:
+            known = part.target is operator.getitem or self._is_known(part)
+            if part.op != "call_function" or not known or not tensors:
                 return None
         results = made.graph.output_node().args[0]
         apart = all(user.target is operator.getitem for user in node.users)
