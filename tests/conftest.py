@@ -109,6 +109,8 @@ def torchs_own(request: pytest.FixtureRequest) -> Iterator[list[tuple[Any, str, 
         patch.setattr(RewriteRule, "try_rewrite", tried)
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
         patch.setattr(utils, "_materialize_cpp_cia_ops", implicit)
+        # nobody reads which line each node comes from
+        patch.setattr(torch.fx.config, "do_not_emit_stack_traces", True, raising=False)
         # the exporter takes entries out of the table that it gets
         patch.setattr(
             _decomp, "create_onnx_friendly_decomposition_table", lambda ops: dict(decompositions(frozenset(ops)))
