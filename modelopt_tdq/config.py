@@ -14,13 +14,13 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 
 from modelopt_tdq.core.fake_quant import SUPPORTED_BITS, NumBits
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.high_precision import HIGH_PRECISION
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
     "ALGORITHMS",
-    "HIGH_PRECISION",
     "RECIPES",
     "TDQ_CONFIG",
     "TDQ_FP8_CFG",
@@ -43,100 +43,6 @@ _LAYERS = {f"nn.{name}": 0 for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")}
 
 #: Of transposed convolutions, which only some backends compute in low precision.
 _CONV_TRANSPOSE = {f"nn.ConvTranspose{n}d": 1 for n in (1, 2, 3)}
-
-#: Kept in high precision by every preset (TDQ, section 4.1: time embedding, first and last layer; and the
-#: modulation of adaptive norms, which is a temporal feature). Globs over quantizer names, which begin with the name of
-#: the layer. A ``*`` matches dots as well, so a glob that ends in one takes whatever is inside: an embedder may hold
-#: whole transformer blocks (the text refiner of HunyuanVideo), which are to be quantized.
-HIGH_PRECISION = (
-    # what is computed from the time, the class and pooled conditions
-    "*time_emb*",
-    "*timestep_embedder*",
-    "*time_text_embed*",
-    "*time_*embed.*",
-    "*time_*emb.*",
-    "*time_proj*",
-    "*time_step*",
-    "*time_in.*",
-    "*time_token.*",
-    "time_mlp.*",
-    "*time_mod_proj.*",
-    "*timestep_proj.*",
-    "*timestep_embed.*",
-    "t_block.*",
-    "*global_proj.*",
-    "add_time_condition.*",
-    "distilled_guidance_layer.*",
-    # embedders: a layer itself, or a small perceptron
-    "*_embedder.input_quantizer",
-    "*_embedder.weight_quantizer",
-    "*_embedder.base_layer.*",
-    "*_embedder.lora_*",
-    "*_embedder.[0-9]*",
-    "*_embedder.linear*",
-    "*_embedder.mlp.*",
-    "*_embedder.proj*",
-    "*_embedder.*_proj.*",
-    "*_embedder.image_embedder.*",
-    "*_embedder_[0-9].linear*",
-    "*_embedders.*",
-    "*_embedding.*",
-    "*_embeddings.in_layer.*",
-    "to_*_embed.*",
-    "img_emb.*",
-    # conditions on their way in
-    "*caption_projection*",
-    "*cross_attention_proj.*",
-    "encoder_hid_proj.*",
-    "encoder_hidden_states_proj.*",
-    "llm_cond_proj.*",
-    "text_proj*",
-    "txt_in.*",
-    "clip_*mapper.*",
-    "image_projector.*",
-    "glyph_projector.*",
-    # modulation of adaptive norms and of residual blocks
-    "*adaln*",
-    "*norm*.linear.*",
-    "*norm[0-9]*.linear_*",
-    "*norm_out*",
-    "*modulation*",
-    "*_mod.*",
-    "*context_mlp*",
-    "*.mapper*",
-    "*_scale_shift.linear.*",
-    "av_cross_attn_*_gate.linear.*",
-    # first layers
-    "*pos_embed*",
-    "*patch_embed*",
-    "patch_*",
-    "conv_in.*",
-    "*_conv_in.*",
-    "img_in.*",
-    "input_proj.*",
-    "proj.*",
-    "proj_in.*",
-    "proj_in_conv.*",
-    "audio_proj_in.*",
-    "embedding_proj.*",
-    "embedding.[0-9]*",
-    "preprocess_conv.*",
-    # last layers
-    "conv_out.*",
-    "*_conv_out.*",
-    "proj_out.*",
-    "proj_out_*",
-    "audio_proj_out.*",
-    "proj_to_clip_embeddings.*",
-    "*final_layer.*",
-    "final_linear.*",
-    "out_block.*",
-    "out_layer.*",
-    "*_out_layer.out_layer.*",
-    "head.head.*",
-    "clf.*",
-    "postprocess_conv.*",
-)
 
 
 class RunFields(QuantizeAlgorithmConfig):  # type: ignore[misc]

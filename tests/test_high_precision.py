@@ -17,7 +17,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from support.models import fast_config, noise
 from torch import nn
 
-from modelopt_tdq.config import HIGH_PRECISION
+from modelopt_tdq.high_precision import HIGH_PRECISION
 
 diffusers = pytest.importorskip("diffusers")
 

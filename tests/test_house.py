@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "core",
     "model",
+    "high_precision",
     "config",
     "calibration",
     "intervals",

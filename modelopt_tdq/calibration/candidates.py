@@ -19,7 +19,6 @@ __all__ = [
     "histogram_error",
     "row_errors",
     "shifted_pairs",
-    "symmetric_scale",
 ]
 
 #: Ratio of neighbouring candidate scales: the best of them loses less than a tenth of a dB.
@@ -69,11 +68,6 @@ class ErrorCurves:
 
     def _picked(self, chosen: Tensor) -> ErrorCurves:
         return ErrorCurves(self.scale[chosen], self.offset[chosen], self.error[:, chosen], self.energy)
-
-
-def symmetric_scale(amax: Tensor, num_bits: NumBits) -> Tensor:
-    """``amax / qmax``, as ModelOpt's MaxCalibrator; 1 where nothing but zeros was seen."""
-    return torch.where(amax > 0, amax / code_range(num_bits)[1], torch.ones_like(amax))
 
 
 def affine_offset(scale: Tensor, low: Tensor, num_bits: NumBits) -> Tensor:

@@ -14,11 +14,10 @@ from modelopt_tdq.calibration.candidates import (
     candidate_grid,
     histogram_error,
     row_errors,
-    symmetric_scale,
 )
 from modelopt_tdq.calibration.entropy import entropy_amax
 from modelopt_tdq.calibration.statistics import BINS, ActivationStatistics
-from modelopt_tdq.core.fake_quant import NumBits, code_range
+from modelopt_tdq.core.fake_quant import NumBits, code_range, symmetric_scale
 
 __all__ = ["Evidence", "choose_rows", "own_curves"]
 

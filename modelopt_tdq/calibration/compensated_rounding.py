@@ -23,12 +23,12 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.candidates import symmetric_scale
 from modelopt_tdq.calibration.input_covariance import InputCovariance
 from modelopt_tdq.calibration.output_error import run_probes
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.compensated import compensated, output_error
 from modelopt_tdq.core.distributed import gather, union
+from modelopt_tdq.core.fake_quant import symmetric_scale
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.replay import Replay

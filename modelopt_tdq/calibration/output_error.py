@@ -11,11 +11,11 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.candidates import ErrorCurves, shifted_pairs, symmetric_scale
+from modelopt_tdq.calibration.candidates import ErrorCurves, shifted_pairs
 from modelopt_tdq.calibration.choose import Evidence
 from modelopt_tdq.calibration.pooling import smoothing_pooling
 from modelopt_tdq.core.distributed import all_reduce, processes
-from modelopt_tdq.core.fake_quant import code_range, fake_quantize
+from modelopt_tdq.core.fake_quant import code_range, fake_quantize, symmetric_scale
 from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision

@@ -23,7 +23,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["FP8_E4M3", "SUPPORTED_BITS", "NumBits", "code_range", "dequantize", "fake_quantize", "quantize"]
+__all__ = [
+    "FP8_E4M3",
+    "SUPPORTED_BITS",
+    "NumBits",
+    "code_range",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+    "symmetric_scale",
+]
 
 #: As ModelOpt writes a number format: bits of an integer, or (exponent, mantissa) bits of a float.
 NumBits: TypeAlias = "int | tuple[int, int]"
@@ -37,6 +46,11 @@ def code_range(num_bits: NumBits) -> tuple[float, float]:
     if isinstance(num_bits, int):
         return float(-(1 << (num_bits - 1))), float((1 << (num_bits - 1)) - 1)
     return -448.0, 448.0
+
+
+def symmetric_scale(amax: Tensor, num_bits: NumBits) -> Tensor:
+    """``amax / qmax``, as ModelOpt's MaxCalibrator; 1 where nothing but zeros was seen."""
+    return torch.where(amax > 0, amax / code_range(num_bits)[1], torch.ones_like(amax))
 
 
 def _round(v: Tensor, num_bits: NumBits) -> Tensor:

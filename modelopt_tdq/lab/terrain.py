@@ -104,7 +104,7 @@ class TerrainUNet(nn.Module):
     """The denoiser, called as a class-conditional model of diffusers is.
 
     Layers have the names of the file with the weights, except the first, the last, and the embeddings, whose names say
-    what they are to :data:`modelopt_tdq.config.HIGH_PRECISION`.
+    what they are to :data:`modelopt_tdq.high_precision.HIGH_PRECISION`.
 
     Args:
         sample_size: Height and width of the maps.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize
+from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, symmetric_scale
 from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 
@@ -180,8 +180,7 @@ def _energy_and_noise(weight: Tensor, amax: Tensor, quantizer: TensorQuantizer) 
     """Sum of squares, and the noise of quantizing with that range and of even rounding, relative to it."""
     num_bits: NumBits = quantizer.num_bits
     values, largest = weight.detach().float(), code_range(num_bits)[1]
-    scale = amax.detach().float().to(values.device) / largest
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = symmetric_scale(amax.detach().float().to(values.device), num_bits)
     clipped = torch.maximum(values, -largest * scale) if quantizer.narrow_range else values
     quantized = fake_quantize(clipped, scale, None, num_bits)
     energy = float(values.square().sum(dtype=torch.float64))

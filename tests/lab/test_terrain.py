@@ -17,9 +17,9 @@ from support.models import fast_config
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.config import HIGH_PRECISION
 from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.errors import MissingExtraError, TdqError
+from modelopt_tdq.high_precision import HIGH_PRECISION
 from modelopt_tdq.lab import terrain
 from modelopt_tdq.lab.denoising import predict, sample_labels
 from modelopt_tdq.lab.example_call import example_call

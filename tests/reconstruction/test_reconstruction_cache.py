@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
-from modelopt_tdq.config import HIGH_PRECISION
 from modelopt_tdq.core.files import read_arrays, write_arrays
+from modelopt_tdq.high_precision import HIGH_PRECISION
 from modelopt_tdq.model.batch_axis import BatchAxis
 from modelopt_tdq.reconstruction import cache, fingerprint, reconstruct
 from modelopt_tdq.reconstruction.samples import Samples
