@@ -23,7 +23,7 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.input_covariance import InputCovariance
+from modelopt_tdq.calibration.input_covariance import BlockOfInputs, InputCovariance
 from modelopt_tdq.calibration.output_error import run_probes
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.compensated import compensated, output_error
@@ -39,8 +39,8 @@ __all__ = ["compensated_rounding"]
 
 _log = logging.getLogger(__name__)
 
-#: Of the inputs of a layer, block by block.
-Covariance = Sequence[tuple[slice, Tensor]]
+#: What a layer reads, block by block.
+Inputs = Sequence[BlockOfInputs]
 
 #: Numbers of the inputs' covariance that are kept at once: 1 GiB. More takes another pass over the replayed calls.
 _KEPT = 1 << 28
@@ -138,38 +138,51 @@ class _Rounding:
         quantized: Tensor = self._layer.weight_quantizer(values.reshape(self._shape).to(self._dtype))
         return quantized.detach()
 
-    def compensated(self, *covariances: Covariance) -> list[Tensor]:
-        """For each of some covariances: values, of the weight's shape and dtype, that ModelOpt leaves as they are."""
-        bits, blocks = self._layer.weight_quantizer.num_bits, [block for block, _ in covariances[0]]
-        groups = len(self._weight)
-        parts: list[list[Tensor]] = [[self._weight[:, :, block] for block in blocks] for _ in covariances]
-        # all blocks of one size at once, and for all covariances
+    def compensated(self, *known: Inputs) -> list[Tensor]:
+        """For each of some inputs: values, of the weight's shape and dtype, that ModelOpt leaves as they are."""
+        bits, blocks = self._layer.weight_quantizer.num_bits, [block.inputs for block in known[0]]
+        groups, device = len(self._weight), self._weight.device
+        parts: list[list[Tensor]] = [[self._weight[:, :, block] for block in blocks] for _ in known]
+        # all blocks of one size at once, and for all inputs
         for size in {block.stop - block.start for block in blocks}:
             chosen = [i for i, block in enumerate(blocks) if block.stop - block.start == size]
             weight = torch.cat([part[i] for part in parts for i in chosen])
-            products = torch.cat([covariance[i][1].to(weight.device) for covariance in covariances for i in chosen])
+            seen = [inputs[i] for inputs in known for i in chosen]
+            products = torch.cat([block.products.to(device) for block in seen])
+            coarse = [block.crossed.to(device) for block in seen if block.crossed is not None]
             scale = self._scale.expand(groups, -1, -1).repeat(len(weight) // groups, 1, 1)
-            solved = iter(compensated(weight, scale, products, bits).reshape(-1, groups, *weight.shape[1:]))
+            found = compensated(weight, scale, products, bits, torch.cat(coarse) if coarse else None)
+            solved = iter(found.reshape(-1, groups, *weight.shape[1:]))
             for part in parts:
                 for i in chosen:
                     part[i] = next(solved)
         return [self._quantized(torch.cat(part, 2)) for part in parts]
 
-    def error(self, values: Tensor, covariance: Covariance) -> float:
-        """Of the layer's outputs, if its weight had these values."""
-        difference = values.float().reshape(self._weight.shape) - self._weight
-        return sum(float(output_error(difference[:, :, block], c)) for block, c in covariance)
+    def error(self, values: Tensor, inputs: Inputs) -> float:
+        """Of the layer's outputs, if its weight had these values; less what no values change."""
+        values, device = values.float().reshape(self._weight.shape), self._weight.device
+        return sum(
+            float(
+                output_error(
+                    self._weight[:, :, block.inputs],
+                    values[:, :, block.inputs],
+                    block.products.to(device),
+                    None if block.crossed is None else block.crossed.to(device),
+                )
+            )
+            for block in inputs
+        )
 
 
 def _observed(
     model: nn.Module, layers: Mapping[str, QuantModule], replay: Replay, halves: bool, progress: bool
-) -> dict[str, list[Covariance]]:
-    """The covariance of each layer's inputs, over all samples or each half of them."""
+) -> dict[str, list[Inputs]]:
+    """What each layer reads, over all samples or each half of them."""
     times = union(set(replay.times))
     samples = len(times) * max(gather(max((len(replay.samples(time)) for time in replay.times), default=0)))
     probes = {name: InputCovariance(layer, samples, halves) for name, layer in layers.items()}
     run_probes(model, [(layers[name], probe) for name, probe in probes.items()], replay, times, "inputs", progress)
-    return {name: [list(part) for part in probe.sums()] for name, probe in probes.items()}
+    return {name: list(probe.sums()) for name, probe in probes.items()}
 
 
 def _portions(layers: Mapping[str, QuantModule], copies: int) -> Iterator[dict[str, QuantModule]]:
@@ -205,21 +218,19 @@ def _rounded(
     return found
 
 
-def _best(rounding: _Rounding, covariances: list[Covariance]) -> Tensor | None:
+def _best(rounding: _Rounding, inputs: list[Inputs]) -> Tensor | None:
     """The values of one weight; None: those that are nearest.
 
     Args:
         rounding: Of the layer.
-        covariances: Of all samples; or of those that are rounded by, and of those that it is judged by.
+        inputs: Of all samples; or of those that it is rounded by, and of those that it is judged by.
     """
-    if not any(bool(products.any()) for part in covariances for _, products in part):
+    if not any(bool(block.products.any()) for part in inputs for block in part):
         return None  # the layer never ran, or read nothing but zeros
-    if len(covariances) == 1:
-        return rounding.compensated(covariances[0])[0]
-    known, judged = covariances
-    pairs = zip(known, judged, strict=True)
-    everything = [(block, products + other) for (block, products), (_, other) in pairs]
-    trial, values = rounding.compensated(known, everything)
+    if len(inputs) == 1:
+        return rounding.compensated(inputs[0])[0]
+    known, judged = inputs
+    trial, values = rounding.compensated(known, [one + other for one, other in zip(known, judged, strict=True)])
     return values if rounding.error(trial, judged) < rounding.error(rounding.nearest(), judged) else None
 
 

@@ -7,6 +7,9 @@ The means of each time count for little. A mean error of the outputs is what a b
 (:mod:`modelopt_tdq.calibration.correct`), and rounding may spend it. Without any weight it would be spent without
 bounds, which is worse with and without corrections: 34.5 dB, and 35.1 dB with a tenth (W4A8, bundled UNet). Of n
 samples, 1/n of what differs between them looks like a mean, too.
+
+Inputs of few bits are not what they were: how they vary with the exact ones tells which weights make the best of them
+(GPTAQ, Li et al. 2025, for the quantization of the layer's own input).
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn import QuantModule
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,7 +31,7 @@ from modelopt_tdq.model.call import layer_input
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.select import has_batch, trailing_dimensions
 
-__all__ = ["InputCovariance", "input_blocks"]
+__all__ = ["BlockOfInputs", "InputCovariance", "input_blocks"]
 
 #: Weight of the means' products, of many samples.
 _MEANS = 0.1
@@ -36,6 +41,30 @@ _BLOCK = 576
 
 #: Rows of inputs per input of a block.
 _ROWS = 8
+
+#: Integers of fewer bits change what a layer reads.
+_FINE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class BlockOfInputs:
+    """What is known of one stretch of a layer's inputs, over some samples.
+
+    Attributes:
+        inputs: Which of those of one output channel.
+        products: [G, b, b] float32, sum of x x^T of the inputs x that the weights are multiplied with, in G groups.
+        crossed: [G, b, b] float32, sum of z x^T, z the full-precision inputs; None where x is close enough to z.
+    """
+
+    inputs: slice
+    products: Tensor
+    crossed: Tensor | None
+
+    def __add__(self, other: BlockOfInputs) -> BlockOfInputs:
+        """Over the samples of both."""
+        one, two = self.crossed, other.crossed
+        crossed = None if one is None or two is None else one + two
+        return BlockOfInputs(self.inputs, self.products + other.products, crossed)
 
 
 def input_blocks(layer: nn.Module) -> list[slice]:
@@ -83,11 +112,27 @@ def _patches(layer: Any, x: Tensor, wanted: int, seed: int) -> Tensor:
     return found.reshape(-1, layer.groups, found[0, 0].numel() // layer.groups)
 
 
+def _is_coarse(quantizer: TensorQuantizer) -> bool:
+    """Whether few bits are left of what it quantizes."""
+    bits = quantizer.num_bits
+    return bool(quantizer.is_enabled) and isinstance(bits, int) and bits < _FINE
+
+
+@contextmanager
+def _rounding(quantizer: TensorQuantizer) -> Iterator[None]:
+    """Meanwhile it quantizes, though the model is in full precision."""
+    quantizer.enable_quant()
+    try:
+        yield
+    finally:
+        quantizer.disable_quant()
+
+
 class InputCovariance:
     """A hook on one layer, for :func:`modelopt_tdq.calibration.output_error.run_probes`.
 
     Args:
-        layer: Linear, or a convolution.
+        layer: Linear, or a convolution; calibrated.
         samples: Of all times and processes together, about.
         halves: Keep two sums, of one half of the samples each.
 
@@ -100,31 +145,47 @@ class InputCovariance:
         self._layer, self._blocks = layer, input_blocks(layer)
         shapes, device = _shapes(layer), execution_device(layer)
         self._wanted = max(1, math.ceil(_ROWS * max(shapes)[1] / max(samples, 1)))
-        self._products = [[torch.zeros(shape, device=device) for shape in shapes] for _ in range(1 + halves)]
+
+        def zeros(sums: int) -> list[list[Tensor]]:
+            return [[torch.zeros(shape, device=device) for shape in shapes] for _ in range(sums)]
+
+        self._products = zeros(1 + halves)
+        self._crossed = zeros(1 + halves if _is_coarse(layer.input_quantizer) else 0)
         self.row = 0
         self.places: tuple[int, ...] = ()
 
     @staticmethod
-    def numel(layer: nn.Module) -> int:
+    def numel(layer: QuantModule) -> int:
         """Numbers that are kept for ``layer``."""
-        return sum(math.prod(shape) for shape in _shapes(layer))
+        return (1 + _is_coarse(layer.input_quantizer)) * sum(math.prod(shape) for shape in _shapes(layer))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """See the layer's inputs, as its weights are multiplied with them in full precision."""
-        x = self._layer.input_quantizer(layer_input(args, kwargs))
+        """See the layer's inputs, in full precision and, of few bits, as its weights are multiplied with them."""
+        given, quantizer = layer_input(args, kwargs), self._layer.input_quantizer
+        exact = self._rows(quantizer(given))
+        rows = exact
+        if self._crossed:
+            with _rounding(quantizer):
+                rows = self._rows(quantizer(given))
+        half = self._half(len(rows)).to(rows.device)
+        for number, sums in enumerate(self._products):
+            own, other = rows[half == number], exact[half == number]
+            for place, block in enumerate(self._blocks):
+                part = own[:, :, block].transpose(0, 1)  # [G, R, b]
+                sums[place].baddbmm_(part.transpose(1, 2), part)
+                if self._crossed:
+                    self._crossed[number][place].baddbmm_(other[:, :, block].transpose(0, 1).transpose(1, 2), part)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """[R, G, n] some rows of inputs, most of their means taken away; none if the call only stands in."""
         rows = _patches(self._layer, x, self._wanted, self.row).float()
         if not self.places:
             rows = rows[:0]
         counted = all_reduce(torch.tensor([len(rows), len(self.places)], dtype=torch.float64), "sum")
         total, samples = counted.clamp(min=1.0).tolist()
         mean = all_reduce(rows.sum(0), "sum") / total  # [G, n]
-        rows = rows - (1 - math.sqrt(_MEANS + (1 - _MEANS) / samples)) * mean
-        half = self._half(len(rows)).to(rows.device)
-        for number, sums in enumerate(self._products):
-            own = rows[half == number]
-            for known, block in zip(sums, self._blocks, strict=True):
-                part = own[:, :, block].transpose(0, 1)  # [G, R, b]
-                known.baddbmm_(part.transpose(1, 2), part)
+        taken: Tensor = (1 - math.sqrt(_MEANS + (1 - _MEANS) / samples)) * mean
+        return rows - taken
 
     def _half(self, rows: int) -> Tensor:
         """[rows] to which half each belongs: every other sample of the call to the second."""
@@ -132,10 +193,9 @@ class InputCovariance:
             return torch.zeros(rows, dtype=torch.int64)
         return (torch.tensor(self.places) % 2).repeat_interleave(rows // len(self.places))
 
-    def sums(self) -> Iterator[Iterator[tuple[slice, Tensor]]]:
-        """Of each half, or of all samples: each block of inputs, and [G, b, b] float32, the sum of their products.
-
-        Over all processes.
-        """
-        for sums in self._products:
-            yield ((block, all_reduce(own, "sum")) for block, own in zip(self._blocks, sums, strict=True))
+    def sums(self) -> Iterator[list[BlockOfInputs]]:
+        """The blocks of the layer's inputs, of each half or of all samples; over all processes."""
+        for number, sums in enumerate(self._products):
+            products = [all_reduce(own, "sum") for own in sums]
+            crossed = [all_reduce(own, "sum") for own in self._crossed[number]] if self._crossed else [None] * len(sums)
+            yield [BlockOfInputs(*known) for known in zip(self._blocks, products, crossed, strict=True)]

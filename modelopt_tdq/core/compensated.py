@@ -7,6 +7,12 @@ Brain Surgeon: of all codes q, those are looked for whose outputs differ least,
 
 Columns are rounded one after the other, of each group those with the largest inputs first. The error of a column times
 row i of U, C^-1 = U^T U, over U_ii, is taken from the columns behind it: what is least for the outputs.
+
+Where the inputs x are quantized, and z is what they were, the outputs W z are best made by other weights:
+
+    min sum |W z - V x|^2,    V = W (sum of z x^T) C^-1
+
+and these are rounded (Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration").
 """
 
 from __future__ import annotations
@@ -25,10 +31,13 @@ _DAMPING, _MOST_DAMPING = 0.01, 1e3
 _COLUMNS = 48
 
 
-def _inverse_root(covariance: Tensor) -> Tensor:
-    """U [G, n, n], upper triangular, of the inverse of the damped ``covariance``."""
+def _inverse_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """U [G, n, n], upper triangular, of the inverse of the damped ``covariance``; and what was added to its diagonal.
+
+    The latter, [G], is infinite where there is no inverse: U is the identity, and nothing is taken up.
+    """
     mean = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
-    nothing = torch.eye(covariance.shape[1], device=covariance.device)  # is taken up
+    nothing = torch.eye(covariance.shape[1], device=covariance.device)
     damping = torch.full_like(mean, _DAMPING)  # of each group, whatever the others need
     while True:
         damped = covariance.clone()
@@ -38,11 +47,23 @@ def _inverse_root(covariance: Tensor) -> Tensor:
         upper, unlike = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
         failed = (singular != 0) | (unlike != 0)
         if not bool(failed.any()) or float(damping.max()) > _MOST_DAMPING:
-            return torch.where(failed[:, None, None], nothing, upper)
+            upper = torch.where(failed[:, None, None], nothing, upper)
+            return upper, torch.where(failed, torch.inf, damping * mean)
         damping = torch.where(failed, 10 * damping, damping)
 
 
-def compensated(weight: Tensor, scale: Tensor, covariance: Tensor, num_bits: NumBits) -> Tensor:
+def _regressed(left: Tensor, crossed: Tensor, upper: Tensor, added: Tensor) -> Tensor:
+    """V^T [G, n, O], of W^T = ``left``; the damping keeps it near W, where the inputs tell little."""
+    known = added.isfinite()
+    damped = crossed.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(torch.where(known, added, 0.0).unsqueeze(1))
+    made = upper.transpose(1, 2) @ (upper @ (damped.transpose(1, 2) @ left))
+    return torch.where(known[:, None, None], made, left)
+
+
+def compensated(
+    weight: Tensor, scale: Tensor, covariance: Tensor, num_bits: NumBits, crossed: Tensor | None = None
+) -> Tensor:
     """The values that a weight is rounded to.
 
     Args:
@@ -50,14 +71,21 @@ def compensated(weight: Tensor, scale: Tensor, covariance: Tensor, num_bits: Num
         scale: [G, O, 1] or [1, 1, 1] float32, positive.
         covariance: [G, n, n] float32, C of each group.
         num_bits: The format.
+        crossed: [G, n, n] float32, sum of z x^T of each group; None where the inputs are not quantized, or finely.
 
     Returns:
         [G, O, n] float32: codes times ``scale``.
     """
     order = covariance.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True).unsqueeze(2)  # [G, n, 1]
+
+    def ordered(products: Tensor) -> Tensor:
+        return products.take_along_dim(order, 1).take_along_dim(order.transpose(1, 2), 2)
+
     # inputs first: what belongs to one column of the weight lies side by side
     left = weight.float().transpose(1, 2).take_along_dim(order, 1)
-    upper = _inverse_root(covariance.take_along_dim(order, 1).take_along_dim(order.transpose(1, 2), 2))
+    upper, added = _inverse_root(ordered(covariance))
+    if crossed is not None:
+        left = _regressed(left, ordered(crossed), upper, added)
     scale = scale.squeeze(2)
     values = torch.empty_like(left)
     columns = left.shape[1]
@@ -75,11 +103,17 @@ def compensated(weight: Tensor, scale: Tensor, covariance: Tensor, num_bits: Num
     return values.take_along_dim(order.argsort(1), 1).transpose(1, 2)
 
 
-def output_error(difference: Tensor, covariance: Tensor) -> Tensor:
-    """tr(D C D^T), summed over groups: the squared error of the outputs, where weights differ by D.
+def output_error(weight: Tensor, values: Tensor, covariance: Tensor, crossed: Tensor | None = None) -> Tensor:
+    """The squared error of the outputs, summed over inputs and groups, less what it would be with the weight as it is.
 
     Args:
-        difference: D, [G, O, n] float32.
+        weight: W, [G, O, n] float32.
+        values: Q, [G, O, n] float32, what it is rounded to.
         covariance: C, [G, n, n] float32.
+        crossed: As for :func:`compensated`.
     """
-    return ((difference @ covariance) * difference).sum(dtype=torch.float64)
+    difference = values - weight
+    product = difference @ covariance
+    if crossed is not None:
+        product += 2 * (weight @ (covariance - crossed))
+    return (product * difference).sum(dtype=torch.float64)

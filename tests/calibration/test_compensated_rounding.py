@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.calibration import compensated_rounding, input_covariance
-from modelopt_tdq.calibration.input_covariance import InputCovariance
+from modelopt_tdq.calibration.input_covariance import BlockOfInputs, InputCovariance
 from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.weight_fit import changed_weights
@@ -134,10 +134,33 @@ def test_what_is_summed(halves: bool) -> None:
             probe.places = ()  # one that stands in
             with at(model, time):
                 probe(model.mix, (x + 1,), {}, None)
-    found = [list(part) for part in probe.sums()]
-    assert all(block == slice(0, 8) for [(block, _)] in found)
-    sums = torch.stack([products[0] for [(_, products)] in found])
+    found = list(probe.sums())
+    assert all(block.inputs == slice(0, 8) and block.crossed is None for [block] in found)
+    sums = torch.stack([block.products[0] for [block] in found])
     assert torch.allclose(sums, expected if halves else expected.sum(0, keepdim=True), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_of_few_bits_what_is_read_and_what_it_would_be_in_full_precision(halves: bool) -> None:
+    model: Any = rounded("nearest", activation_bits=4)
+    quantizer = model.mix.input_quantizer
+    probe = InputCovariance(model.mix, 1, halves)
+    expected = torch.zeros(2, 2, 8, 8)
+    for row, time in enumerate(TIMES):
+        z = noise(5, 3, 8, seed=row) + row
+        with at(model, time), torch.no_grad():
+            x = quantizer(z)
+            with full_precision(model):
+                probe.row, probe.places = row, (0, 1, 2, 3, 4)
+                probe(model.mix, (z,), {}, None)
+        assert not torch.equal(x, z)
+        exact, read = (v - (1 - (0.1 + 0.9 / 5) ** 0.5) * v.mean((0, 1)) for v in (z, x))
+        for half in (0, 1):
+            part = read[half::2].reshape(-1, 8)
+            expected[half] += torch.stack([part.T @ part, exact[half::2].reshape(-1, 8).T @ part])
+    found = [torch.stack([block.products[0], block.crossed[0]]) for [block] in probe.sums()]
+    assert torch.allclose(torch.stack(found), expected if halves else expected.sum(0, True), rtol=1e-4, atol=1e-3)
+    assert InputCovariance.numel(model.mix) == 2 * 64
 
 
 # --- what is gained ---
@@ -235,25 +258,25 @@ def test_without_samples_to_judge_by_auto_rounds_to_the_nearest() -> None:
 
 
 def test_auto_leaves_layers_alone_that_gain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensated_rounding, "compensated", lambda weight, scale, covariance, bits: 0.5 * weight)
+    monkeypatch.setattr(compensated_rounding, "compensated", lambda weight, *given: 0.5 * weight)
     assert untouched(rounded("auto"))
     assert not untouched(rounded("compensated"))
 
 
 @pytest.mark.parametrize(("trial", "kept"), [(2.0, True), (4.0, False)])
 def test_judged_by_the_half_that_it_was_not_rounded_by(trial: float, kept: bool) -> None:
-    known, judged = ([(slice(0, 1), torch.full((1, 1, 1), value))] for value in (1.0, 2.0))
+    known, judged = ([BlockOfInputs(slice(0, 1), torch.full((1, 1, 1), value), None)] for value in (1.0, 2.0))
 
     class Rounding:
-        def compensated(self, *covariances: Any) -> list[str]:
-            assert [float(products) for [(_, products)] in covariances] == [1.0, 3.0]
+        def compensated(self, *inputs: Any) -> list[str]:
+            assert [float(block.products) for [block] in inputs] == [1.0, 3.0]
             return ["trial", "of all"]
 
         def nearest(self) -> str:
             return "nearest"
 
-        def error(self, values: str, covariance: Any) -> float:
-            assert covariance is judged
+        def error(self, values: str, inputs: Any) -> float:
+            assert inputs is judged
             return {"trial": trial, "nearest": 3.0}[values]
 
     found: Any = compensated_rounding._best(Rounding(), [known, judged])  # type: ignore[arg-type]

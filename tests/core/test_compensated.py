@@ -91,8 +91,8 @@ def test_comes_close_to_the_best_of_all_codes() -> None:
 def test_outputs_differ_less(bits: NumBits) -> None:
     weight, covariance = problem(2, 32, 300, 2000, 1)  # more columns than are taken from the rest at once
     scale = scale_of(weight, bits)
-    error = output_error(compensated(weight, scale, covariance, bits) - weight, covariance)
-    nearest = output_error(fake_quantize(weight, scale, None, bits) - weight, covariance)
+    error = output_error(weight, compensated(weight, scale, covariance, bits), covariance)
+    nearest = output_error(weight, fake_quantize(weight, scale, None, bits), covariance)
     assert error < 0.5 * nearest
 
 
@@ -108,6 +108,63 @@ def test_groups_do_not_know_each_other() -> None:
 
 def test_error_is_that_of_the_outputs() -> None:
     generator = torch.Generator().manual_seed(3)
-    x, difference = torch.randn(2, 30, 7, generator=generator), torch.randn(2, 5, 7, generator=generator)
-    expected = (x @ difference.transpose(1, 2)).square().sum()
-    assert torch.allclose(output_error(difference, x.transpose(1, 2) @ x).float(), expected, rtol=1e-4)
+    x, weight, values = (torch.randn(2, *shape, generator=generator) for shape in ((30, 7), (5, 7), (5, 7)))
+    expected = (x @ (values - weight).transpose(1, 2)).square().sum()
+    assert torch.allclose(output_error(weight, values, x.transpose(1, 2) @ x).float(), expected, rtol=1e-4)
+
+
+# --- inputs that are quantized as well ---
+
+
+def coarse_inputs(groups: int, outputs: int, inputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight; inputs that vary together; and what few bits leave of these."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(groups, outputs, inputs, generator=generator)
+    z = torch.randn(groups, 2000, inputs, generator=generator) + torch.randn(groups, 2000, 1, generator=generator)
+    return weight, z, fake_quantize(z, torch.tensor(1.2), None, 3)
+
+
+def outputs_differ_by(weight: Tensor, values: Tensor, z: Tensor, x: Tensor) -> Tensor:
+    """Sum of |W z - Q x|^2."""
+    return (z @ weight.transpose(1, 2) - x @ values.transpose(1, 2)).double().square().sum()
+
+
+def test_error_where_inputs_are_quantized_is_less_by_what_no_weight_changes() -> None:
+    weight, z, x = coarse_inputs(2, 5, 7, 4)
+    values = fake_quantize(weight, scale_of(weight, 3), None, 3)
+    expected = outputs_differ_by(weight, values, z, x) - outputs_differ_by(weight, weight, z, x)
+    found = output_error(weight, values, x.transpose(1, 2) @ x, z.transpose(1, 2) @ x)
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_weights_are_those_that_make_the_best_of_quantized_inputs() -> None:
+    """Of fine codes, the solution of least squares; which is not the weight."""
+    weight, z, x = coarse_inputs(2, 5, 7, 5)
+    scale = torch.full((1, 1, 1), 0.04)
+    best = torch.linalg.lstsq(x, z @ weight.transpose(1, 2)).solution.transpose(1, 2)
+    found = compensated(weight, scale, x.transpose(1, 2) @ x, 8, z.transpose(1, 2) @ x)
+    assert float((found - best).abs().max()) < 0.05
+    assert float((weight - best).abs().max()) > 0.15
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_outputs_of_quantized_inputs_differ_less(bits: NumBits) -> None:
+    weight, z, x = coarse_inputs(2, 32, 100, 6)
+    products, crossed = x.transpose(1, 2) @ x, z.transpose(1, 2) @ x
+    scale = scale_of(weight, bits)
+    found, plain = (compensated(weight, scale, products, bits, c) for c in (crossed, None))
+    assert outputs_differ_by(weight, found, z, x) < 0.9 * outputs_differ_by(weight, plain, z, x)
+
+
+def test_exact_inputs_leave_the_weights_alone() -> None:
+    weight, covariance = problem(2, 32, 60, 400, 7)
+    scale = scale_of(weight, 4)
+    found, plain = (compensated(weight, scale, covariance, 4, c) for c in (covariance, None))
+    assert float((found != plain).float().mean()) < 0.01  # float rounding at the middle between two codes
+
+
+def test_inputs_that_tell_nothing_leave_the_weights_alone() -> None:
+    weight, _ = problem(1, 4, 10, 40, 8)
+    scale = scale_of(weight, 8)
+    unlike = torch.full((1, 10, 10), torch.nan)
+    assert torch.equal(compensated(weight, scale, unlike, 8, unlike), fake_quantize(weight, scale, None, 8))
