@@ -202,9 +202,17 @@ def folded_weights(model: nn.Module) -> list[str]:
         if not isinstance(layer, QuantModule) or quantizer is None:
             continue
         meant = _is_meant(rules, f"{name}.weight_quantizer", layer) and _LEFT_OUT not in vars(quantizer)
-        if (meant and not quantizer.is_enabled) or (quantizer.is_enabled and not quantizer.fake_quant):
+        gone = not quantizer.is_enabled and not _only_disabled(layer)
+        if (meant and gone) or (quantizer.is_enabled and not quantizer.fake_quant):
             found.append(name)
     return found
+
+
+def _only_disabled(layer: nn.Module) -> bool:
+    """Whether both quantizers of a layer are off, with a scale left for the weight: so are those of temporal layers."""
+    quantizers = [layer._modules.get(suffix) for suffix in _SUFFIXES]
+    on = [bool(getattr(quantizer, "is_enabled", False)) for quantizer in quantizers]
+    return not any(on) and getattr(quantizers[0], "_amax", None) is not None
 
 
 def warn_of_unquantized_layers(model: nn.Module, stacklevel: int = 3) -> None:

@@ -1,4 +1,7 @@
-"""The ``tdq_temporal`` algorithm: calibrate, then maintain what depends on the time alone."""
+"""The ``tdq_temporal`` algorithm: calibrate, then maintain what depends on the time alone.
+
+Weights are rounded by what their layers read, and outputs corrected, as ``tdq`` does it: those of the other layers.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from modelopt.torch.utils.distributed import is_dtensor_sharded
 from torch import nn
 
 from modelopt_tdq.calibration.calibrate import calibrate_scales
+from modelopt_tdq.calibration.compensated_rounding import compensated_rounding
+from modelopt_tdq.calibration.correct import correct_layers
 from modelopt_tdq.core.distributed import broadcast, gather
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
@@ -17,7 +22,7 @@ from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.recording import recorded_calls
 from modelopt_tdq.model.snapshot import restored_on_error
 from modelopt_tdq.temporal_features.config import TdqTemporalConfig
-from modelopt_tdq.temporal_features.maintain import maintain
+from modelopt_tdq.temporal_features.maintain import maintain, set_apart
 from modelopt_tdq.temporal_features.runtime import has_features, uninstall_features
 
 __all__ = ["tdq_temporal"]
@@ -55,8 +60,9 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
             call.update(calls[0] if calls else {})
 
         loop = None if forward_loop is None else recorded
+        replay = None
         if config.recalibrate:
-            calibrate_scales(model, loop, config)
+            replay = calibrate_scales(model, loop, config)
         elif loop is None:
             raise TdqError("forward_loop", None, "a call of the model is needed", "Pass a forward_loop to mtq.quantize")
         else:
@@ -69,4 +75,8 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
             )
         call = broadcast(call, called[0])  # all find the same features, and compute the same
         with torch.inference_mode(False):  # tensors made in inference mode cannot be learned on
-            maintain(model, call, config)
+            apart = set_apart(model, call, config)
+            if replay is not None:
+                with compensated_rounding(model, replay, config):
+                    correct_layers(model, replay, config)
+            maintain(model, apart, config)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelopt.torch.quantization.config import ModeloptField
 from pydantic import model_validator
 
-from modelopt_tdq.config import ALGORITHMS, CalibrationFields
+from modelopt_tdq.config import ALGORITHMS, CalibrationFields, CorrectionFields
 from modelopt_tdq.core.fake_quant import SUPPORTED_BITS
 from modelopt_tdq.errors import TdqError
 
@@ -22,14 +22,13 @@ Strategy = Literal["naive", "tib", "cache"]
 STRATEGIES: tuple[Strategy, ...] = ("cache", "tib", "naive")
 
 
-class TdqTemporalConfig(CalibrationFields):
+class TdqTemporalConfig(CalibrationFields, CorrectionFields):
     """Algorithm ``{"method": "tdq_temporal", ...}``: calibrate, and maintain the temporal features.
 
     All layers whose outputs depend on the time alone are quantized, whatever the rules of ``quant_cfg`` say of them,
-    and what they give becomes a table with a row per time.
+    and what they give becomes a table with a row per time. The others are rounded and corrected as ``tdq`` does it,
+    unless their scales are kept.
     """
-
-    _rounds_itself: ClassVar[str | None] = "temporal features are made from the weights as they are"
 
     method: Literal["tdq_temporal"] = ModeloptField("tdq_temporal")
     maintenance: Literal["auto", "tib", "cache", "naive"] = ModeloptField(

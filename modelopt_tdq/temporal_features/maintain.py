@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,16 +33,26 @@ from modelopt_tdq.temporal_features.select import Choice, by_hand, merged, selec
 from modelopt_tdq.temporal_features.table import Feature, FeatureTable
 from modelopt_tdq.temporal_features.tib import tib_features
 
-__all__ = ["maintain"]
+__all__ = ["SetApart", "maintain", "set_apart"]
 
 
-def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporalConfig) -> None:
-    """Quantize and maintain the temporal features of a calibrated model, in place.
+@dataclass(frozen=True)
+class SetApart:
+    """A temporal block whose layers are in full precision, until :func:`maintain`.
 
-    What is stored is computed in a batch like that of the first call of the calibration, one time after the other.
-    Matrix products round differently for different numbers of rows: with full-precision rows (``cache_bits`` 32,
-    ``maintenance="cache"``), a model sampled in that batch gives, at the times of the rows, bit for bit what it gives
-    with its temporal layers unquantized; in another batch the features differ in the last bits.
+    Attributes:
+            times: [K] the rows of the scale table.
+        called: As that call computes it.
+        block: As it is computed for all times at once.
+    """
+
+    times: Tensor
+    called: TemporalBlock
+    block: TemporalBlock
+
+
+def set_apart(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporalConfig) -> SetApart:
+    """Find the temporal block of a calibrated model, and disable the quantizers of its layers.
 
     Args:
         model: Calibrated, without features; its scale table gives the times.
@@ -57,10 +68,28 @@ def maintain(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporal
     called = whole.only(_wanted(whole, config.features))
     block = for_times(whole, model, arguments, times.to(device))
     block = block.only(list(called.features)) if block.features.keys() >= called.features.keys() else called
-    bits = formats(model, _bits(config.temporal_weight_bits), _bits(config.temporal_activation_bits))
     for layer in quantizable(model, block).values():
         layer.weight_quantizer.disable()
         layer.input_quantizer.disable()
+    return SetApart(times, called, block)
+
+
+def maintain(model: nn.Module, apart: SetApart, config: TdqTemporalConfig) -> None:
+    """Quantize and maintain the temporal features of a calibrated model, in place.
+
+    What is stored is computed in a batch like that of the first call of the calibration, one time after the other.
+    Matrix products round differently for different numbers of rows: with full-precision rows (``cache_bits`` 32,
+    ``maintenance="cache"``), a model sampled in that batch gives, at the times of the rows, bit for bit what it gives
+    with its temporal layers unquantized; in another batch the features differ in the last bits.
+
+    Args:
+        model: Calibrated, without features.
+        apart: Of it.
+        config: Of the algorithm.
+    """
+    times, called, block = apart.times, apart.called, apart.block
+    device = execution_device(model)
+    bits = formats(model, _bits(config.temporal_weight_bits), _bits(config.temporal_activation_bits))
     if config.maintenance == "naive":
         switch_on(model, block, times.to(device), bits, config.weights, naive_scales(bits))
         return

@@ -317,7 +317,7 @@ def test_calls_that_cannot_be_repeated() -> None:
     unchanged_by(model, failing)
 
 
-@pytest.mark.parametrize("method", ["tdq_qat", "tdq_reconstruct", "tdq_temporal"])
+@pytest.mark.parametrize("method", ["tdq_qat", "tdq_reconstruct"])
 def test_algorithms_that_learn_take_recipes_and_round_in_their_own_way(method: str) -> None:
     tdq.make_config(method=method, rounding="auto")
     with pytest.raises(TdqError, match="rounding"):

@@ -89,7 +89,7 @@ def at(model: nn.Module, time: Any) -> AbstractContextManager[None]:
 def fast_config(**fields: Any) -> dict[str, Any]:
     """The INT8 preset with statistics that take no second look at the model and the weights, and no corrections."""
     fast = {"statistic": "max", "weights": "max", "protect_steps": False, "progress": False}
-    if fields.get("method", "tdq") in ("tdq", "tdq_reconstruct"):
+    if fields.get("method", "tdq") in ("tdq", "tdq_reconstruct", "tdq_temporal"):
         fast["correction"] = "none"
     return tdq.make_config(**{**fast, **fields})
 

@@ -39,7 +39,14 @@ def unet() -> nn.Module:
 
 def fields(**algorithm: Any) -> dict[str, Any]:
     """Of the algorithm: fast, without progress bars."""
-    return {"method": "tdq_temporal", "iterations": 4, "progress": False, "weights": "max", **algorithm}
+    return {
+        "method": "tdq_temporal",
+        "iterations": 4,
+        "progress": False,
+        "weights": "max",
+        "correction": "none",
+        **algorithm,
+    }
 
 
 def again(model: nn.Module, **algorithm: Any) -> nn.Module:
