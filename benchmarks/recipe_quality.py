@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""The recipes as they are shipped: quality over the number of calibration trajectories, and how long they take.
+
+SQNR of the prediction, mean and worst over the steps, and PSNR of the images, on trajectories of two other seeds. Time:
+of the whole calibration, and of scales alone, relative to one run of the same data through the model in full precision.
+usage: python recipe_quality.py [--models unet,dit] [--recipes int8,w4a8,w4a4] [--samples 8,16,64] [--append]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from record import RESULTS, write
+from torch import nn
+
+import modelopt_tdq as tdq
+from modelopt_tdq.lab.judge import judge, reference
+from modelopt_tdq.lab.reference_models import reference_model
+from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
+
+#: Of what is judged; the calibration has 0.
+SEEDS = (1, 2)
+
+#: Without all that takes more than one run of the data.
+SCALES_ALONE = {
+    "asymmetric": False,
+    "channel_smoothing": "none",
+    "rounding": "nearest",
+    "correction": "none",
+    "protect_steps": False,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe, calibrated on some trajectories; SQNR of each step, for each seed."""
+
+    model: str
+    recipe: str
+    trajectories: int
+    sqnr_db: list[list[float]]
+    psnr_db: list[float]
+    run_s: float
+    scales_s: float
+    calibration_s: float
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measured(name: str, recipe: str, samples: int, held_out: int) -> Row:
+    """Quantize, judge, and time."""
+    about = reference_model(name)
+    model, scheduler = about.load_model(), about.load_scheduler()
+    steps, shape = about.calibration_steps, sample_shape(model)
+    start = noise(samples, shape, 0)
+
+    def forward_loop(quantized: nn.Module) -> None:
+        sample(quantized, scheduler, start, steps)
+
+    config = tdq.recipe(recipe)
+    config["algorithm"] |= {"progress": False}
+    alone = {**config, "algorithm": {**config["algorithm"], **SCALES_ALONE}}
+    run = _seconds(lambda: forward_loop(model))
+    scales = _seconds(lambda: mtq.quantize(copy.deepcopy(model), alone, forward_loop))
+    quantized = copy.deepcopy(model)
+    whole = _seconds(lambda: mtq.quantize(quantized, config, forward_loop))
+    found = [
+        judge(quantized, scheduler, reference(model, scheduler, held_out, steps, seed, lambda: None), lambda: None)
+        for seed in SEEDS
+    ]
+    return Row(
+        name, recipe, samples, [one.sqnr_db for one in found], [one.psnr_db for one in found], run, scales, whole
+    )
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [
+        "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on, of two seeds. Time: of "
+        "the whole calibration, and of scales alone, relative to one run of the data through the model in full "
+        "precision.",
+        "",
+        "| model | recipe | trajectories | SQNR | PSNR | SQNR | PSNR | time | scales alone |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in sorted(rows, key=lambda row: (row.model != "unet", row.model, row.recipe, row.trajectories)):
+        pairs = zip(row.sqnr_db, row.psnr_db, strict=True)
+        judged = " | ".join(f"{statistics.fmean(s):.2f} / {min(s):.2f} | {psnr:.2f}" for s, psnr in pairs)
+        lines.append(
+            f"| {row.model} | {row.recipe} | {row.trajectories} | {judged} "
+            f"| {row.calibration_s / row.run_s:.1f} | {row.scales_s / row.run_s:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, print a table, write results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default="unet,dit", help="of unet, dit, terrain")
+    parser.add_argument("--recipes", default="int8,w4a8,w4a4")
+    parser.add_argument("--samples", default="8,16,64", help="calibration trajectories")
+    parser.add_argument("--held-out", type=int, default=8, help="trajectories to judge on, of each seed")
+    parser.add_argument("--append", action="store_true", help="keep the other rows of the file that is there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    file = RESULTS / "recipe_quality.json"
+    rows: dict[Any, Row] = {}
+    if arguments.append and file.is_file():
+        old = [Row(**fields) for fields in json.loads(file.read_text())["rows"]]
+        rows = {(row.model, row.recipe, row.trajectories): row for row in old}
+    cases = itertools.product(arguments.samples.split(","), arguments.models.split(","), arguments.recipes.split(","))
+    for samples, name, recipe in cases:
+        row = measured(name, recipe, int(samples), arguments.held_out)
+        rows[name, recipe, row.trajectories] = row
+        write("recipe_quality", {"rows": [asdict(each) for each in rows.values()]}, _table(list(rows.values())))
+
+
+if __name__ == "__main__":
+    main()
