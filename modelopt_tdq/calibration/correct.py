@@ -90,7 +90,7 @@ def tdq_correct(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | Non
 
 
 def _warn_of_rounded_weights(model: nn.Module) -> None:
-    rounded = rounded_weights(model)
+    rounded = [name.removesuffix(".weight_quantizer") for name in rounded_weights(model)]
     if rounded:
         warnings.warn(
             f"the weights of {len(rounded)} layers ({', '.join(rounded[:3])}, ...) are values of their codes already: "

@@ -25,7 +25,7 @@ from modelopt_tdq.errors import TdqError, TdqWarning, require
 from modelopt_tdq.export.inputs import flatten_inputs
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.timestep import find_timestep
-from modelopt_tdq.model.weight_fit import warn_of_changed_weights
+from modelopt_tdq.model.weight_fit import rounded_weights, warn_of_changed_weights
 from modelopt_tdq.model.wrapped import unwrapped
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
@@ -101,6 +101,11 @@ def compare_model(
         compared = [b for b in backends if b == TORCH or COMPARED[b].layers] if layers else []
         differing, counts, names, missing = _compare_layers(run, feeds, compared, times, progress)
     notes = [lowered.note] if lowered is not None and lowered.note else []
+    if rounded := rounded_weights(model):
+        notes.append(
+            f"{len(rounded)} weights are the values of their codes, in full precision too: the quantization noise that "
+            "outputs are compared with is that of the activations"
+        )
     notes += [f"{backend}: the codes of {', '.join(absent)} were not compared" for backend, absent in missing.items()]
     return ModelComparison(tuple(found), tuple(differing), counts, tuple(names), tuple(notes))
 

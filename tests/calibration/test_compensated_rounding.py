@@ -215,7 +215,7 @@ def test_corrections_that_come_later_are_warned_of(bits: Any, dtype: torch.dtype
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             mtq.calibrate(model, algorithm, loop(data))
-        assert any("values of their codes" in str(w.message) for w in caught) == warned
+        assert any("of 3 layers (conv1, mix, conv2, ...) are values" in str(w.message) for w in caught) == warned
 
 
 @pytest.mark.parametrize("attribute", ["_BLOCK", "_KEPT"])

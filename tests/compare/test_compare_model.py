@@ -87,6 +87,13 @@ def faulty(
     return table.names[column], folder / "faulty.onnx"
 
 
+@pytest.mark.parametrize(("rounding", "noted"), [("nearest", 0), ("compensated", 1)])
+def test_tells_of_weights_that_full_precision_has_rounded_as_well(rounding: str, noted: int) -> None:
+    model = quantized(weight_bits=4, rounding=rounding)
+    comparison = compare_model(model, DATA[:1], backends=["torch"], layers=False, progress=False)
+    assert sum("3 weights are the values of their codes" in note for note in comparison.notes) == noted
+
+
 def test_all_backends_agree_with_the_reference(model: TinyDenoiser, graphs: dict[str, Path]) -> None:
     pytest.importorskip("openvino")
     comparison = compare_model(
