@@ -81,6 +81,11 @@ class TimeRow:
         if self._timestep is None:
             raise TdqError("timestep", None, "the graph has no such input", "Report this")
         time = editor.cast(self.anchor, self._timestep, editor.ir.DataType.FLOAT, "time/float32")
+        dimensions = len(self._timestep.shape or ())
+        if dimensions > 1:  # a time for each token or frame, all the same in a sample
+            rest = range(1, dimensions)
+            starts, ends, axes = (editor.ints(list(values)) for values in ([0 for _ in rest], [1 for _ in rest], rest))
+            time = editor.before(self.anchor, "Slice", [time, starts, ends, axes], "time/of_samples")
         column: ir.Value = editor.before(
             self.anchor, "Reshape", [time, editor.ints([-1, 1])], "time/column", shape=[self.size, 1]
         )

@@ -30,6 +30,7 @@ from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, requir
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
 from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.timestep import times_of_samples
 from modelopt_tdq.model.unquantized import unquantized_layers
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 from modelopt_tdq.model.wrapped import unwrapped
@@ -171,7 +172,9 @@ def marker_graph(
         )
     inputs = flatten_inputs(sample_inputs, spec.timestep)
     require_proven(model, inputs.arguments(tuple(inputs.tensors)))
-    samples = 1 if spec.timestep is None else inputs.tensors[inputs.names.index(spec.timestep)].numel()
+    samples = 1
+    if spec.timestep is not None:
+        samples = len(times_of_samples(inputs.tensors[inputs.names.index(spec.timestep)]))
     others = (t for n, t in zip(inputs.names, inputs.tensors, strict=True) if n != spec.timestep and t.dim())
     batch = next((len(tensor) for tensor in others), 1)
     sizes = open_sizes(inputs, spec.timestep, dynamic_batch, dynamic_axes)

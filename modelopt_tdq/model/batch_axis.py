@@ -47,7 +47,7 @@ class BatchAxis:
         if not leaves.keys() <= self.own | self.shared or len(sizes) != 1:
             return None
         batch, time = sizes.pop(), arguments.get(self.time)
-        if self.time in self.own and not (isinstance(time, Tensor) and time.dim() == 1 and batch % len(time) == 0):
+        if self.time in self.own and not (isinstance(time, Tensor) and time.dim() > 0 and batch % len(time) == 0):
             return None
         return batch
 
@@ -134,7 +134,7 @@ def find_batch_axis(
     if not batch or not rows:
         return None
     time = arguments.get(timestep.argument)
-    times = len(time) if isinstance(time, Tensor) and time.dim() == 1 else 0
+    times = len(time) if isinstance(time, Tensor) and time.dim() else 0
     has_rows = times > 1 or times == batch
     with_time = [[timestep.argument]] if has_rows and batch % times == 0 else []
     attempts = [candidates, *([c for c in candidates if c != left] for left in candidates[1:]), candidates[:1]]

@@ -22,7 +22,15 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model import threads
 from modelopt_tdq.model.saving import NotPickled
 
-__all__ = ["INTERVALS", "CurrentTimestep", "deliver_timestep", "find_timestep", "per_sample", "without_delivery"]
+__all__ = [
+    "INTERVALS",
+    "CurrentTimestep",
+    "deliver_timestep",
+    "find_timestep",
+    "per_sample",
+    "times_of_samples",
+    "without_delivery",
+]
 
 #: Name, in the root of a model that learns, of the module that makes its intervals.
 INTERVALS = "tdq_intervals"
@@ -167,7 +175,7 @@ class CurrentTimestep:
             )
         if not isinstance(time, Tensor):
             time = torch.as_tensor(time, dtype=torch.float32)
-        self._in_flight.value = time.detach().to(torch.float32).reshape(-1)
+        self._in_flight.value = times_of_samples(time)
 
     def require(self) -> Tensor:
         """The time of the call in progress.
@@ -184,6 +192,35 @@ class CurrentTimestep:
                 "Call that model itself, as model(...), rather than one of its parts or its forward",
             )
         return value
+
+
+def times_of_samples(time: Tensor) -> Tensor:
+    """The time of each sample, where a model takes one for each of its tokens or frames as well.
+
+    Args:
+        time: [], [B], or [B, N ...] with the same time everywhere in a sample.
+
+    Returns:
+        [1] or [B] float32.
+
+    Raises:
+        TdqError: A sample has several times. (Compiled graphs raise an error of torch.)
+    """
+    time = time.detach().to(torch.float32)
+    if time.dim() < 2 or time.numel() == 0:
+        return time.reshape(-1)
+    each = time.reshape(len(time), -1)
+    same = (each == each[:, :1]).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(same, "a sample has several times")
+    elif not bool(same):
+        raise TdqError(
+            "timestep",
+            tuple(time.shape),
+            f"a sample has several times, {each.min():g} to {each.max():g}, and quantizers one for each sample",
+            "Pass the same time for all tokens and frames of a sample, or samples of one time each",
+        )
+    return each[:, 0]
 
 
 def per_sample(value: Tensor, inputs: Tensor) -> Tensor:

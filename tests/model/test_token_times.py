@@ -1,0 +1,107 @@
+"""Models that take a time for each token or frame: the same in a sample, it is the time of the sample."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from support.models import fast_config, noise
+from torch import Tensor, nn
+
+import modelopt_tdq as tdq
+from modelopt_tdq import TdqError
+
+TIMES = (0.0, 300.0, 900.0)
+
+
+class TokenDenoiser(nn.Module):
+    """Takes [B], or [B, N] as Wan 2.2 TI2V; its last layer sees two groups of tokens of each sample in its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_embedding = nn.Linear(1, 8)
+        self.tokens = nn.Linear(8, 8)
+        self.groups = nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        time = timestep.float() / 1000
+        time = time.unsqueeze(1) if time.dim() == 1 else time
+        h = self.tokens(sample * (1 + 9 * time.unsqueeze(2)) + self.time_embedding(time.unsqueeze(2)))
+        return self.groups(h.unflatten(1, (2, -1)).flatten(0, 1)).reshape(h.shape)
+
+
+def call(time: float | tuple[float, float], tokens: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two samples of six tokens."""
+    times = torch.tensor(time).expand(2)
+    return noise(2, 6, 8, seed=seed), times.unsqueeze(1).repeat(1, 6) if tokens else times
+
+
+def quantized(tokens: bool, **fields: Any) -> nn.Module:
+    def forward_loop(model: nn.Module) -> None:
+        for seed, time in enumerate(TIMES):
+            model(*call(time, tokens, seed))
+
+    torch.manual_seed(0)
+    config = fast_config(protect_steps=True, statistic="output", correction="static", **fields)
+    return mtq.quantize(TokenDenoiser().eval(), config, forward_loop)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return quantized(tokens=True)
+
+
+def test_calibrated_and_run_as_with_a_time_per_sample(model: nn.Module) -> None:
+    other = quantized(tokens=False)
+    table, expected = tdq.scale_table(model), tdq.scale_table(other)
+    assert table.names == expected.names
+    assert len(table.names) == 2
+    assert torch.equal(table.scale, expected.scale)
+    assert bool((table.scale[0] != table.scale[2]).all())
+    with torch.no_grad():
+        for times in (300.0, (0.0, 900.0)):
+            assert torch.equal(model(*call(times, tokens=True)), other(*call(times, tokens=False)))
+
+
+def test_a_sample_of_several_times_is_refused(model: nn.Module) -> None:
+    """Not taken for the times of as many samples: the last layer's batch is a multiple of them."""
+    sample, times = call(900.0, tokens=True)
+    times[1, 0] = 0.0
+    sample, times = sample[1:], times[1:, :2]
+    with pytest.raises(TdqError, match="a sample has several times, 0 to 900") as error:
+        model(sample, times)
+    assert error.value.field == "timestep"
+    with torch.no_grad():
+        assert bool(model(*call(300.0, tokens=True)).isfinite().all())
+
+
+def test_compiled(model: nn.Module) -> None:
+    folded = copy.deepcopy(model)
+    mtq.fold_weight(folded)
+    compiled = torch.compile(folded, backend="aot_eager", fullgraph=True)
+    sample, times = call((0.0, 900.0), tokens=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(sample, times), folded(sample, times), atol=1e-5)
+        times[1, 0] = 0.0
+        with pytest.raises(RuntimeError, match="several times"):
+            compiled(sample, times)
+
+
+@pytest.mark.parametrize("lowering", ["reference", "ratio"])
+@pytest.mark.parametrize("times", [300.0, (0.0, 900.0)])
+def test_exported(model: nn.Module, lowering: Any, times: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
+
+    sample, time = call(300.0, tokens=True, seed=5)
+    tdq.export_onnx(model, tmp_path / "m.onnx", {"sample": sample, "timestep": time}, lowering=lowering)
+    session = OnnxRuntimeSession(tmp_path / "m.onnx")
+    sample, time = call(times, tokens=True, seed=6)
+    with torch.no_grad():
+        expected = model(sample, time)
+    found = session({"sample": sample.numpy(), "timestep": time.numpy()})[session.outputs[0]]
+    assert float((torch.from_numpy(found) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
