@@ -135,8 +135,8 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
         """Add an activation [B, ...] to the histograms of the current time, or of each sample's own time.
 
         Raises:
-            TdqError: The activation holds NaN or infinity; there are more times than ``max_steps``; there are
-                several times, and their number does not divide B.
+            TdqError: The activation holds NaN or infinity; there are more times than ``max_steps``; the times of the
+                samples differ, and their number does not divide B.
         """
         time = self._timestep.value
         if time is None:
@@ -144,16 +144,16 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
                 "forward_loop", self._name, "a layer ran outside of any call of the model", "Call the model itself"
             )
         times = time.tolist()
-        if len(times) > 1 and (x.dim() == 0 or x.shape[0] % len(times)):
+        if len(set(times)) == 1:
+            self._add(times[0], x)
+            return
+        if x.dim() == 0 or x.shape[0] % len(times):
             raise TdqError(
                 "timestep",
                 tuple(time.shape),
                 f"{len(times)} times cannot be matched with the input of {self._name}, of shape {tuple(x.shape)}",
                 "Pass one time for the whole batch, or exclude this quantizer with a `quant_cfg` rule",
             )
-        if len(set(times)) == 1:
-            self._add(times[0], x)
-            return
         samples = x.reshape(len(times), -1)
         for value in sorted(set(times)):
             self._add(value, samples[[i for i, t in enumerate(times) if t == value]])

@@ -112,14 +112,14 @@ class OutputCorrection(KeptRows):
 
     def _of_call(self, rows: Tensor, y: Tensor) -> Tensor:
         """[C, 1, ...], or [B * n, 1, ..., C, 1, ...] for a time per sample."""
-        if len(rows) > 1:
-            rows = rows[current_rows(self._timestep, self._correction_times_bits, self._times_key, y.device)]
         behind = (1,) * self._trailing
+        if len(rows) > 1:
+            found = current_rows(self._timestep, self._correction_times_bits, self._times_key, y.device)
+            rows = rows[per_sample(found, y).flatten()]
         if len(rows) == 1:
             return rows.reshape(-1, *behind)
-        samples = per_sample(torch.arange(len(rows), device=y.device), y).flatten()  # row of each sample
         between = (1,) * (y.dim() - 2 - self._trailing)
-        return rows[samples].reshape(len(samples), *between, -1, *behind)
+        return rows.reshape(len(rows), *between, -1, *behind)
 
     def extra_repr(self) -> str:
         """What ModelOpt's summaries show."""

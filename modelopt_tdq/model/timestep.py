@@ -27,6 +27,7 @@ __all__ = [
     "CurrentTimestep",
     "deliver_timestep",
     "find_timestep",
+    "one_of_all",
     "per_sample",
     "times_of_samples",
     "without_delivery",
@@ -223,6 +224,18 @@ def times_of_samples(time: Tensor) -> Tensor:
     return each[:, 0]
 
 
+def one_of_all(values: Tensor) -> Tensor | None:
+    """The first of values [B, ...], [1, ...], if all are the same; else None, and an error of torch where it compiles.
+
+    For what cannot be matched with the samples: tokens that come first, tokens that were sent to an expert.
+    """
+    same = (values == values[:1]).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(same, "times that differ cannot be matched with an activation")
+        return values[:1]
+    return values[:1] if bool(same) else None
+
+
 def per_sample(value: Tensor, inputs: Tensor) -> Tensor:
     """One number per time, shaped to go with an activation.
 
@@ -231,16 +244,19 @@ def per_sample(value: Tensor, inputs: Tensor) -> Tensor:
         inputs: The activation [B * n, ...]: video models fold frames, some attentions fold heads, into the batch.
 
     Returns:
-        [1], or [B * n, 1, ...].
+        [1], or [B * n, 1, ...]; [1] as well for another activation, if all samples have the same.
 
     Raises:
-        TdqError: The batch is no multiple of the number of times.
+        TdqError: They differ, and the batch is no multiple of their number.
     """
     samples = value.numel()
     if samples == 1:
         return value
     batch = inputs.shape[0] if inputs.dim() else 0
     if batch == 0 or batch % samples:
+        one = one_of_all(value)
+        if one is not None:
+            return one
         raise TdqError(
             "timestep",
             tuple(value.shape),

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.call import layer_input
+from modelopt_tdq.model.timestep import one_of_all
 from modelopt_tdq.temporal_features.lookup import is_row
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def output_dtype(layer: nn.Module, inputs: Tensor) -> torch.dtype:
 def _matched(rows: Tensor, inputs: Tensor) -> Tensor:
     """[T, ...] for T times -> [B, ...] for the batch of ``inputs``: one time for all, or B / T samples per time."""
     times, batch = rows.shape[0], inputs.shape[0]
+    if times > 1 and batch % times:
+        one = one_of_all(rows)
+        rows, times = (rows, times) if one is None else (one, 1)
     if times == 1:
         return rows.expand(batch, *rows.shape[1:]).contiguous()
     if batch % times:

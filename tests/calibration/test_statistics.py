@@ -126,13 +126,13 @@ def test_a_time_per_sample_is_each_sample_by_itself() -> None:
     assert _same(together.statistics([2.0, 5.0]), apart.statistics([2.0, 5.0]))
 
 
-@pytest.mark.parametrize("times", [[1.0, 2.0], [2.0, 2.0]])
 @pytest.mark.parametrize("shape", [(3, 4), ()])
-def test_times_that_do_not_fit_are_refused_as_the_quantizer_will_refuse_them(
-    times: list[float], shape: tuple[int, ...]
-) -> None:
+def test_times_that_do_not_fit_are_refused_as_the_quantizer_will_refuse_them(shape: tuple[int, ...]) -> None:
     collector, timestep = _collector()
-    timestep.begin(torch.tensor(times))
+    timestep.begin(torch.tensor([2.0, 2.0]))
+    collector.collect(torch.ones(shape))  # one time for all
+    assert collector.times == {2.0}
+    timestep.begin(torch.tensor([1.0, 2.0]))
     with pytest.raises(TdqError, match=r"layer\.input_quantizer") as error:
         collector.collect(torch.ones(shape))
     assert error.value.field == "timestep"

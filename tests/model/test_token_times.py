@@ -1,4 +1,4 @@
-"""Models that take a time for each token or frame: the same in a sample, it is the time of the sample."""
+"""Models that take a time for each token or frame, and layers whose batch is none: equal times are one time."""
 
 from __future__ import annotations
 
@@ -105,3 +105,50 @@ def test_exported(model: nn.Module, lowering: Any, times: Any, tmp_path: Path) -
         expected = model(sample, time)
     found = session({"sample": sample.numpy(), "timestep": time.numpy()})[session.outputs[0]]
     assert float((torch.from_numpy(found) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+class TokensFirst(nn.Module):
+    """Its layer sees [N, B, C], as in ERNIE-Image; another, those tokens that are sent to it, as an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(8, 8)
+        self.expert = nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        h = self.tokens((sample * (1 + timestep[:, None, None] / 100)).transpose(0, 1))
+        return torch.cat([self.expert(h[:3].flatten(0, 1).unsqueeze(0)).reshape(h[:3].shape), h[3:]]).transpose(0, 1)
+
+
+def tokens_first(times: Any) -> nn.Module:
+    def forward_loop(model: nn.Module) -> None:
+        for seed, time in enumerate(TIMES):
+            model(noise(2, 5, 8, seed=seed), torch.tensor([time] * times))
+
+    torch.manual_seed(0)
+    return mtq.quantize(TokensFirst().eval(), fast_config(), forward_loop)
+
+
+def test_equal_times_of_samples_that_cannot_be_told_apart_are_one_time() -> None:
+    model, single = tokens_first(2), tokens_first(1)
+    table, expected = tdq.scale_table(model), tdq.scale_table(single)
+    assert len(table.names) == 2
+    assert torch.equal(table.scale, expected.scale)
+    sample = noise(2, 5, 8, seed=7)
+    with torch.no_grad():
+        for time in TIMES:
+            one, two = model(sample, torch.tensor([time])), model(sample, torch.tensor([time, time]))
+            assert torch.equal(one, two)
+        with pytest.raises(TdqError, match=r"2 times cannot be matched with an activation of shape \(5, 2, 8\)"):
+            model(sample, torch.tensor([0.0, 900.0]))
+
+
+def test_a_correction_over_time_follows_equal_times() -> None:
+    model = tokens_first(1)
+    rows = [torch.tensor([[1.0], [2.0], [3.0]]).expand(3, 8), torch.zeros(3, 8)]
+    tdq.set_layer_correction(model, tdq.LayerCorrection(torch.tensor(TIMES), *({"tokens": row} for row in rows)))
+    sample = noise(2, 5, 8, seed=7)
+    with torch.no_grad():
+        one, two = (model(sample, torch.tensor([300.0] * times)) for times in (1, 2))
+        assert torch.equal(one, two)
+        assert not torch.equal(one, model(sample, torch.tensor([900.0])))
