@@ -13,11 +13,12 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modelopt_tdq.core.distributed import all_reduce
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.select import trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep
 
-__all__ = ["SmoothedLayer", "shared_vector", "smooth", "smoothing_vector"]
+__all__ = ["ChannelRanges", "SmoothedLayer", "shared_vector", "smooth", "smoothing_vector"]
 
 #: c of a tensor lies within these factors of its geometric mean, so that the weights keep the range of their dtype.
 _FURTHEST = 1024.0
@@ -127,12 +128,52 @@ class SmoothedLayer:
         quantizer.set_channel_divisor(None if vector is None else self.divisor(vector).to(self.original.device))
 
 
-def shared_vector(group: list[SmoothedLayer], strength: float) -> Tensor:
-    """The vector [C] of the layers that read one tensor."""
+class ChannelRanges:
+    """Smallest and largest value of each channel of one layer's input, at each time: [K, C], zero among them.
+
+    A time that was not seen has nothing but zeros.
+    """
+
+    def __init__(self, layer: SmoothedLayer, rows: int) -> None:
+        self._layer = layer
+        self.low, self.high = (torch.zeros(rows, layer.largest.numel(), device=layer.largest.device) for _ in range(2))
+
+    def see(self, x: Tensor, row: int) -> None:
+        """Take an input at one time into account."""
+        channels = x.detach().movedim(x.dim() - 1 - self._layer.trailing, 0).reshape(self.low.shape[1], -1).float()
+        low, high = (value.to(self.low.device) for value in torch.aminmax(channels, dim=1))
+        self.low[row] = torch.minimum(self.low[row], low)
+        self.high[row] = torch.maximum(self.high[row], high)
+
+    def agree(self) -> None:
+        """Over all processes."""
+        self.low, self.high = all_reduce(self.low, "min"), all_reduce(self.high, "max")
+
+    @property
+    def largest(self) -> Tensor:
+        """[C] max|x_j| over the times."""
+        return torch.maximum(-self.low.amin(0), self.high.amax(0))
+
+    def divided(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """[] smallest and largest at one time, of the input as the layer divides it now."""
+        divisor = getattr(self._layer.quantizer, "channel_divisor", None)
+        found = (values.index_select(0, row.to(values.device).reshape(1)) for values in (self.low, self.high))
+        low, high = (values if divisor is None else values / divisor.flatten().to(values.device) for values in found)
+        return low.min(), high.max()
+
+
+def shared_vector(group: list[SmoothedLayer], strength: float, largest: list[Tensor] | None = None) -> Tensor:
+    """The vector [C] of the layers that read one tensor.
+
+    Args:
+        group: These layers.
+        strength: a, in [0, 1].
+        largest: [C] max|x_j| of each; None: what it has seen.
+    """
     device = group[0].weight.device
-    largest = torch.stack([layer.largest.to(device) for layer in group]).amax(0)
+    seen = [layer.largest for layer in group] if largest is None else largest
     weights = torch.stack([layer.weight_magnitude().to(device) for layer in group]).amax(0)
-    return smoothing_vector(largest, weights, strength)
+    return smoothing_vector(torch.stack([each.to(device) for each in seen]).amax(0), weights, strength)
 
 
 def smooth(groups: list[list[SmoothedLayer]], vectors: list[Tensor | None], timestep: CurrentTimestep) -> None:

@@ -1,9 +1,11 @@
 """How strongly the channels of each tensor are smoothed: what ``channel_smoothing="auto"`` chooses, on replayed calls.
 
 Strengths are compared on one half of the samples by the outputs of the layers, and choices of them on the other half by
-the output of the model. Where the layers' outputs are corrected afterwards, what a gain and a bias of each channel take
-back does not count: rounding the weights to few bits mostly shifts and scales outputs, and smoothing that mends only
-this is worth nothing.
+the output of the model, with the vectors and the ranges of the first half: smoothing makes all channels as large as the
+largest, and where few samples tell how large they are, others exceed it in all of them.
+
+Where the layers' outputs are corrected afterwards, what a gain and a bias of each channel take back does not count:
+rounding the weights to few bits mostly shifts and scales outputs, and smoothing that mends only this is worth nothing.
 
 See :mod:`modelopt_tdq.calibration.channel_smoothing`.
 """
@@ -26,7 +28,7 @@ from modelopt_tdq.calibration.correct import layers_to_correct, unfit
 from modelopt_tdq.calibration.correction_fit import corrected_prediction_error, last_layer
 from modelopt_tdq.calibration.output_error import run_probes
 from modelopt_tdq.calibration.protect import prediction_error
-from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth
+from modelopt_tdq.calibration.smoothed_layer import ChannelRanges, SmoothedLayer, shared_vector, smooth
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields, CorrectionFields
 from modelopt_tdq.core.distributed import all_reduce, union
@@ -75,6 +77,7 @@ class _Trial:
         self.layer, self.vectors, self.settings = layer, vectors, settings
         self.static = not temporal
         self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
+        self.ranges = ChannelRanges(layer, rows)
         self.row = 0
         self.places: tuple[int, ...] = ()
         self.weights = [_rounded_weight(layer, vector, settings.weight_clips) for vector in vectors]
@@ -84,6 +87,7 @@ class _Trial:
             return
         layer, num_bits = self.layer, self.layer.quantizer.num_bits
         x, y = layer_input(args, kwargs), first_output(output)
+        self.ranges.see(x, self.row)
         found = [y.float().square().sum()]
         for vector, rounded in zip(self.vectors, self.weights, strict=True):
             divided = x.float() / layer.divisor(vector).to(x.device)
@@ -141,16 +145,19 @@ class _Settings:
     shifted: bool
     corrected: bool
 
-    def rounded(self, x: Tensor, num_bits: NumBits, bound: Tensor | None = None) -> Tensor:
+    def rounded(
+        self, x: Tensor, num_bits: NumBits, bound: Tensor | None = None, extent: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """An activation, fake-quantized with that of a few scales which has the least squared error on a part of it.
 
         Args:
             x: Of any shape.
             num_bits: Its number format.
-            bound: Largest magnitude; None: its own.
+            bound: Largest magnitude; None: that of the smallest and the largest value.
+            extent: Its smallest and largest value; None: its own.
         """
         smallest, largest = code_range(num_bits)
-        low, high = torch.aminmax(x)
+        low, high = torch.aminmax(x) if extent is None else (value.to(x.device) for value in extent)
         low, high = low.clamp(max=0), high.clamp(min=0)
         amax = (torch.maximum(-low, high) if bound is None else bound.to(x.device)).clamp(min=1e-30)
         clips = _clips_of(num_bits, self.clips)
@@ -200,8 +207,11 @@ def _least_layer_error(
     settings: _Settings,
     static: Callable[[str], bool],
     progress: bool,
-) -> list[Tensor | None]:
-    """The vector of each group with the least error of its layers' outputs, over the times; None: not smoothed."""
+) -> tuple[list[float | None], dict[int, ChannelRanges]]:
+    """The strength of each group with the least error of its layers' outputs, over the times; None: not smoothed.
+
+    And the ranges of their inputs, by the quantizer's id.
+    """
     vectors = []
     trials: dict[int, _Trial] = {}
     for group in groups:
@@ -212,19 +222,23 @@ def _least_layer_error(
             trials[id(layer)] = _Trial(layer, vectors[-1], settings, temporal, len(times))
     probes = [(trial.layer.module, trial) for trial in trials.values()]
     run_probes(model, probes, replay, times, "strengths", progress)
-    found: list[Tensor | None] = []
-    for group, tried in zip(groups, vectors, strict=True):
+    found: list[float | None] = []
+    for group in groups:
         errors = torch.stack([trials[id(layer)].error() for layer in group]).sum(0)
         errors[0] *= _WORTH
         best = int(errors.argmin())
-        found.append(tried[best] if best else None)
-    return found
+        found.append(STRENGTHS[best - 1] if best else None)
+    ranges = {id(trial.layer.quantizer): trial.ranges for trial in trials.values()}
+    for known in ranges.values():
+        known.agree()
+    return found, ranges
 
 
 class _Judge:
     """The error of the model's output for a choice of vectors, on replayed calls at a few times.
 
-    Weights are quantized as they will be; activations with a scale for each call.
+    Weights are quantized as they will be; activations by the ranges that other samples had at the same time, or with a
+    scale for each call where these are not known.
     """
 
     def __init__(
@@ -236,8 +250,10 @@ class _Judge:
         settings: _Settings,
         method: str,
         corrected: dict[str, nn.Module],
+        ranges: dict[int, ChannelRanges],
     ) -> None:
         self._model, self._replay, self._times = model, replay, times
+        self._ranges, self._rows = ranges, torch.tensor(times)
         self._settings, self._method, self._corrected = settings, method, corrected
         self._activations = list(quantizers.values())
         inner = [part for q in weight_quantizers(model) for part in q.modules()]
@@ -250,7 +266,9 @@ class _Judge:
         def hook(quantizer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if not self._rounds:
                 return output
-            return self._settings.rounded(output.float(), quantizer.num_bits).to(output.dtype)
+            known = self._ranges.get(id(quantizer))
+            extent = None if known is None else known.divided(self._row())
+            return self._settings.rounded(output.float(), quantizer.num_bits, extent=extent).to(output.dtype)
 
         handles = [quantizer.register_forward_hook(hook) for quantizer in self._activations]
         for quantizer in self._weights:
@@ -262,6 +280,11 @@ class _Judge:
                 quantizer.disable_quant()
             for handle in handles:
                 handle.remove()
+
+    def _row(self) -> Tensor:
+        """[] number of the time of the call in progress, of which all samples have the same."""
+        now = self._replay.timestep.require()[:1]
+        return (self._rows.to(now.device) - now).abs().argmin()
 
     @contextmanager
     def _exact(self, layer: nn.Module) -> Iterator[None]:
@@ -287,11 +310,11 @@ class _Judge:
         return sum(10 * math.log10(float(row[0] / row[1])) for row in rows) / max(len(rows), 1)
 
 
-def _halves(replay: Replay) -> tuple[Replay, Replay]:
-    """Of the samples; twice all of them where there is a time that has only one."""
+def _halves(replay: Replay) -> tuple[Replay, Replay] | None:
+    """Of the samples; None where there is a time that has only one."""
     halves = replay.halves()
     times = [union(set(half.times)) for half in (replay, *halves)]
-    return halves if times[0] == times[1] == times[2] else (replay, replay)
+    return halves if times[0] == times[1] == times[2] else None
 
 
 def _corrected_layers(
@@ -323,18 +346,29 @@ def chosen_vectors(
     the choice; all processes make the same one.
     """
     times = _spread(replay)
-    known, judged = _halves(replay)
+    halves = _halves(replay)
+    if halves is None:
+        _log.info("no channels smoothed: there are no other samples to judge it by")
+        return [None] * len(groups)
+    known, judged = halves
     corrected = _corrected_layers(model, judged, times, config)
     settings = _Settings(_clips(config.statistic), _clips(config.weights), bool(config.asymmetric), bool(corrected))
     follow = temporal_names(config.temporal, list(quantizers))
-    own = _least_layer_error(
+    own, ranges = _least_layer_error(
         model, groups, known, times, settings, lambda name: config.bins == 1 or name not in follow, config.progress
     )
-    choices: list[list[Tensor | None]] = [[None] * len(groups), own]
-    choices += [[shared_vector(group, strength) for group in groups] for strength in _UNIFORM]
-    judge, errors = _Judge(model, quantizers, judged, times, settings, config.weights, corrected), []
+    choices: list[list[float | None]] = [[None] * len(groups), own]
+    choices += [[strength] * len(groups) for strength in _UNIFORM]
+
+    def by_known(group: list[SmoothedLayer], strength: float | None) -> Tensor | None:
+        """The vector that it would have of the first half of the samples."""
+        if strength is None:
+            return None
+        return shared_vector(group, strength, [ranges[id(layer.quantizer)].largest for layer in group])
+
+    judge, errors = _Judge(model, quantizers, judged, times, settings, config.weights, corrected, ranges), []
     for choice in tqdm(choices, "smoothings", disable=not config.progress):
-        smooth(groups, choice, timestep)
+        smooth(groups, [by_known(*pair) for pair in zip(groups, choice, strict=True)], timestep)
         errors.append(judge())
     errors[0] -= _CLEAR
     _log.info(
@@ -343,4 +377,5 @@ def chosen_vectors(
         _UNIFORM,
         errors,
     )
-    return choices[errors.index(min(errors))]
+    best = choices[errors.index(min(errors))]
+    return [None if a is None else shared_vector(group, a) for group, a in zip(groups, best, strict=True)]

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
-from support.models import at, calls, fast_config, loop, noise
+from support.models import SMALL_UNET, at, calls, fast_config, loop, noise, quantized
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -24,6 +24,7 @@ from modelopt_tdq.calibration.channel_smoothing import undo_channel_smoothing
 from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, smoothing_vector
 from modelopt_tdq.calibration.smoothing_strength import _Settings, _Trial
 from modelopt_tdq.config import TdqCalibConfig
+from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 from modelopt_tdq.reconstruction.learn import _learning
@@ -557,3 +558,25 @@ def test_reconstruction_learns_on_smoothed_activations() -> None:
     model = mtq.quantize(outliers(), config, loop(calls()))
     assert divisor(model, "conv1") is not None
     assert _error(model, plain) < 0.1
+
+
+def test_auto_does_no_harm_where_few_samples_tell_the_ranges() -> None:
+    """Each channel is divided by its largest value of a few; others exceed it, in all channels."""
+    torch.manual_seed(0)
+    exact = SMALL_UNET.make().eval()
+
+    def predicted_db(smoothing: Any) -> float:
+        config = fast_config(channel_smoothing=smoothing, statistic="mse")
+        model = mtq.quantize(copy.deepcopy(exact), config, SMALL_UNET.forward_loop(2))
+        data = SMALL_UNET.data(batch=16, seed=50)
+        with torch.no_grad():
+            return sum(sqnr_db(exact(**call).sample, model(**call).sample) for call in data) / len(data)
+
+    none, chosen, fixed = (predicted_db(smoothing) for smoothing in ("none", "auto", 0.7))
+    assert fixed < none - 1  # what would be lost
+    assert chosen > none - 0.3
+
+
+def test_auto_smooths_nothing_without_samples_to_judge_by() -> None:
+    model = quantized(data=calls(samples=1), channel_smoothing="auto")
+    assert all(quantizer.channel_divisor is None for quantizer in tdq.temporal_quantizers(model).values())
