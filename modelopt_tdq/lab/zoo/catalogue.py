@@ -11,6 +11,7 @@ from modelopt_tdq.lab.zoo import (
     audio,
     controlnets,
     image_transformers,
+    joint_transformers,
     packed_transformers,
     priors,
     unets,
@@ -21,12 +22,20 @@ from modelopt_tdq.lab.zoo.entry import Entry
 
 __all__ = ["ENTRIES", "SKIPPED", "build", "find_entry"]
 
+_FILES = (
+    unets,
+    image_transformers,
+    packed_transformers,
+    video_transformers,
+    wan,
+    joint_transformers,
+    audio,
+    priors,
+    controlnets,
+)
+
 #: By name of the class.
-ENTRIES: Mapping[str, Entry] = {
-    entry.name: entry
-    for module in (unets, image_transformers, packed_transformers, video_transformers, wan, audio, priors, controlnets)
-    for entry in module.ENTRIES
-}
+ENTRIES: Mapping[str, Entry] = {entry.name: entry for module in _FILES for entry in module.ENTRIES}
 
 #: Classes with a time in their signature that have no entry, and why.
 SKIPPED: Mapping[str, str] = {

@@ -130,11 +130,11 @@ _SD3 = Entry(
 
 def _several(name: str, one: Entry, *lists: str, count: int = 2, **more: Any) -> Entry:
     """``count`` of ``one``, which take these arguments as lists, and ``more``."""
-    inputs = {
+    given = {
         argument: _times(value, count) if argument in lists else value for argument, value in one.arguments.items()
     }
-    inputs |= {"conditioning_scale": [0.5, 1.0][:count], "return_dict": False, **more}
-    return replace(one, name=name, config={"controlnets": [one] * count}, arguments=inputs)
+    given |= {"conditioning_scale": [0.5, 1.0][:count], "return_dict": False, **more}
+    return replace(one, name=name, config={"controlnets": [one] * count}, arguments=given)
 
 
 def _times(value: Any, count: int) -> Any:

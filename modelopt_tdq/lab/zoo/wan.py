@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from modelopt_tdq.lab.zoo.entry import Entry
-from modelopt_tdq.lab.zoo.inputs import noise, share
+from modelopt_tdq.lab.zoo.inputs import Recipe, noise, share
 
 __all__ = ["ENTRIES"]
 
@@ -24,7 +24,7 @@ _ROPE = {"rope_max_seq_len": 32}
 _IMAGE = {"image_dim": 10, "added_kv_proj_dim": 24}
 
 
-def _frames(first: int, count: int) -> object:
+def _frames(first: int, count: int) -> Recipe:
     """Numbers of frames [batch, count]."""
     return lambda call: torch.arange(first, first + count).repeat(call.batch, 1)
 
