@@ -130,9 +130,7 @@ _SD3 = Entry(
 
 def _several(name: str, one: Entry, *lists: str, count: int = 2, **more: Any) -> Entry:
     """``count`` of ``one``, which take these arguments as lists, and ``more``."""
-    given = {
-        argument: _times(value, count) if argument in lists else value for argument, value in one.arguments.items()
-    }
+    given: dict[str, Any] = {**one.arguments, **{key: _times(one.arguments[key], count) for key in lists}}
     given |= {"conditioning_scale": [0.5, 1.0][:count], "return_dict": False, **more}
     return replace(one, name=name, config={"controlnets": [one] * count}, arguments=given)
 

@@ -79,7 +79,11 @@ ENTRIES = (
         "Flux3Transformer2DModel",
         "transformer",
         {**_FOUR_AXES, "num_layers": 2, "cond_in_channels": 4, "timestep_channels": 8, "flow_map": True},
-        {"target_timestep": share(0.5)},
+        {
+            "target_timestep": share(0.5),
+            "image_cond_hidden_states": noise(4, 4),
+            "image_cond_ids": grid(2, 2, axes=4),
+        },
         latent=_PATCHES,
         times=("timestep", "target_timestep"),
         largest=1.0,
@@ -144,7 +148,8 @@ ENTRIES = (
             **QWEN,
             "num_layers": 5,
             "num_key_value_heads": 1,
-            "mlp_ratio": 2.0,
+            # widths are rounded down to 128
+            "mlp_ratio": 8.0,
             "num_experts": 4,
             "moe_intermediate_dim": 16,
             "capacity_factors": 2.0,

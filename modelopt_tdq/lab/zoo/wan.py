@@ -22,6 +22,8 @@ _WAN = {
 }
 _ROPE = {"rope_max_seq_len": 32}
 _IMAGE = {"image_dim": 10, "added_kv_proj_dim": 24}
+#: What stands before the last 512 tokens is taken for the image.
+_LONG_TEXT = {"encoder_hidden_states": noise(512, 16), "encoder_hidden_states_image": noise(3, 10)}
 
 
 def _frames(first: int, count: int) -> Recipe:
@@ -50,7 +52,7 @@ ENTRIES = (
         "ChronoEditTransformer3DModel",
         "transformer",
         {**_WAN, **_ROPE, **_IMAGE, "rope_temporal_skip_len": 2},
-        {"encoder_hidden_states_image": noise(3, 10)},
+        _LONG_TEXT,
         latent=_VIDEO,
     ),
     Entry(
@@ -95,7 +97,7 @@ ENTRIES = (
             "inject_face_latents_blocks": 2,
         },
         {
-            "encoder_hidden_states_image": noise(3, 10),
+            **_LONG_TEXT,
             "pose_hidden_states": noise(4, 1, 8, 8),
             "face_pixel_values": noise(3, 4, 8, 8),
         },

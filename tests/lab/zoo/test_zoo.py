@@ -56,9 +56,10 @@ RUN = (
 
 def _outputs(name: str, time: float, seed: int = 0) -> list[Tensor]:
     """Of a new model each time, at this part of its largest time."""
-    entry = find_entry(name)
+    entry, model = find_entry(name), build(name)
+    assert all(parameter.numel() for parameter in model.parameters()), "so small that a layer is empty"
     with torch.no_grad():
-        output: Any = build(name)(**entry.inputs(time=time * entry.largest, seed=seed))
+        output: Any = model(**entry.inputs(time=time * entry.largest, seed=seed))
     leaves = pytree.tree_leaves(output.to_tuple() if hasattr(output, "to_tuple") else output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
