@@ -18,6 +18,7 @@ from support.models import fast_config, noise
 from torch import nn
 
 from modelopt_tdq.high_precision import HIGH_PRECISION
+from modelopt_tdq.lab.zoo.catalogue import find_entry
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -198,3 +199,42 @@ def test_the_text_refiner_of_hunyuan_video_is_quantized_and_calibrated() -> None
     assert len(refiner) == 6
     assert all(len(quantized.get_submodule(name)._scale) == 2 for name in refiner)
     assert not [name for name in enabled if "time_text_embed" in name or "proj_in" in name or "norm" in name]
+
+
+#: Functions of the time alone, layers that take conditions in, first and last ones, of models with names of their own.
+_APART = {
+    "T5FilmDecoder": {
+        "conditioning_emb.0",
+        "conditioning_emb.2",
+        "continuous_inputs_projection",
+        "decoders.0.layer.0.FiLMLayer.scale_bias",
+        "decoders.0.layer.2.film.scale_bias",
+        "spec_out",
+    },
+    "RFD4ProteinaTransformer": {
+        "cond_factory.linear_out",
+        "transition_c_1.swish_linear.0",
+        "transition_c_2.linear_out",
+        "pair_repr_builder.cond_factory.linear_out",
+        "transformer_layers.1.mhba.scale_output.0",
+        "transformer_layers.1.transition.scale_output.0",
+        "local_latents_linear.1",
+        "ca_linear.1",
+        "sequence_readout.1",
+    },
+    "UniDiffuserModel": {"vae_img_in.proj", "clip_img_in", "text_in", "vae_img_out", "clip_img_out", "text_out"},
+    "MultiControlNetModel": {"nets.0.conv_in", "nets.1.conv_in"},
+    "QwenImageMultiControlNetModel": {"nets.0.img_in"},
+    "LongCatAudioDiTTransformer": {"input_embed.proj.0", "text_embed.proj.2", "latent_embed.proj.0"},
+    "I2VGenXLUNet": {"image_latents_proj_in.0"},
+    "HunyuanVideoFramepackTransformer3DModel": {"image_projection.up", "image_projection.down"},
+    "ConsisIDTransformer3DModel": {"local_facial_extractor.mapping_0.0"},
+    "SkyReelsV2Transformer3DModel": {"fps_projection.net.0.proj"},
+}
+
+
+@pytest.mark.parametrize("model", _APART)
+def test_what_blocks_of_other_names_leave_out(model: str) -> None:
+    layers = {n: _matched(n) for n, module in find_entry(model).build().named_modules() if isinstance(module, _LAYERS)}
+    assert not [name for name in _APART[model] if not layers[name]]
+    assert sum(not left_out for left_out in layers.values()) >= 7
