@@ -21,6 +21,8 @@ numbers, or make a graph that it then refuses. Seen in 1.31 and 1.32, and avoide
 
 TensorRT-RTX and OpenVINO have the same kernels with and without, but for the last.
 
+ONNX Runtime has no Where of two truth values (masks of HunyuanVideo): it is And and Or.
+
 OpenVINO's CPU plugin (2026.4) makes one kernel of matrix products in a row where it has few rows per thread, so mostly
 with one thread. Of INT8 codes it returns other numbers, or does not compile for want of registers
 (``benchmarks/upstream/openvino_one_thread.py``). It does so only with matrices [M, K] all along: where a product is
@@ -75,6 +77,8 @@ def portable(model: ir.Model, editor: GraphEditor) -> None:
             _keep_relu(editor, node)
         elif node.op_type == "QuantizeLinear":
             _part_products(editor, node)
+        elif node.op_type == "Where" and types.BOOL in [value.dtype for value in node.inputs[1:] if value is not None]:
+            _take_truth(editor, node)
     if model.opset_imports[""] >= OPSET_REPEATED:
         _dequantize_behind_layout(editor)
 
@@ -129,6 +133,20 @@ def _keep_bias(editor: GraphEditor, product: ir.Node, always: bool) -> None:
         new = editor.before(product, operator, [new, shaped], f"{name}/added", **form)
     editor.replace(output, new)
     editor.graph.remove(product, safe=True)
+
+
+def _take_truth(editor: GraphEditor, node: ir.Node) -> None:
+    """Of two truth values, by And and Or."""
+    condition, yes, no = node.inputs
+    output = node.outputs[0]
+    form: dict[str, Any] = {"dtype": editor.ir.DataType.BOOL, "shape": output.shape}
+    otherwise = editor.before(node, "Not", [condition], f"{output.name}/otherwise", dtype=editor.ir.DataType.BOOL)
+    parts = [
+        editor.before(node, "And", [one, other], f"{output.name}/{name}", **form)
+        for name, one, other in (("if", condition, yes), ("else", otherwise, no))
+    ]
+    editor.replace(output, editor.before(node, "Or", parts, f"{output.name}/truth", **form))
+    editor.graph.remove(node, safe=True)
 
 
 def _hide_matrix(editor: GraphEditor, node: ir.Node) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.denoisers import ATTENTION_PRODUCTS, one_row, quantized_denoiser
 from support.export import LOWERINGS, lowered, trace
-from support.models import fast_config, noise
+from support.models import TIMES, fast_config, noise, quantized
 from support.noise import SAME, Expected, expected
 from torch import Tensor, nn
 
@@ -267,3 +267,27 @@ def test_the_upstream_reproduction_still_reproduces() -> None:
     model = reproduction.convolution(True, True)
     levels = [reproduction.run(model, level) for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC")]
     assert np.abs(levels[0] - levels[1]).max() > 0.9 * reproduction.Y_SCALE
+
+
+class Masked(nn.Module):
+    """Fills a mask by another, as HunyuanVideo does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        mask = (sample > 0).masked_fill(sample.abs() > 1, True)
+        mask = torch.where(sample < -1.5, sample < -2, mask)
+        return self.mix(torch.where(mask, sample, sample * timestep.reshape(-1, 1) / 100))
+
+
+def test_a_choice_between_truth_values(tmp_path: Path) -> None:
+    data = [(noise(4, 8, seed=i) * 2, torch.tensor(time)) for i, time in enumerate(TIMES)]
+    model = quantized(Masked().eval(), data)
+    sample, time = data[1]
+    tdq.export_onnx(model, tmp_path / "m.onnx", {"sample": sample, "timestep": time})
+    session = OnnxRuntimeSession(tmp_path / "m.onnx")
+    found = session({"sample": sample.numpy(), "timestep": time.numpy()})[session.outputs[0]]
+    with torch.no_grad():
+        assert np.allclose(found, model(sample, time).numpy(), atol=1e-5)
