@@ -12,6 +12,7 @@ from typing import Any
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from modelopt_tdq.errors import TdqWarning
 from modelopt_tdq.model.select import LAYERS
@@ -149,6 +150,9 @@ def _by_class(model: nn.Module, rules: list[_Rule]) -> Iterator[tuple[str, str]]
         if not any(_is_meant(rules, quantizer, layer, loosely=True) for quantizer in quantizers):
             continue
         kind = type(layer)
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            yield name, "torch.nn.MultiheadAttention computes with its weights without running it"
+            continue
         if not isinstance(layer, QuantModule):
             known = kind in QuantModuleRegistry
             yield name, "added after quantization" if known else f"ModelOpt does not quantize its class {_full(kind)}"

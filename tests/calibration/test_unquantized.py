@@ -61,3 +61,17 @@ def test_nothing_is_said_where_all_is_quantized_or_left_out_by_a_rule() -> None:
         {"quantizer_name": f"{name}.*", "enable": False} for name in ("spare", "other", "derived", "conv1")
     ]
     assert _warned(_Model().eval(), config) == []
+
+
+def test_torchs_own_attention_does_not_run_its_last_layer() -> None:
+    class Attending(TinyDenoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, sample: Tensor, timestep: Tensor | float, context: Tensor | None = None) -> Tensor:
+            tokens = torch.ones(len(sample), 4, 8)
+            return super().forward(sample, timestep, context) + self.attention(tokens, tokens, tokens)[0].sum()
+
+    found = unquantized_layers(mtq.quantize(Attending().eval(), fast_config(), loop(calls())))
+    assert found == {"attention.out_proj": "torch.nn.MultiheadAttention computes with its weights without running it"}

@@ -13,6 +13,7 @@ from support.models import noise, quantized
 from torch import nn
 
 import modelopt_tdq as tdq
+from modelopt_tdq import TdqError
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession, with_codes
 
 
@@ -89,3 +90,15 @@ def test_errors(path: Path, tmp_path: Path, inputs: dict[str, Any]) -> None:
         OnnxRuntimeSession(broken)
     with pytest.raises(tdq.TdqError, match="not the inputs of the graph"):
         OnnxRuntimeSession(path)({"sample": inputs["sample"]})
+
+
+def test_an_operator_without_a_kernel_is_not_blamed_on_the_export() -> None:
+    """Its types are right, and this version of ONNX Runtime has none for them."""
+    names = ("condition", "yes", "no")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, [2]) for name in (*names, "y")]
+    node = onnx.helper.make_node("Where", names, ["y"])
+    graph = onnx.helper.make_graph([node], "choice", values[:3], values[3:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    with pytest.raises(TdqError, match="another backend") as error:
+        OnnxRuntimeSession(model)
+    assert "Export" not in str(error.value)

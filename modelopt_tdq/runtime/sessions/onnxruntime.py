@@ -98,6 +98,8 @@ class OnnxRuntimeSession:
                 cure += '; if it did, use optimization="none"'
             if "float8" in str(error):
                 cure = 'Use optimization="basic", or ONNX Runtime 1.32 or later, whose optimizer takes FP8'
+            elif "NOT_IMPLEMENTED" in str(error):
+                cure = "It has no kernel for this operator and type: use another version of it, or another backend"
             raise TdqError("model", str(model)[:80], f"ONNX Runtime cannot load it ({error})", cure) from error
         self.inputs = {v.name: _numpy_dtype(v.type) for v in self._session.get_inputs()}
         self.shapes = {v.name: tuple(v.shape) for v in self._session.get_inputs()}
