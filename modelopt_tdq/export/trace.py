@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.core.installed import outdated
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.export.complex_numbers import in_real_numbers
 from modelopt_tdq.export.exact_constants import keep_constants
 from modelopt_tdq.export.inputs import Inputs
 from modelopt_tdq.export.markers import Marker, without_markers
@@ -92,6 +93,7 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model,
         dynamic = sizes.for_torch(inputs)
         try:
             program = torch.export.export(module, tuple(inputs.tensors), dynamic_shapes=dynamic, strict=False)
+            program = in_real_numbers(program, tuple(inputs.tensors), dynamic)
         except Exception as error:
             if dynamic is not None:
                 field, value = sizes.asked

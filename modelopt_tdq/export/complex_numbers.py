@@ -1,0 +1,269 @@
+"""Models that compute with complex numbers, as rotary embeddings do, in real ones: ONNX has no operators for them.
+
+A complex tensor [...] becomes a real one [..., 2]. What torch.export has traced is run once more with such tensors, and
+traced again. Operators of the last dimension alone change; those of shapes leave it where it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+__all__ = ["in_real_numbers"]
+
+_ATEN = torch.ops.aten
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Complex:
+    """Stands for a complex tensor [...]: [..., 2], its real and imaginary part."""
+
+    pairs: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.pairs.dim() - 1
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.pairs[..., 0], self.pairs[..., 1]
+
+    def axis(self, dimension: int) -> int:
+        """The same dimension of the pairs."""
+        return dimension if dimension >= 0 else dimension - 1
+
+
+class _UnknownError(Exception):
+    """An operator on complex numbers that is not known here."""
+
+
+def _of(real: Tensor, imaginary: Tensor) -> _Complex:
+    one, other = torch.broadcast_tensors(real, imaginary)  # type: ignore[no-untyped-call]
+    return _Complex(torch.stack([one, other], -1))
+
+
+def _pairs(value: Any) -> Any:
+    """A factor or summand, as it goes with pairs."""
+    return value.pairs if isinstance(value, _Complex) else value
+
+
+def _product(one: Any, other: Any) -> _Complex:
+    if isinstance(one, _Complex) and isinstance(other, _Complex):
+        (a, b), (c, d) = one.parts, other.parts
+        return _of(a * c - b * d, a * d + b * c)
+    number, factor = (one, other) if isinstance(one, _Complex) else (other, one)
+    if isinstance(factor, complex):
+        return _product(number, _Complex(number.pairs.new_tensor([factor.real, factor.imag])))
+    return _Complex(number.pairs * (factor.unsqueeze(-1) if isinstance(factor, Tensor) else factor))
+
+
+def _sum(one: Any, other: Any, *, alpha: float = 1) -> _Complex:
+    if not isinstance(one, _Complex) or not isinstance(other, _Complex):
+        raise _UnknownError("a sum of complex and real numbers")
+    return _Complex(one.pairs + alpha * other.pairs)
+
+
+def _cast(value: Any, *rest: Any, **named: Any) -> _Complex:
+    """To another complex type: the numbers stay what they are."""
+    if isinstance(value, _Complex):
+        return value
+    return _of(value, torch.zeros_like(value))
+
+
+def _along(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator whose second argument is a dimension, by default the first."""
+
+    def applied(z: _Complex, dimension: int = 0, *rest: Any, **named: Any) -> _Complex:
+        return _Complex(function(z.pairs, z.axis(named.pop("dim", dimension)), *rest, **named))
+
+    return applied
+
+
+def _split(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator that cuts along a dimension, its third argument."""
+
+    def applied(z: _Complex, sizes: Any, dimension: int = 0) -> list[_Complex]:
+        return [_Complex(part) for part in function(z.pairs, sizes, z.axis(dimension))]
+
+    return applied
+
+
+def _joined(function: Callable[..., Any]) -> Callable[..., Any]:
+    def applied(numbers: Sequence[_Complex], dimension: int = 0) -> _Complex:
+        return _Complex(function([z.pairs for z in numbers], numbers[0].axis(dimension)))
+
+    return applied
+
+
+def _shaped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator whose second argument is a shape, or how often each dimension is repeated."""
+    last = 1 if function is torch.Tensor.repeat else 2
+    return lambda z, shape, **named: _Complex(function(z.pairs, [*shape, last]))
+
+
+#: Parts of a graph that run in another state of torch. (The third argument of autocast is whether it is on.)
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_REGIONS = (_AUTOCAST, torch.ops.higher_order.wrap_with_set_grad_enabled)
+
+#: By operator: what it is of pairs.
+_OF_PAIRS: dict[Any, Callable[..., Any]] = {
+    _ATEN.view_as_complex: _Complex,
+    _ATEN.view_as_real: lambda z: z.pairs,
+    _ATEN.complex: _of,
+    _ATEN.polar: lambda size, angle: _of(size * angle.cos(), size * angle.sin()),
+    _ATEN.real: lambda z: z.parts[0],
+    _ATEN.imag: lambda z: z.parts[1],
+    _ATEN.abs: lambda z: z.pairs.square().sum(-1).sqrt(),
+    _ATEN.conj: lambda z: _of(z.parts[0], -z.parts[1]),
+    _ATEN._conj: lambda z: _of(z.parts[0], -z.parts[1]),
+    _ATEN.conj_physical: lambda z: _of(z.parts[0], -z.parts[1]),
+    _ATEN.resolve_conj: lambda z: z,
+    _ATEN.mul: _product,
+    _ATEN.add: _sum,
+    _ATEN.sub: lambda one, other: _sum(one, other, alpha=-1),
+    _ATEN.neg: lambda z: _Complex(-z.pairs),
+    _ATEN.to: _cast,
+    _ATEN._to_copy: _cast,
+    _ATEN.clone: lambda z, **named: z,
+    _ATEN.contiguous: lambda z, **named: z,
+    _ATEN.detach: lambda z: z,
+    _ATEN.detach_: lambda z: z,
+    _ATEN.alias: lambda z: z,
+    _ATEN.lift_fresh_copy: lambda z: z,
+    _ATEN.unsqueeze: _along(torch.unsqueeze),
+    _ATEN.squeeze: _along(torch.squeeze),
+    _ATEN.slice: _along(_ATEN.slice),
+    _ATEN.select: _along(torch.select),
+    _ATEN.narrow: _along(torch.narrow),
+    _ATEN.index_select: _along(torch.index_select),
+    _ATEN.index: lambda z, indices: _Complex(_ATEN.index(z.pairs, indices)),
+    _ATEN.split_with_sizes: _split(torch.split),
+    _ATEN.split: _split(torch.split),
+    _ATEN.chunk: _split(torch.chunk),
+    _ATEN.unbind: lambda z, dim=0: [_Complex(part) for part in torch.unbind(z.pairs, z.axis(dim))],
+    _ATEN.cat: _joined(torch.cat),
+    _ATEN.stack: _joined(torch.stack),
+    _ATEN.pad_sequence: lambda numbers, *rest: _Complex(_ATEN.pad_sequence([z.pairs for z in numbers], *rest)),
+    _ATEN.transpose: lambda z, one, other: _Complex(z.pairs.transpose(z.axis(one), z.axis(other))),
+    _ATEN.permute: lambda z, order: _Complex(z.pairs.permute([*(d % z.rank for d in order), z.rank])),
+    _ATEN.flatten: lambda z, start=0, end=-1: _Complex(z.pairs.flatten(z.axis(start), z.axis(end))),
+    _ATEN.unflatten: lambda z, dim, sizes: _Complex(z.pairs.unflatten(z.axis(dim), sizes)),
+    _ATEN.view: _shaped(torch.Tensor.reshape),
+    _ATEN.reshape: _shaped(torch.Tensor.reshape),
+    _ATEN._unsafe_view: _shaped(torch.Tensor.reshape),
+    _ATEN.expand: _shaped(torch.Tensor.expand),
+    _ATEN.repeat: _shaped(torch.Tensor.repeat),
+    _ATEN.sym_size: lambda z, dim: z.pairs.shape[z.axis(dim)],
+    operator.getitem: lambda numbers, place: numbers[place],
+}
+
+
+def _holds_complex(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_complex, value))
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def _stands_for_complex(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_stands_for_complex, value))
+    return isinstance(value, _Complex)
+
+
+class _InPairs(Interpreter):
+    """Runs a graph with pairs in place of complex numbers."""
+
+    def __init__(self, module: GraphModule, complex_attributes: set[str]) -> None:
+        super().__init__(module)
+        self._complex_attributes = complex_attributes
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "call_module" and "guards" in str(n.target):
+            return None  # of the first trace: the second has its own
+        return super().run_node(n)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return _Complex(value) if target in self._complex_attributes else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        inner = next((value for value in given if isinstance(value, GraphModule)), None)
+        if inner is not None and _stands_for_complex(given):
+            place = args.index(inner)
+            if target not in _REGIONS or (target is _AUTOCAST and args[2]):
+                raise _UnknownError(str(target))
+            return _InPairs(inner, set()).run(*args[place + 1 :])
+        packet = getattr(target, "overloadpacket", target)
+        makes = packet in (_ATEN.view_as_complex, _ATEN.complex, _ATEN.polar)
+        if packet in (_ATEN.to, _ATEN._to_copy):
+            makes = any(isinstance(value, torch.dtype) and value.is_complex for value in given)
+        if not makes and not _stands_for_complex(given):
+            return super().call_function(target, args, kwargs)
+        if packet is _ATEN._assert_tensor_metadata:
+            return None
+        if packet not in _OF_PAIRS:
+            raise _UnknownError(str(target))
+        return _OF_PAIRS[packet](*args, **kwargs)
+
+
+class _Real(nn.Module):
+    """A traced module, its parameters and buffers under the same names."""
+
+    def __init__(self, traced: GraphModule) -> None:
+        super().__init__()
+        complex_attributes = set()
+        for node in traced.graph.nodes:
+            if node.op != "get_attr":
+                continue
+            path, _, name = str(node.target).rpartition(".")
+            owner = traced.get_submodule(path)
+            value = getattr(owner, name)
+            if str(node.target) in complex_attributes or not _holds_complex(value):
+                continue
+            complex_attributes.add(str(node.target))
+            pairs = torch.view_as_real(value.detach().resolve_conj()).contiguous()
+            delattr(owner, name)
+            owner.register_buffer(name, pairs)
+        for name, child in traced.named_children():
+            self.add_module(name, child)
+        for name, parameter in traced.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in traced.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self._run = [_InPairs(traced, complex_attributes)]  # in a list: no module of this one
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self._run[0].run(*tensors)
+
+
+def in_real_numbers(program: Any, tensors: tuple[Tensor, ...], dynamic_shapes: Any) -> Any:
+    """A program without complex numbers inside; the same one if it has none, or some that are not known here.
+
+    Args:
+        program: Of ``torch.export``.
+        tensors: That it was traced with.
+        dynamic_shapes: Likewise.
+    """
+    inside = any(
+        _holds_complex(node.meta.get("val")) for node in program.graph.nodes if node.op not in ("output", "call_module")
+    )
+    if not inside or any(map(_holds_complex, tensors)):
+        return program
+    module = _Real(program.module())
+    try:
+        return torch.export.export(module.eval(), tensors, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        if isinstance(error, _UnknownError) or isinstance(error.__cause__, _UnknownError):
+            _log.info("complex numbers stay in the graph: %s", error)
+            return program
+        raise
