@@ -41,14 +41,16 @@ class SetApart:
     """A temporal block whose layers are in full precision, until :func:`maintain`.
 
     Attributes:
-            times: [K] the rows of the scale table.
+        times: [K] the rows of the scale table.
         called: As that call computes it.
         block: As it is computed for all times at once.
+        bits: That its layers are quantized to.
     """
 
     times: Tensor
     called: TemporalBlock
     block: TemporalBlock
+    bits: Formats
 
 
 def set_apart(model: nn.Module, arguments: Mapping[str, Any], config: TdqTemporalConfig) -> SetApart:
@@ -68,10 +70,11 @@ def set_apart(model: nn.Module, arguments: Mapping[str, Any], config: TdqTempora
     called = whole.only(_wanted(whole, config.features))
     block = for_times(whole, model, arguments, times.to(device))
     block = block.only(list(called.features)) if block.features.keys() >= called.features.keys() else called
+    bits = formats(model, _bits(config.temporal_weight_bits), _bits(config.temporal_activation_bits))
     for layer in quantizable(model, block).values():
         layer.weight_quantizer.disable()
         layer.input_quantizer.disable()
-    return SetApart(times, called, block)
+    return SetApart(times, called, block, bits)
 
 
 def maintain(model: nn.Module, apart: SetApart, config: TdqTemporalConfig) -> None:
@@ -87,9 +90,8 @@ def maintain(model: nn.Module, apart: SetApart, config: TdqTemporalConfig) -> No
         apart: Of it.
         config: Of the algorithm.
     """
-    times, called, block = apart.times, apart.called, apart.block
+    times, called, block, bits = apart.times, apart.called, apart.block, apart.bits
     device = execution_device(model)
-    bits = formats(model, _bits(config.temporal_weight_bits), _bits(config.temporal_activation_bits))
     if config.maintenance == "naive":
         switch_on(model, block, times.to(device), bits, config.weights, naive_scales(bits))
         return
