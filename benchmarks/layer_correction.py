@@ -16,8 +16,7 @@ import copy
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import numpy as np
 import torch
-from record import RESULTS, write
+from record import RESULTS, timed, write
 from torch import nn
 
 import modelopt_tdq as tdq
@@ -67,12 +66,6 @@ class Cost:
     milliseconds: dict[str, float]
 
 
-def _timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def qualities(
     name: str, recipe: str, smoothing: str, samples: int | None, arguments: Any
 ) -> Iterator[tuple[Quality, nn.Module]]:
@@ -93,13 +86,13 @@ def qualities(
     def forward_loop(quantized: nn.Module) -> None:
         sample(quantized, scheduler, start, steps)
 
-    seconds = _timed(lambda: mtq.quantize(model, config, forward_loop))
+    seconds = timed(lambda: mtq.quantize(model, config, forward_loop))
     plain: list[float] = []
     for kind in KINDS:
         corrected, fit = copy.deepcopy(model), 0.0
         if kind != "none":
             algorithm = {"method": "tdq_correct", "correction": kind, "progress": False}
-            fit = _timed(lambda c=corrected, a=algorithm: mtq.calibrate(c, a, forward_loop))  # type: ignore[misc]
+            fit = timed(lambda c=corrected, a=algorithm: mtq.calibrate(c, a, forward_loop))  # type: ignore[misc]
         found = judge(corrected, scheduler, held_out, lambda: None)
         plain = plain or found.sqnr_db
         correction = tdq.layer_correction(corrected)
@@ -141,7 +134,7 @@ def cost(name: str, recipe: str, models: dict[str, nn.Module], repetitions: int)
     for repetition in range(repetitions + 5):
         for kind, session in sessions.items():
             feed = dict(zip(session.inputs, arrays, strict=True))
-            seconds = _timed(lambda s=session, f=feed: s(f))  # type: ignore[misc]
+            seconds = timed(lambda s=session, f=feed: s(f))  # type: ignore[misc]
             if repetition >= 5:
                 times[kind].append(1e3 * seconds)
     return Cost(name, recipe, kernels, {kind: statistics.median(values) for kind, values in times.items()})

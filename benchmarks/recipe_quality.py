@@ -13,14 +13,12 @@ import copy
 import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
-from record import RESULTS, write
+from record import RESULTS, timed, write
 from torch import nn
 
 import modelopt_tdq as tdq
@@ -55,12 +53,6 @@ class Row:
     calibration_s: float
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def measured(name: str, recipe: str, samples: int, held_out: int) -> Row:
     """Quantize, judge, and time."""
     about = reference_model(name)
@@ -74,10 +66,10 @@ def measured(name: str, recipe: str, samples: int, held_out: int) -> Row:
     config = tdq.recipe(recipe)
     config["algorithm"] |= {"progress": False}
     alone = {**config, "algorithm": {**config["algorithm"], **SCALES_ALONE}}
-    run = _seconds(lambda: forward_loop(model))
-    scales = _seconds(lambda: mtq.quantize(copy.deepcopy(model), alone, forward_loop))
+    run = timed(lambda: forward_loop(model))
+    scales = timed(lambda: mtq.quantize(copy.deepcopy(model), alone, forward_loop))
     quantized = copy.deepcopy(model)
-    whole = _seconds(lambda: mtq.quantize(quantized, config, forward_loop))
+    whole = timed(lambda: mtq.quantize(quantized, config, forward_loop))
     found = [
         judge(quantized, scheduler, reference(model, scheduler, held_out, steps, seed, lambda: None), lambda: None)
         for seed in SEEDS

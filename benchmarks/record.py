@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from modelopt_tdq.lab.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """How long a call takes, by the wall clock."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def write(name: str, result: dict[str, Any], table: str) -> None:

@@ -147,9 +147,9 @@ class _Rounding:
         for size in {block.stop - block.start for block in blocks}:
             chosen = [i for i, block in enumerate(blocks) if block.stop - block.start == size]
             weight = torch.cat([part[i] for part in parts for i in chosen])
-            seen = [inputs[i] for inputs in known for i in chosen]
-            products = torch.cat([block.products.to(device) for block in seen])
-            coarse = [block.crossed.to(device) for block in seen if block.crossed is not None]
+            seen = [inputs[i].to(device) for inputs in known for i in chosen]
+            products = torch.cat([block.products for block in seen])
+            coarse = [block.crossed for block in seen if block.crossed is not None]
             scale = self._scale.expand(groups, -1, -1).repeat(len(weight) // groups, 1, 1)
             found = compensated(weight, scale, products, bits, torch.cat(coarse) if coarse else None)
             solved = iter(found.reshape(-1, groups, *weight.shape[1:]))
@@ -160,18 +160,11 @@ class _Rounding:
 
     def error(self, values: Tensor, inputs: Inputs) -> float:
         """Of the layer's outputs, if its weight had these values; less what no values change."""
-        values, device = values.float().reshape(self._weight.shape), self._weight.device
-        return sum(
-            float(
-                output_error(
-                    self._weight[:, :, block.inputs],
-                    values[:, :, block.inputs],
-                    block.products.to(device),
-                    None if block.crossed is None else block.crossed.to(device),
-                )
-            )
-            for block in inputs
-        )
+        values, total = values.float().reshape(self._weight.shape), 0.0
+        for block in inputs:
+            seen, part = block.to(self._weight.device), (slice(None), slice(None), block.inputs)
+            total += float(output_error(self._weight[part], values[part], seen.products, seen.crossed))
+        return total
 
 
 def _observed(

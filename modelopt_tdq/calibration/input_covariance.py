@@ -60,6 +60,11 @@ class BlockOfInputs:
     products: Tensor
     crossed: Tensor | None
 
+    def to(self, device: torch.device) -> BlockOfInputs:
+        """The same there."""
+        crossed = None if self.crossed is None else self.crossed.to(device)
+        return BlockOfInputs(self.inputs, self.products.to(device), crossed)
+
     def __add__(self, other: BlockOfInputs) -> BlockOfInputs:
         """Over the samples of both."""
         one, two = self.crossed, other.crossed

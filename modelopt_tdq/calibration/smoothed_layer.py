@@ -87,10 +87,14 @@ class SmoothedLayer:
         """Dimensions of the input behind that of the channels."""
         return trailing_dimensions(self.module)
 
+    def by_channel(self, x: Tensor) -> Tensor:
+        """[C, ...] an input, all else in one dimension."""
+        return x.detach().movedim(x.dim() - 1 - self.trailing, 0).reshape(self.largest.numel(), -1)
+
     def see(self, x: Tensor) -> None:
         """Take an input into account."""
-        channels = x.detach().movedim(x.dim() - 1 - self.trailing, 0).reshape(self.largest.numel(), -1)
-        self.largest = torch.maximum(self.largest, channels.abs().amax(1).float().to(self.largest.device))
+        largest = self.by_channel(x).abs().amax(1).float()
+        self.largest = torch.maximum(self.largest, largest.to(self.largest.device))
 
     def weight_magnitude(self) -> Tensor:
         """[C] float32, the largest magnitude of the weights that each channel is multiplied with."""
@@ -140,8 +144,8 @@ class ChannelRanges:
 
     def see(self, x: Tensor, row: int) -> None:
         """Take an input at one time into account."""
-        channels = x.detach().movedim(x.dim() - 1 - self._layer.trailing, 0).reshape(self.low.shape[1], -1).float()
-        low, high = (value.to(self.low.device) for value in torch.aminmax(channels, dim=1))
+        extremes = torch.aminmax(self._layer.by_channel(x), dim=1)
+        low, high = (value.float().to(self.low.device) for value in extremes)
         self.low[row] = torch.minimum(self.low[row], low)
         self.high[row] = torch.maximum(self.high[row], high)
 
@@ -155,9 +159,9 @@ class ChannelRanges:
         return torch.maximum(-self.low.amin(0), self.high.amax(0))
 
     def divided(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """[] smallest and largest at one time, of the input as the layer divides it now."""
+        """[] smallest and largest at one time, of ``row`` [1], of the input as the layer divides it now."""
         divisor = getattr(self._layer.quantizer, "channel_divisor", None)
-        found = (values.index_select(0, row.to(values.device).reshape(1)) for values in (self.low, self.high))
+        found = (values[row.to(values.device)] for values in (self.low, self.high))
         low, high = (values if divisor is None else values / divisor.flatten().to(values.device) for values in found)
         return low.min(), high.max()
 

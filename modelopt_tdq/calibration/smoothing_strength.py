@@ -36,6 +36,7 @@ from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code
 from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay import Replay
+from modelopt_tdq.model.rows import TimesKey, current_rows
 from modelopt_tdq.model.select import temporal_names, weight_quantizers
 from modelopt_tdq.model.timestep import CurrentTimestep
 
@@ -253,7 +254,7 @@ class _Judge:
         ranges: dict[int, ChannelRanges],
     ) -> None:
         self._model, self._replay, self._times = model, replay, times
-        self._ranges, self._rows = ranges, torch.tensor(times)
+        self._ranges, self._times_bits, self._times_key = ranges, torch.tensor(times).view(torch.int32), TimesKey()
         self._settings, self._method, self._corrected = settings, method, corrected
         self._activations = list(quantizers.values())
         inner = [part for q in weight_quantizers(model) for part in q.modules()]
@@ -267,7 +268,7 @@ class _Judge:
             if not self._rounds:
                 return output
             known = self._ranges.get(id(quantizer))
-            extent = None if known is None else known.divided(self._row())
+            extent = None if known is None else known.divided(self._row(output.device))
             return self._settings.rounded(output.float(), quantizer.num_bits, extent=extent).to(output.dtype)
 
         handles = [quantizer.register_forward_hook(hook) for quantizer in self._activations]
@@ -281,10 +282,9 @@ class _Judge:
             for handle in handles:
                 handle.remove()
 
-    def _row(self) -> Tensor:
-        """[] number of the time of the call in progress, of which all samples have the same."""
-        now = self._replay.timestep.require()[:1]
-        return (self._rows.to(now.device) - now).abs().argmin()
+    def _row(self, device: torch.device) -> Tensor:
+        """[1] number of the time of the call in progress, of which all samples have the same."""
+        return current_rows(self._replay.timestep, self._times_bits, self._times_key, device)[:1]
 
     @contextmanager
     def _exact(self, layer: nn.Module) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,6 @@ class _UnknownError(Exception):
 def _of(real: Tensor, imaginary: Tensor) -> _Complex:
     one, other = torch.broadcast_tensors(real, imaginary)  # type: ignore[no-untyped-call]
     return _Complex(torch.stack([one, other], -1))
-
-
-def _pairs(value: Any) -> Any:
-    """A factor or summand, as it goes with pairs."""
-    return value.pairs if isinstance(value, _Complex) else value
 
 
 def _product(one: Any, other: Any) -> _Complex:
@@ -114,7 +109,7 @@ def _shaped(function: Callable[..., Any]) -> Callable[..., Any]:
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _REGIONS = (_AUTOCAST, torch.ops.higher_order.wrap_with_set_grad_enabled)
 
-#: By operator: what it is of pairs.
+#: By operator, or one overload of it: what it is of pairs.
 _OF_PAIRS: dict[Any, Callable[..., Any]] = {
     _ATEN.view_as_complex: _Complex,
     _ATEN.view_as_real: lambda z: z.pairs,
@@ -140,7 +135,7 @@ _OF_PAIRS: dict[Any, Callable[..., Any]] = {
     _ATEN.alias: lambda z: z,
     _ATEN.lift_fresh_copy: lambda z: z,
     _ATEN.unsqueeze: _along(torch.unsqueeze),
-    _ATEN.squeeze: _along(torch.squeeze),
+    _ATEN.squeeze.dim: _along(torch.squeeze),
     _ATEN.slice: _along(_ATEN.slice),
     _ATEN.select: _along(torch.select),
     _ATEN.narrow: _along(torch.narrow),
@@ -167,16 +162,21 @@ _OF_PAIRS: dict[Any, Callable[..., Any]] = {
 }
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """``value``, or what is in it if it is a list."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
 def _holds_complex(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_complex, value))
-    return isinstance(value, Tensor) and value.is_complex()
+    return any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in _leaves(value))
 
 
-def _stands_for_complex(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_stands_for_complex, value))
-    return isinstance(value, _Complex)
+def _holds_pairs(value: Any) -> bool:
+    return any(isinstance(leaf, _Complex) for leaf in _leaves(value))
 
 
 class _InPairs(Interpreter):
@@ -198,7 +198,7 @@ class _InPairs(Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         inner = next((value for value in given if isinstance(value, GraphModule)), None)
-        if inner is not None and _stands_for_complex(given):
+        if inner is not None and _holds_pairs(given):
             place = args.index(inner)
             if target not in _REGIONS or (target is _AUTOCAST and args[2]):
                 raise _UnknownError(str(target))
@@ -207,13 +207,14 @@ class _InPairs(Interpreter):
         makes = packet in (_ATEN.view_as_complex, _ATEN.complex, _ATEN.polar)
         if packet in (_ATEN.to, _ATEN._to_copy):
             makes = any(isinstance(value, torch.dtype) and value.is_complex for value in given)
-        if not makes and not _stands_for_complex(given):
+        if not makes and not _holds_pairs(given):
             return super().call_function(target, args, kwargs)
         if packet is _ATEN._assert_tensor_metadata:
             return None
-        if packet not in _OF_PAIRS:
+        of_pairs = _OF_PAIRS.get(target) or _OF_PAIRS.get(packet)
+        if of_pairs is None:
             raise _UnknownError(str(target))
-        return _OF_PAIRS[packet](*args, **kwargs)
+        return of_pairs(*args, **kwargs)
 
 
 class _Real(nn.Module):

@@ -92,8 +92,7 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model,
         shapes = {m.marker_name: list(m.shapes) for m in model.modules() if isinstance(m, Marker)}
         dynamic = sizes.for_torch(inputs)
         try:
-            program = torch.export.export(module, tuple(inputs.tensors), dynamic_shapes=dynamic, strict=False)
-            program = in_real_numbers(program, tuple(inputs.tensors), dynamic)
+            program = _program(module, inputs, dynamic)
         except Exception as error:
             if dynamic is not None:
                 field, value = sizes.asked
@@ -131,11 +130,18 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model,
     return graph, shapes
 
 
+def _program(module: _Positional, inputs: Inputs, dynamic: Any = None) -> Any:
+    """What torch.export makes of it, in real numbers."""
+    tensors = tuple(inputs.tensors)
+    program = torch.export.export(module, tensors, dynamic_shapes=dynamic, strict=False)
+    return in_real_numbers(program, tensors, dynamic)
+
+
 def _plain_fails(model: nn.Module, inputs: Inputs) -> bool:
     """Whether the model cannot be exported without markers either."""
     with without_markers(model):
         try:
-            program = torch.export.export(_Positional(model, inputs).eval(), tuple(inputs.tensors), strict=False)
+            program = _program(_Positional(model, inputs).eval(), inputs)
             with _quiet():
                 torch.onnx.export(program, dynamo=True, opset_version=_opset(model, inputs), verbose=False)
         except Exception:  # whatever it is: the question is whether it works

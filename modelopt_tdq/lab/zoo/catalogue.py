@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
-
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.zoo import (
     audio,
@@ -20,7 +18,7 @@ from modelopt_tdq.lab.zoo import (
 )
 from modelopt_tdq.lab.zoo.entry import Entry
 
-__all__ = ["ENTRIES", "SKIPPED", "build", "find_entry"]
+__all__ = ["ENTRIES", "SKIPPED", "find_entry"]
 
 _FILES = (
     unets,
@@ -57,12 +55,3 @@ def find_entry(name: str) -> Entry:
         problem = SKIPPED.get(name, "the zoo has no such class")
         raise TdqError("name", name, problem, f"Choose one of {', '.join(ENTRIES)}")
     return ENTRIES[name]
-
-
-def build(name: str, seed: int = 0) -> nn.Module:
-    """A tiny model of this class with random weights, the same for the same seed.
-
-    Raises:
-        TdqError: It has no entry.
-    """
-    return find_entry(name).build(seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.lab.zoo.catalogue import ENTRIES, SKIPPED, build, find_entry
+from modelopt_tdq.lab.zoo.catalogue import ENTRIES, SKIPPED, find_entry
 from modelopt_tdq.lab.zoo.classes import time_arguments, timed_classes
 
 #: Of different build: convolutions, attention over frames, streams, packed sequences, experts, several times.
@@ -56,7 +56,8 @@ RUN = (
 
 def _outputs(name: str, time: float, seed: int = 0) -> list[Tensor]:
     """Of a new model each time, at this part of its largest time."""
-    entry, model = find_entry(name), build(name)
+    entry = find_entry(name)
+    model = entry.build()
     assert all(parameter.numel() for parameter in model.parameters()), "so small that a layer is empty"
     with torch.no_grad():
         output: Any = model(**entry.inputs(time=time * entry.largest, seed=seed))
@@ -103,6 +104,6 @@ def test_its_model_depends_on_time_and_inputs_and_on_nothing_else(name: str) -> 
 
 def test_a_class_without_an_entry_is_refused_with_its_reason() -> None:
     with pytest.raises(TdqError, match="never read it"):
-        build("TransformerTemporalModel")
+        find_entry("TransformerTemporalModel")
     with pytest.raises(TdqError, match="no such class"):
         find_entry("UNet9DModel")
