@@ -36,7 +36,8 @@ def _runner(name: str, sample: Feeds, dtypes: Mapping[str, Any], run: Callable[[
         def get_input_metadata_impl(self) -> Any:
             found = metadata()
             for tensor, value in sample.items():
-                found.add(tensor, dtype=np.dtype(dtypes[tensor]), shape=(None,) * np.ndim(value))
+                dtype = np.dtype(dtypes.get(tensor, np.asarray(value).dtype))  # of the graph, if it is an input
+                found.add(tensor, dtype=dtype, shape=(None,) * np.ndim(value))
             return found
 
         def infer_impl(self, feed_dict: Feeds) -> OrderedDict[str, Any]:

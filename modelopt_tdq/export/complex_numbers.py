@@ -1,7 +1,8 @@
 """Models that compute with complex numbers, as rotary embeddings do, in real ones: ONNX has no operators for them.
 
 A complex tensor [...] becomes a real one [..., 2]. What torch.export has traced is run once more with such tensors, and
-traced again. Operators of the last dimension alone change; those of shapes leave it where it is.
+traced again. Operators of the last dimension alone change; those of shapes leave it where it is. Complex inputs of the
+model are such tensors in the graph, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-__all__ = ["in_real_numbers"]
+__all__ = ["in_real_numbers", "real_inputs"]
 
 _ATEN = torch.ops.aten
 
@@ -58,20 +59,85 @@ def _product(one: Any, other: Any) -> _Complex:
     number, factor = (one, other) if isinstance(one, _Complex) else (other, one)
     if isinstance(factor, complex):
         return _product(number, _Complex(number.pairs.new_tensor([factor.real, factor.imag])))
+    if not isinstance(number, _Complex):
+        return _of(factor * number.real, factor * number.imag)
     return _Complex(number.pairs * (factor.unsqueeze(-1) if isinstance(factor, Tensor) else factor))
 
 
+def _quotient(one: Any, other: Any) -> _Complex:
+    if isinstance(other, _Complex):
+        real, imaginary = other.parts
+        inverse = _Complex(torch.stack([real, -imaginary], -1) / other.pairs.square().sum(-1, keepdim=True))
+        return _product(one, inverse)
+    return _product(one, 1 / other)
+
+
 def _sum(one: Any, other: Any, *, alpha: float = 1) -> _Complex:
-    if not isinstance(one, _Complex) or not isinstance(other, _Complex):
-        raise _UnknownError("a sum of complex and real numbers")
-    return _Complex(one.pairs + alpha * other.pairs)
+    (a, b), (c, d) = _parts(one), _parts(other)
+    return _of(a + alpha * c, b + alpha * d)
+
+
+def _parts(value: Any) -> tuple[Any, Any]:
+    """Real and imaginary part of complex numbers, real ones, or one number."""
+    if isinstance(value, _Complex):
+        return value.parts
+    if isinstance(value, Tensor):
+        return value, torch.zeros_like(value)
+    return torch.tensor(complex(value).real), torch.tensor(complex(value).imag)
 
 
 def _cast(value: Any, *rest: Any, **named: Any) -> _Complex:
     """To another complex type: the numbers stay what they are."""
-    if isinstance(value, _Complex):
-        return value
-    return _of(value, torch.zeros_like(value))
+    return value if isinstance(value, _Complex) else _of(*_parts(value))
+
+
+def _real_type(named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that make a real tensor for those that make a complex one."""
+    dtype = named.get("dtype")
+    if dtype is not None and dtype.is_complex:
+        named = {**named, "dtype": dtype.to_real()}
+    return {name: value for name, value in named.items() if name != "memory_format"}
+
+
+def _zeros(*args: Any, **named: Any) -> _Complex:
+    """Made by shape, or like a tensor, which stands in front of the shape."""
+    like, shape = (args[0], args[1:]) if isinstance(args[0], (Tensor, _Complex)) else (None, args)
+    made = _real_type(named)
+    if like is None:
+        return _Complex(torch.zeros([*shape[0], 2], **made))
+    real = like.parts[0] if isinstance(like, _Complex) else like
+    return _Complex(real.new_zeros([*(shape[0] if shape else real.shape), 2], **made))
+
+
+def _exponential(z: _Complex) -> _Complex:
+    size, angle = z.parts[0].exp(), z.parts[1]
+    return _of(size * angle.cos(), size * angle.sin())
+
+
+def _put(z: _Complex, value: Any, *rest: Any) -> _Complex:
+    """Written in place: views of the pairs share their memory as those of complex numbers do."""
+    real, imaginary = _parts(value)
+    z.pairs[..., 0].copy_(real)
+    z.pairs[..., 1].copy_(imaginary)
+    return z
+
+
+def _put_at(z: _Complex, indices: Any, value: Any, accumulate: bool = False) -> _Complex:
+    _ATEN.index_put_(z.pairs, indices, _of(*_parts(value)).pairs, accumulate)
+    return z
+
+
+def _in_place(function: Callable[..., _Complex]) -> Callable[..., _Complex]:
+    return lambda z, *rest, **named: _put(z, function(z, *rest, **named))
+
+
+def _chosen(condition: Tensor, one: Any, other: Any) -> _Complex:
+    return _of(*(torch.where(condition, *parts) for parts in zip(_parts(one), _parts(other), strict=True)))
+
+
+def _gathered(z: _Complex, dimension: int, index: Tensor, **named: Any) -> _Complex:
+    pairs = index.unsqueeze(-1).expand(*index.shape, 2)
+    return _Complex(torch.gather(z.pairs, z.axis(dimension), pairs))
 
 
 def _along(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,6 +191,22 @@ _OF_PAIRS: dict[Any, Callable[..., Any]] = {
     _ATEN.mul: _product,
     _ATEN.add: _sum,
     _ATEN.sub: lambda one, other: _sum(one, other, alpha=-1),
+    _ATEN.div: _quotient,
+    _ATEN.exp: _exponential,
+    _ATEN.mul_: _in_place(_product),
+    _ATEN.add_: _in_place(_sum),
+    _ATEN.copy_: _put,
+    _ATEN.fill_: _put,
+    _ATEN.index_put_: _put_at,
+    _ATEN.zeros: _zeros,
+    _ATEN.empty: _zeros,
+    _ATEN.zeros_like: _zeros,
+    _ATEN.empty_like: _zeros,
+    _ATEN.new_zeros: _zeros,
+    _ATEN.new_empty: _zeros,
+    _ATEN.where: _chosen,
+    _ATEN.masked_fill: lambda z, mask, value: _chosen(mask, value, z),
+    _ATEN.gather: _gathered,
     _ATEN.neg: lambda z: _Complex(-z.pairs),
     _ATEN.to: _cast,
     _ATEN._to_copy: _cast,
@@ -185,11 +267,14 @@ class _InPairs(Interpreter):
     def __init__(self, module: GraphModule, complex_attributes: set[str]) -> None:
         super().__init__(module)
         self._complex_attributes = complex_attributes
+        self._makes = False  # whether the operator that runs gives complex numbers
 
     def run_node(self, n: Node) -> Any:
         if n.op == "call_module" and "guards" in str(n.target):
             return None  # of the first trace: the second has its own
-        return super().run_node(n)
+        self._makes = n.op == "call_function" and _holds_complex(n.meta.get("val"))
+        value = super().run_node(n)
+        return _Complex(value) if n.op == "placeholder" and _holds_complex(n.meta.get("val")) else value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -204,10 +289,7 @@ class _InPairs(Interpreter):
                 raise _UnknownError(str(target))
             return _InPairs(inner, set()).run(*args[place + 1 :])
         packet = getattr(target, "overloadpacket", target)
-        makes = packet in (_ATEN.view_as_complex, _ATEN.complex, _ATEN.polar)
-        if packet in (_ATEN.to, _ATEN._to_copy):
-            makes = any(isinstance(value, torch.dtype) and value.is_complex for value in given)
-        if not makes and not _holds_pairs(given):
+        if not self._makes and not _holds_pairs(given):
             return super().call_function(target, args, kwargs)
         if packet is _ATEN._assert_tensor_metadata:
             return None
@@ -248,23 +330,28 @@ class _Real(nn.Module):
 
 
 def in_real_numbers(program: Any, tensors: tuple[Tensor, ...], dynamic_shapes: Any) -> Any:
-    """A program without complex numbers inside; the same one if it has none, or some that are not known here.
+    """A program without complex numbers; the same one if it has none, or some that are not known here.
 
     Args:
         program: Of ``torch.export``.
-        tensors: That it was traced with.
+        tensors: That it was traced with. The program that is returned takes their :func:`real_inputs`.
         dynamic_shapes: Likewise.
     """
     inside = any(
         _holds_complex(node.meta.get("val")) for node in program.graph.nodes if node.op not in ("output", "call_module")
     )
-    if not inside or any(map(_holds_complex, tensors)):
+    if not inside:
         return program
     module = _Real(program.module())
     try:
-        return torch.export.export(module.eval(), tensors, dynamic_shapes=dynamic_shapes, strict=False)
+        return torch.export.export(module.eval(), real_inputs(tensors), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         if isinstance(error, _UnknownError) or isinstance(error.__cause__, _UnknownError):
             _log.info("complex numbers stay in the graph: %s", error)
             return program
         raise
+
+
+def real_inputs(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Complex ones [...] as their real and imaginary parts [..., 2]; the others as they are."""
+    return tuple(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors)

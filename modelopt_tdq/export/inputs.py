@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modelopt_tdq.errors import TdqError
+from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.model.call import plain_leaves, tensor_leaves, walk
 
-__all__ = ["FIXED", "Inputs", "fixed_arguments", "flatten_inputs"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["FIXED", "Inputs", "fixed_arguments", "fixed_value", "flatten_inputs", "make_constant"]
 
 #: Key of the fixed arguments in the metadata of an ONNX file.
 FIXED = "modelopt_tdq.arguments"
@@ -26,23 +29,25 @@ class Inputs:
     Attributes:
         names: Of the graph inputs: those of :func:`~modelopt_tdq.model.call.walk`, such as
             ``added_cond_kwargs.text_embeds`` or ``down_block_additional_residuals.0``.
-        tensors: Those of the sample call.
+        tensors: Those of the sample call. Complex ones [...] are real graph inputs [..., 2].
         sample: The whole sample call. What in it is no tensor becomes part of the graph.
+        timestep: The argument that holds the time; None if no scale depends on it.
     """
 
     names: list[str]
     tensors: list[Tensor]
     sample: Mapping[str, Any]
+    timestep: str | None = None
 
     def arguments(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
         """Keyword arguments of one call of the model, nested as the sample call is."""
         own = dict(zip(self.names, tensors, strict=True))
         return {argument: walk(v, own.get, argument) for argument, v in self.sample.items()}
 
-    @property
-    def fixed(self) -> str:
-        """JSON of what is no tensor, by name: what a graph made of this call has in it for good."""
-        return json.dumps(fixed_arguments(self.sample))
+    def fixed(self, constants: Collection[str] = ()) -> str:
+        """JSON of what a graph made of this call has in it for good, by name: what is no tensor, and ``constants``."""
+        values = {name: tensor for name, tensor in zip(self.names, self.tensors, strict=True) if name in constants}
+        return json.dumps({**fixed_arguments(self.sample), **{n: fixed_value(v) for n, v in values.items()}})
 
 
 def _plain(value: Any) -> Any:
@@ -56,6 +61,11 @@ def fixed_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = plain_leaves({name: value for name, value in arguments.items() if name != "return_dict"})
     return {name: _plain(value) for name, value in found.items()}
+
+
+def fixed_value(tensor: Tensor) -> Any:
+    """Of a tensor that is part of a graph: its numbers, as nested lists."""
+    return torch.view_as_real(tensor).tolist() if tensor.is_complex() else tensor.tolist()
 
 
 def flatten_inputs(sample_inputs: Mapping[str, Any], timestep: str | None) -> Inputs:
@@ -84,4 +94,14 @@ def flatten_inputs(sample_inputs: Mapping[str, Any], timestep: str | None) -> In
     found = tensor_leaves(sample)
     if not found:
         raise TdqError("sample_inputs", sorted(sample), "it holds no tensor", "Pass the inputs of one call")
-    return Inputs(list(found), list(found.values()), sample)
+    return Inputs(list(found), list(found.values()), sample, timestep)
+
+
+def make_constant(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:
+    """Give inputs of a graph these values for good, in place: they are initializers then."""
+    ir = require("onnx_ir", "onnx")
+    for value in list(model.graph.inputs):
+        if value.name in tensors:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(tensors[value.name].detach().cpu(), name=value.name)
+            model.graph.register_initializer(value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from modelopt_tdq.core.files import replacing
-from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.errors import TdqError, TdqWarning, require
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.features import lower_features
 from modelopt_tdq.export.graph import GraphEditor
-from modelopt_tdq.export.inputs import FIXED, flatten_inputs
+from modelopt_tdq.export.inputs import FIXED, Inputs, flatten_inputs
 from modelopt_tdq.export.layer_correction import fold_static
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
@@ -58,6 +59,7 @@ def export_onnx(
     table_input: bool = False,
     pack_weights: PackWeights = "none",
     reference_path: str | os.PathLike[str] | None = None,
+    constants: Collection[str] = (),
 ) -> ExportReport:
     """Write a quantized model as an ONNX file: standard operators only, but for ``lowering="plugin"``.
 
@@ -93,6 +95,11 @@ def export_onnx(
             are the same.
         reference_path: Write the graph of ``lowering="reference"`` there, too. Torch traces the model once for both,
             which is what takes the time. :func:`modelopt_tdq.compare.model.compare_model` takes the file by this name.
+        constants: Names of tensors among the sample inputs that are the same in every call, such as a mask that hides
+            nothing: their values become part of the graph, which does not have them as inputs, and a swapped denoiser
+            refuses other ones. So it is, with a warning, where it need not be asked for: where the code of the model
+            takes lengths or places from the numbers of a mask (``.item()``, ``.tolist()``, an index of truth values),
+            torch cannot export it otherwise. Never the time.
 
     Returns:
         What was written, and which quantizers are deployed in low precision.
@@ -112,14 +119,25 @@ def export_onnx(
     if reference is not None and reference.resolve() == target.resolve():
         raise TdqError("reference_path", str(reference), "it is path as well", "Name another file for the reference")
     warn_of_changed_weights(model)
-    graph = marker_graph(model, sample_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes)
+    graph = marker_graph(
+        model, sample_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes, constants=constants
+    )
+    if found := sorted(set(graph.constants) - set(constants)):
+        warnings.warn(
+            f"{', '.join(found)}: the code of {type(unwrapped(model)).__name__} reads their values, which decide how "
+            "large tensors are or what runs. Torch can export it with fixed ones only, so those of the sample inputs "
+            "are part of the graph, and no inputs of it. Export once for each of the values that will be used; name "
+            "these inputs in `constants` if this is what you mean",
+            TdqWarning,
+            stacklevel=2,
+        )
     twin = None if reference is None else replace(graph, model=graph.model.clone())
     context = lower(graph, lowering, table_input=table_input, pack_weights=pack_weights)
     if twin is not None and reference is not None:
         lower(twin, "reference")
         _write(twin.model, reference)
     _write(graph.model, target)
-    return report_of(context, target, lowering, unquantized_layers(model))
+    return report_of(context, target, lowering, unquantized_layers(model), graph.constants)
 
 
 def _file(field: str, path: str | os.PathLike[str]) -> Path:
@@ -140,7 +158,8 @@ class MarkerGraph:
         samples: Times per call in the sample run.
         dynamic_batch: Whether dimension 0 is open.
         batch: Samples per call in the sample run.
-        fixed: See :attr:`modelopt_tdq.export.inputs.Inputs.fixed`.
+        fixed: See :meth:`modelopt_tdq.export.inputs.Inputs.fixed`.
+        constants: Names of the sample inputs that are part of the graph.
     """
 
     model: ir.Model
@@ -150,6 +169,7 @@ class MarkerGraph:
     dynamic_batch: bool
     batch: int = 1
     fixed: str = "{}"
+    constants: tuple[str, ...] = ()
 
 
 def marker_graph(
@@ -158,6 +178,7 @@ def marker_graph(
     *,
     dynamic_batch: bool,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    constants: Collection[str] = (),
 ) -> MarkerGraph:
     """The first half of :func:`export_onnx`, with its arguments and errors."""
     model = unwrapped(model)
@@ -178,8 +199,18 @@ def marker_graph(
     others = (t for n, t in zip(inputs.names, inputs.tensors, strict=True) if n != spec.timestep and t.dim())
     batch = next((len(tensor) for tensor in others), 1)
     sizes = open_sizes(inputs, spec.timestep, dynamic_batch, dynamic_axes)
-    exported, shapes = trace(with_markers(model), inputs, sizes)
-    return MarkerGraph(exported, spec, shapes, samples, dynamic_batch, batch, inputs.fixed)
+    _check_constants(constants, inputs)
+    traced = trace(with_markers(model), inputs, sizes, constants)
+    fixed = inputs.fixed(traced.constants)
+    return MarkerGraph(traced.model, spec, traced.shapes, samples, dynamic_batch, batch, fixed, traced.constants)
+
+
+def _check_constants(names: Collection[str], inputs: Inputs) -> None:
+    for name in names:
+        if name not in inputs.names:
+            raise TdqError("constants", name, "no such tensor", f"Use some of {', '.join(inputs.names)}")
+        if name == inputs.timestep:
+            raise TdqError("constants", name, "the scales depend on it", "Leave it out")
 
 
 def lower(

@@ -21,7 +21,8 @@ numbers, or make a graph that it then refuses. Seen in 1.31 and 1.32, and avoide
 
 TensorRT-RTX and OpenVINO have the same kernels with and without, but for the last.
 
-ONNX Runtime has no Where of two truth values (masks of HunyuanVideo): it is And and Or.
+ONNX Runtime has no Where of two truth values (masks of HunyuanVideo): it is And and Or. ONNX has no products, sums,
+minima or maxima of truth values, and torch's exporter writes them all the same: And and Or.
 
 OpenVINO's CPU plugin (2026.4) makes one kernel of matrix products in a row where it has few rows per thread, so mostly
 with one thread. Of INT8 codes it returns other numbers, or does not compile for want of registers
@@ -54,6 +55,9 @@ _PASSED = (*LAYOUT, "Slice", "MaxPool", "Relu", "Clip")
 
 _MATRIX_PRODUCTS = ("MatMul", "Gemm")
 
+#: What operators of numbers are of truth values.
+_OF_TRUTH = {"Mul": "And", "Min": "And", "Add": "Or", "Max": "Or"}
+
 #: Behind these ONNX Runtime repeats QuantizeLinear.
 _REPEATED_BEHIND = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "MaxPool")
 
@@ -79,6 +83,8 @@ def portable(model: ir.Model, editor: GraphEditor) -> None:
             _part_products(editor, node)
         elif node.op_type == "Where" and types.BOOL in [value.dtype for value in node.inputs[1:] if value is not None]:
             _take_truth(editor, node)
+        elif node.op_type in _OF_TRUTH and types.BOOL in [value.dtype for value in node.inputs if value is not None]:
+            _combine_truth(editor, node)
     if model.opset_imports[""] >= OPSET_REPEATED:
         _dequantize_behind_layout(editor)
 
@@ -147,6 +153,16 @@ def _take_truth(editor: GraphEditor, node: ir.Node) -> None:
     ]
     editor.replace(output, editor.before(node, "Or", parts, f"{output.name}/truth", **form))
     editor.graph.remove(node, safe=True)
+
+
+def _combine_truth(editor: GraphEditor, node: ir.Node) -> None:
+    output, (found, *others) = node.outputs[0], node.inputs
+    for other in others:
+        name, inputs, shape = f"{output.name}/truth", [found, other], output.shape if len(others) == 1 else None
+        found = editor.before(node, _OF_TRUTH[node.op_type], inputs, name, dtype=editor.ir.DataType.BOOL, shape=shape)
+    if found is not None:
+        editor.replace(output, found)
+        editor.graph.remove(node, safe=True)
 
 
 def _hide_matrix(editor: GraphEditor, node: ir.Node) -> None:

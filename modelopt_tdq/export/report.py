@@ -32,6 +32,7 @@ class ExportReport:
             matrices of a LoRA.
         limited: Those of ``quantized`` whose layer has a low-precision kernel on some backends only, each with which,
             and how to leave it out.
+        constants: Names of the tensors among the sample inputs whose values are part of the graph.
     """
 
     path: Path
@@ -43,10 +44,15 @@ class ExportReport:
     weights_form: str = ""
     limited: tuple[tuple[str, str], ...] = ()
     unquantized: tuple[tuple[str, str], ...] = ()
+    constants: tuple[str, ...] = ()
 
 
 def report_of(
-    context: LoweringContext, path: Path, lowering: str, unquantized: Mapping[str, str] | None = None
+    context: LoweringContext,
+    path: Path,
+    lowering: str,
+    unquantized: Mapping[str, str] | None = None,
+    constants: tuple[str, ...] = (),
 ) -> ExportReport:
     """What became of the quantizers of a lowered graph that is written to ``path``."""
     spec = context.spec
@@ -73,6 +79,7 @@ def report_of(
         weights_form(stored_once),
         tuple((name, which) for name, which in context.limited.items() if name not in context.skipped),
         tuple((unquantized or {}).items()),
+        constants,
     )
 
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-import re
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
 
-from modelopt_tdq.core.installed import outdated
 from modelopt_tdq.errors import TdqError, require
-from modelopt_tdq.export.complex_numbers import in_real_numbers
+from modelopt_tdq.export.complex_numbers import in_real_numbers, real_inputs
+from modelopt_tdq.export.constant_operators import without_constant_operator
 from modelopt_tdq.export.exact_constants import keep_constants
-from modelopt_tdq.export.inputs import Inputs
+from modelopt_tdq.export.failure import ExportError, cannot_export, failed_operator, first_line, quiet
+from modelopt_tdq.export.inputs import Inputs, make_constant
+from modelopt_tdq.export.known_values import KnownValues
 from modelopt_tdq.export.markers import Marker, without_markers
 from modelopt_tdq.export.open_sizes import OpenSizes
 from modelopt_tdq.export.outputs import flatten_outputs
+from modelopt_tdq.export.translations import translations
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OPSET", "trace"]
+__all__ = ["OPSET", "Traced", "trace"]
 
 #: The last opset that no ONNX Runtime refuses after its own optimizations, see :mod:`modelopt_tdq.export.portable`.
 #: From 19 on there are FP8 tensors, and QuantizeLinear with a scale that is computed.
@@ -41,9 +43,13 @@ class _Positional(nn.Module):
         super().__init__()
         self.model = model
         self.inputs = inputs
+        self.known: KnownValues | None = None
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.outputs(tensors).values())
+        if self.known is None:
+            return tuple(self.outputs(tensors).values())
+        with self.known.of(dict(zip(self.inputs.names, tensors, strict=True))):
+            return tuple(self.outputs(tensors).values())
 
     def outputs(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """By name."""
@@ -76,14 +82,33 @@ def _run(module: _Positional, inputs: Inputs) -> list[str]:
     return outputs
 
 
-def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model, dict[str, list[tuple[int, ...]]]]:
+@dataclass(frozen=True)
+class Traced:
+    """What a trace gives.
+
+    Attributes:
+        model: The marker graph.
+        shapes: Those that each marker saw, by quantizer name.
+        constants: Names of the inputs whose values of the sample call are part of the graph, and no inputs of it.
+    """
+
+    model: ir.Model
+    shapes: dict[str, list[tuple[int, ...]]]
+    constants: tuple[str, ...] = ()
+
+
+def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes, constants: Collection[str] = ()) -> Traced:
     """Export a model made by :func:`~modelopt_tdq.export.markers.with_markers`.
 
-    Returns:
-        The marker graph; and the shapes that each marker saw, by quantizer name.
+    Args:
+        model: With markers.
+        inputs: Of the sample call.
+        sizes: That stay open.
+        constants: Names of inputs whose values become part of the graph. Where torch cannot export the model without,
+            so do those of inputs of integers and truth values that its code reads.
 
     Raises:
-        TdqError: The model does not run on the inputs, or holds an operator that cannot be exported.
+        TdqError: The model does not run on the inputs, or holds something that cannot be exported.
     """
     require("onnxscript", "onnx")
     module = _Positional(model, inputs).eval()
@@ -92,42 +117,98 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes) -> tuple[ir.Model,
         shapes = {m.marker_name: list(m.shapes) for m in model.modules() if isinstance(m, Marker)}
         dynamic = sizes.for_torch(inputs)
         try:
-            program = _program(module, inputs, dynamic)
-        except Exception as error:
-            if dynamic is not None:
+            exported, found = _exported(module, inputs, outputs, dynamic, constants)
+        except ExportError as failure:
+            error = failure.cause
+            if dynamic is not None and failure.program is None:
                 field, value = sizes.asked
                 raise TdqError(
                     field,
                     value,
-                    f"{type(model).__name__} cannot be exported with it: {_first_line(error)}",
+                    f"{type(model).__name__} cannot be exported with it: {first_line(error)}",
                     f"Export without {field}, at the sizes that will be used",
                 ) from error
-            raise _cannot_export(model, error, None, lambda: _plain_fails(model, inputs)) from error
-        try:
-            with _quiet():
-                exported = torch.onnx.export(
-                    program,
-                    dynamo=True,
-                    opset_version=_opset(model, inputs),
-                    input_names=inputs.names,
-                    output_names=outputs,
-                    optimize=False,
-                    verbose=False,
-                )
-                if exported is not None:
-                    keep_constants(exported.model)
-                    exported.optimize()
-        except Exception as error:
-            raise _cannot_export(model, error, program, lambda: _plain_fails(model, inputs)) from error
-    if exported is None:
-        raise TdqError("model", type(model).__name__, "torch.onnx.export returned nothing", "Report this")
+            raise cannot_export(model, failure, lambda: _plain_fails(model, inputs, constants)) from error
     graph: ir.Model = exported.model
     _drop_idle_squeezes(graph)
     sizes.rename(graph)
     for value in list(graph.graph.initializers.values()):
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
-    return graph, shapes
+    return Traced(graph, shapes, found)
+
+
+def _exported(
+    module: _Positional, inputs: Inputs, outputs: list[str] | None, dynamic: Any, constants: Collection[str]
+) -> tuple[Any, tuple[str, ...]]:
+    """The ONNX program, and the inputs that are constants in it.
+
+    Raises:
+        ExportError: There is none.
+    """
+    values = {name: tensor for name, tensor in zip(inputs.names, inputs.tensors, strict=True) if name in constants}
+    module.known = KnownValues(values) if values else None
+    try:
+        return _once(module, inputs, outputs, dynamic, constants)
+    except ExportError as failure:
+        if failure.program is not None and not _has_unknown_sizes(failure.program):
+            raise
+    open_inputs = dynamic[0] if dynamic is not None else [None] * len(inputs.names)
+    for name, tensor, is_open in zip(inputs.names, inputs.tensors, open_inputs, strict=True):
+        numbers = not tensor.is_floating_point() and not tensor.is_complex()
+        if numbers and not is_open and name != inputs.timestep:
+            values[name] = tensor
+    module.known = KnownValues(values)
+    return _once(module, inputs, outputs, dynamic, constants)
+
+
+def _once(
+    module: _Positional, inputs: Inputs, outputs: list[str] | None, dynamic: Any, constants: Collection[str]
+) -> tuple[Any, tuple[str, ...]]:
+    try:
+        program = _program(module, inputs, dynamic)
+    except Exception as error:
+        raise ExportError(error, None, _reads(module)) from error
+    try:
+        exported = _onnx(program, module, inputs, outputs)
+    except Exception as error:
+        operator, _ = failed_operator(error, program)
+        computed = without_constant_operator(program, operator, real_inputs(inputs.tensors), dynamic)
+        if computed is None:
+            raise ExportError(error, program, _reads(module)) from error
+        try:
+            exported = _onnx(computed, module, inputs, outputs)
+        except Exception as second:
+            raise ExportError(second, computed, _reads(module)) from second
+    decided = {*constants, *(module.known.decided if module.known is not None else ())}
+    found = tuple(name for name in inputs.names if name in decided)
+    values = dict(zip(inputs.names, real_inputs(inputs.tensors), strict=True))
+    make_constant(exported.model, {name: values[name] for name in found})
+    keep_constants(exported.model)
+    exported.optimize()
+    return exported, found
+
+
+def _reads(module: _Positional) -> list[str]:
+    return [] if module.known is None else list(module.known.unknown)
+
+
+def _onnx(program: Any, module: _Positional, inputs: Inputs, outputs: list[str] | None) -> Any:
+    """The program in ONNX operators, as torch translates it."""
+    with quiet():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=_opset(module.model, inputs),
+            input_names=inputs.names,
+            output_names=outputs,
+            custom_translation_table=translations(),
+            optimize=False,
+            verbose=False,
+        )
+    if exported is None:
+        raise TdqError("model", type(module.model).__name__, "torch.onnx.export returned nothing", "Report this")
+    return exported
 
 
 def _program(module: _Positional, inputs: Inputs, dynamic: Any = None) -> Any:
@@ -137,16 +218,21 @@ def _program(module: _Positional, inputs: Inputs, dynamic: Any = None) -> Any:
     return in_real_numbers(program, tensors, dynamic)
 
 
-def _plain_fails(model: nn.Module, inputs: Inputs) -> bool:
+def _plain_fails(model: nn.Module, inputs: Inputs, constants: Collection[str]) -> bool:
     """Whether the model cannot be exported without markers either."""
     with without_markers(model):
         try:
-            program = _program(_Positional(model, inputs).eval(), inputs)
-            with _quiet():
-                torch.onnx.export(program, dynamo=True, opset_version=_opset(model, inputs), verbose=False)
+            _exported(_Positional(model, inputs).eval(), inputs, None, None, constants)
         except Exception:  # whatever it is: the question is whether it works
             return True
     return False
+
+
+def _has_unknown_sizes(program: Any) -> bool:
+    """Whether sizes in it, or what is computed from them, depend on numbers."""
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    leaves = (leaf for value in values for leaf in tree_leaves(value))
+    return any(bool(free_unbacked_symbols(leaf)) for leaf in leaves if isinstance(leaf, (Tensor, torch.SymInt)))
 
 
 def _drop_idle_squeezes(model: ir.Model) -> None:
@@ -160,71 +246,3 @@ def _drop_idle_squeezes(model: ir.Model) -> None:
         if sizes and all(isinstance(size, int) and size != 1 for size in sizes):
             convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings that torchvision is not installed and that torch uses old parts of torch."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
-
-
-def _failed_operator(text: str, program: Any) -> tuple[str, str]:
-    """The operator that an error of the exporter is about, and the path of its layer; "" for what is not known."""
-    found = re.search(r"OpOverload\(op='([\w.:]+)'(?:, overload='(\w+)')?\)", text)
-    if found is None:
-        return "", ""
-    operator, overload = found.group(1).replace("::", "."), found.group(2)
-    nodes = [] if program is None else [node for node in program.graph.nodes if node.op == "call_function"]
-    targets = {node: str(node.target).split(".") for node in nodes}
-    wanted = [*operator.split("."), *([overload] if overload else [])]
-    exact = [node for node, target in targets.items() if target[: len(wanted)] == wanted]
-    same = [node for node, target in targets.items() if target[:2] == wanted[:2]]
-    # what torch reports may be the part of a decomposition: prims.zeta of aten.special_zeta
-    whole = [node for node, target in targets.items() if len(target) > 1 and target[1].endswith(f"_{wanted[1]}")]
-    for node in [*exact, *same, *whole][:1]:
-        stack = node.meta.get("nn_module_stack") or {}
-        paths = [str(entry[0]).replace("L['self'].", "").removeprefix("model.") for entry in stack.values()]
-        return str(node.target), next((path for path in reversed(paths) if path), "")
-    return operator, ""
-
-
-def _cannot_export(model: nn.Module, error: BaseException, program: Any, plain_fails: Callable[[], bool]) -> TdqError:
-    """Name the operator and where in the model it is, as far as torch tells; and whether quantization is to blame.
-
-    Args:
-        model: With markers.
-        error: Of the exporter.
-        program: What torch.export made; None if it failed.
-        plain_fails: Whether the model cannot be exported without any quantizer either.
-    """
-    cause, text = error, str(error)
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-        text += f"\n{cause}"
-    operator, path = _failed_operator(text, program)
-    what = f"operator {operator} in '{path or type(model).__name__}'" if operator else "the model"
-    problem = f"{what} cannot be exported to ONNX: {_first_line(cause)}"
-    old = outdated("onnx")
-    if old:
-        cure = f"Install versions that this package takes: {', '.join(old)}"
-    elif plain_fails():
-        problem += "; nor can the model in full precision, so quantization has nothing to do with it"
-        cure = "Replace the operator in the model, or try another version of torch and onnxscript"
-    else:
-        rule = f"{{'quantizer_name': '{path or '<layer>'}*', 'enable': False}}"
-        cure = f"In full precision the model can be exported: leave the layer out with the quant_cfg rule {rule}"
-    return TdqError("model", type(model).__name__, problem, cure)

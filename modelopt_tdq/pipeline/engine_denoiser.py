@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.export.inputs import FIXED, fixed_arguments
+from modelopt_tdq.export.inputs import FIXED, fixed_arguments, fixed_value
 from modelopt_tdq.model.call import named_arguments, plain_leaves, tensor_leaves
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.pipeline.guard import StandIn
@@ -88,7 +88,7 @@ class EngineDenoiser(StandIn):
             if isinstance(numbers.get(name), (int, float)):
                 tensors[name] = torch.as_tensor(numbers[name])
         missing = sorted(set(wanted) - set(tensors))
-        further = sorted(set(tensors) - set(wanted) - {self._timestep})
+        further = sorted(set(tensors) - set(wanted) - {self._timestep} - set(self._exported or ()))
         if missing or further:
             raise TdqError(
                 "engine",
@@ -101,13 +101,21 @@ class EngineDenoiser(StandIn):
         shapes = getattr(self.session, "shapes", {})
         return {**self.table, **{name: self._fitted(name, tensors[name], shapes.get(name)) for name in wanted}}
 
-    def _require_fixed(self, arguments: dict[str, Any]) -> None:
-        """What is no tensor is as it was exported; left out, an argument has its default."""
+    @functools.cached_property
+    def _exported(self) -> dict[str, Any] | None:
+        """What is part of the graph, by name; None if it is not of this package, or of an earlier version."""
         text = getattr(self.session, "metadata", {}).get(FIXED)
-        if text is None:  # not of this package, or of an earlier version
+        found: dict[str, Any] | None = None if text is None else json.loads(text)
+        return found
+
+    def _require_fixed(self, arguments: dict[str, Any]) -> None:
+        """What is part of the graph is as it was exported; left out, an argument has its default."""
+        if self._exported is None:
             return
-        exported: dict[str, Any] = json.loads(text)
-        given = fixed_arguments(arguments)
+        exported, given = self._exported, fixed_arguments(arguments)
+        # tensors that the graph has as constants, for its code reads their numbers
+        constants = {name: value for name, value in tensor_leaves(arguments).items() if name in exported}
+        given |= {name: fixed_value(tensor) for name, tensor in constants.items()}
         if given == exported:
             return
         defaults = fixed_arguments(self._defaults)

@@ -149,7 +149,7 @@ def test_bfloat16(plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 def test_what_is_no_input_of_the_engine(trt: Any, onnx_file: Path, tmp_path: Path) -> None:
     session = session_of(trt, onnx_file, tmp_path)
-    with pytest.raises(tdq.TdqError, match=r"not the inputs of the engine. Pass \['sample', 'timestep'\]"):
+    with pytest.raises(tdq.TdqError, match=r"not the inputs of the graph. Pass \['sample', 'timestep'\]"):
         session({"sample": call()["sample"]})
     for sample in (noise(17, 3, 8, 8), noise(2, 3, 8, 9), noise(3, 8, 8)):
         with pytest.raises(tdq.TdqError, match=r"built for \('1..16', 3, 8, 8\).*dynamic_sizes"):

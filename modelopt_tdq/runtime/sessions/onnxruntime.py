@@ -108,7 +108,7 @@ class OnnxRuntimeSession:
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name; with ``codes``, also "<quantizer>/codes" as float32."""
-        results = self._session.run(self.outputs, as_feeds(inputs, self.inputs))
+        results = self._session.run(self.outputs, as_feeds(inputs, self.inputs, self.metadata))
         return {name.removesuffix(_AS_FLOAT): result for name, result in zip(self.outputs, results, strict=True)}
 
 

@@ -72,7 +72,7 @@ class OpenVinoSession:
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name."""
-        feeds: dict[str, Any] = as_feeds(inputs, self.inputs)
+        feeds: dict[str, Any] = as_feeds(inputs, self.inputs, self.metadata)
         for name, array in feeds.items():
             if array.dtype.name == "bfloat16":
                 feeds[name] = self._tensor(array.view(np.uint16), list(array.shape), self._types.bf16)

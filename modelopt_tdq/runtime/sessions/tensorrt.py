@@ -17,7 +17,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.sessions.device_queue import DeviceQueue
 from modelopt_tdq.runtime.sessions.engine_loading import load_engine
 from modelopt_tdq.runtime.sessions.engine_slot import EngineContexts, EngineSlot
-from modelopt_tdq.runtime.sessions.feeds import as_feeds
+from modelopt_tdq.runtime.sessions.feeds import as_feeds, graph_inputs
 from modelopt_tdq.runtime.sessions.table_inputs import TABLE_INPUTS, table_tensors
 from modelopt_tdq.runtime.sessions.tensor_types import host_array, host_tensor, numpy_dtype, torch_dtype
 
@@ -172,8 +172,7 @@ class TensorRTSession:
 
     def _values(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
         """Tensors, and whether some were on the device."""
-        if set(inputs) != set(self.inputs):
-            raise TdqError("inputs", sorted(inputs), "not the inputs of the engine", f"Pass {sorted(self.inputs)}")
+        inputs = graph_inputs(inputs, self.inputs, self.metadata)
         there = {n: v.detach() for n, v in inputs.items() if isinstance(v, Tensor) and self._queue.holds(v)}
         for name, value in there.items():
             if value.dtype.is_floating_point and not self._dtypes[name].is_floating_point:
