@@ -9,6 +9,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.lookup import Lookup
 from modelopt_tdq.export.markers import ACTIVATION_MARKER, DOMAIN
+from modelopt_tdq.export.one_time import rows_of_a_sample
 from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
 from modelopt_tdq.export.weights import LoweredWeight, marker_name
 
@@ -75,15 +76,15 @@ class LoweringContext:
         shapes = self.shapes.get(name, [])
         if not self.lookup.per_sample:
             return 1
-        rows = {shape[0] if shape else 0 for shape in shapes}
-        if len(rows) != 1 or 0 in rows or min(rows) % self.samples:
+        rows = rows_of_a_sample(shapes, self.samples)
+        if rows is None:
             raise TdqError(
                 "sample_inputs",
                 name,
                 f"{self.samples} times cannot be matched with activations of shape {shapes}",
                 "Pass one time for the whole batch, or leave this quantizer out with a quant_cfg rule",
             )
-        return min(rows) // self.samples
+        return rows
 
     def quantized(self, name: str) -> None:
         """Report a quantizer as deployed in low precision."""

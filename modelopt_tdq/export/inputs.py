@@ -101,7 +101,8 @@ def make_constant(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:
     """Give inputs of a graph these values for good, in place: they are initializers then."""
     ir = require("onnx_ir", "onnx")
     for value in list(model.graph.inputs):
-        if value.name in tensors:
+        name = str(value.name)
+        if name in tensors:
             model.graph.inputs.remove(value)
-            value.const_value = ir.tensor(tensors[value.name].detach().cpu(), name=value.name)
+            value.const_value = ir.tensor(tensors[name].detach().cpu(), name=name)
             model.graph.register_initializer(value)

@@ -6,13 +6,15 @@ they follow from constants, or from inputs whose values the caller has given, th
 what was read becomes part of the graph.
 
 The graph of everything else is what it is without this. Inputs that were read in this way are named in ``decided``:
-their values have to be constants of the graph, or it would be wrong with other ones.
+their values have to be constants of the graph, or it would be wrong with other ones. Of floating-point inputs, such as
+latents, only truth values and integers are read, as of "is the image all zeros?"; they stay inputs, and ``guards`` of
+the graph say whether the same would be read again.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +30,7 @@ __all__ = ["KnownValues", "code_in_model"]
 
 #: What a tensor's numbers are read by, beside operators that say so themselves.
 _READ = frozenset({"tolist", "numpy", "__array__"})
+_READ_ONE = frozenset({"item", "__bool__", "__int__", "__index__", "__float__"})
 
 #: Of these, some arguments give their shape and type only: the first one, or all but the first.
 _LIKE_FIRST = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"})
@@ -74,11 +77,18 @@ def _changes(name: str, kwargs: Mapping[str, Any]) -> bool:
     return name.endswith("_") or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
-class _Seen(TorchDispatchMode):
+def _changed(args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What such a function changes."""
+    if kwargs.get("out") is not None:
+        return kwargs["out"]
+    return args[0] if args else kwargs.get("input")
+
+
+class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What kind of operators run: those that read numbers, and those whose result cannot be told beforehand."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reads = self.uncertain = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,16 +115,22 @@ class KnownValues(TorchFunctionMode):
 
     Args:
         inputs: Values of inputs of the graph, by name.
+        open_inputs: Names of those of them that stay inputs, whatever is read.
 
     Attributes:
-        decided: Names of those of them that were read.
-        unknown: Where in the model's code numbers were read that depend on other inputs.
+        decided: Names of the others that were read.
+        guards: Truth values [] in the trace, for each time that what follows from an open one was read.
+        guarded: Where in the model's code that was.
+        unknown: Where numbers were read that are not known.
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(self, inputs: Mapping[str, Tensor], open_inputs: Collection[str] = ()) -> None:
         super().__init__()
         self.inputs = dict(inputs)
         self.decided: set[str] = set()
+        self.guards: list[Tensor] = []
+        self.guarded: dict[str, None] = {}
+        self._open = frozenset(open_inputs)
         self.unknown: dict[str, None] = {}
         self._values = WeakTensorKeyDictionary()
         #: By storage of a value: the inputs that it follows from; None if what is in it is not known any more.
@@ -122,7 +138,7 @@ class KnownValues(TorchFunctionMode):
 
     def of(self, traced: Mapping[str, Tensor]) -> KnownValues:
         """Begin a trace whose inputs are these tensors."""
-        self._values, self._sources = WeakTensorKeyDictionary(), {}
+        self._values, self._sources, self.guards = WeakTensorKeyDictionary(), {}, []
         with _beside_the_trace():
             values = {name: value.detach().clone() for name, value in self.inputs.items()}
         for name, value in values.items():
@@ -138,22 +154,39 @@ class KnownValues(TorchFunctionMode):
         real = self._real_arguments(name, args, kwargs)
         if real is not None:
             return self._known(func, name, (args, kwargs), real)
-        if name in _READ or name in ("item", "__bool__", "__int__", "__index__", "__float__"):
+        return self._unknown(func, name, args, kwargs)
+
+    def _unknown(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if name in _READ or name in _READ_ONE:
             self.unknown.setdefault(code_in_model(traceback.extract_stack()))
-        changed = kwargs.get("out") if kwargs.get("out") is not None else args[0] if args else None
         try:
             return self._partly_known(func, name, args, kwargs)
         finally:
             if _changes(name, kwargs):
-                for tensor in tree_leaves(changed):
+                for tensor in tree_leaves(_changed(args, kwargs)):
                     self._forget(tensor)
 
+    def _read(self, traced: Any, real: Any) -> bool:
+        """Note that the numbers in these arguments are read; not if they are not to be."""
+        leaves = zip(_parts(traced), _parts(real), strict=True)
+        pairs = [(one, other) for one, other in leaves if isinstance(other, Tensor)]
+        guarded = [(one, value) for one, value in pairs if self._open & (self._sources_of(value) or set())]
+        if any(value.is_floating_point() or value.is_complex() for _, value in guarded):
+            return False
+        for one, value in guarded:
+            self.guards.append((one == value.clone()).all())
+            self.guarded.setdefault(code_in_model(traceback.extract_stack()))
+        self.decided |= self._all_sources([value for _, value in pairs]) - self._open
+        return True
+
     def _value(self, tensor: Tensor) -> Tensor | None:
-        value = self._values.get(tensor) if _is_traced(tensor) else tensor
+        value: Tensor | None = tensor
+        if _is_traced(tensor):
+            value = self._values.get(tensor)  # type: ignore[no-untyped-call]
         return None if value is None or self._sources_of(value) is None else value
 
     def _key(self, value: Tensor) -> StorageWeakRef:
-        return StorageWeakRef(value.untyped_storage())
+        return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
 
     def _sources_of(self, value: Tensor) -> set[str] | None:
         found = self._sources.get(self._key(value).cdata)
@@ -203,23 +236,21 @@ class KnownValues(TorchFunctionMode):
         sources = self._all_sources(real)
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         reads = not seen.uncertain and (seen.reads or name in _READ)
-        if reads:
-            self.decided |= sources
-        if not tensors:
-            return value if reads else func(*given[0], **given[1])
-        constant = all(not _is_traced(leaf) for leaf in _parts(given) if isinstance(leaf, Tensor))
+        if seen.uncertain or (reads and not self._read(given, real)):
+            return self._unknown(func, name, *given)
         if _changes(name, given[1]):
-            changed = real[1].get("out", real[0][0] if real[0] else None)
-            for leaf in tree_leaves(changed):
+            for leaf in tree_leaves(_changed(*real)):
                 self._add_sources(leaf, sources)
-            if constant:
-                return value
-        if reads and not _changes(name, given[1]):
+            if not any(_is_traced(leaf) for leaf in _parts(given) if isinstance(leaf, Tensor)):
+                return value  # a constant of the model, which must not be changed twice
+            result = self._partly_known(func, name, *given)
+        elif not tensors:
+            return value if reads else func(*given[0], **given[1])
+        elif reads:
             result = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
         else:
             result = func(*given[0], **given[1])
-        if not seen.uncertain:
-            self._pair(result, value, sources)
+        self._pair(result, value, sources)
         return result
 
     def _all_sources(self, real: Any) -> set[str]:
@@ -255,20 +286,21 @@ class KnownValues(TorchFunctionMode):
             return func(args[0], *(_each(self._number, part) for part in args[1:]), **_each(self._number, kwargs))
         if name == "masked_select":
             source, mask = _two(args, kwargs, "mask")
-            if self._value(mask) is not None:
-                source, mask = torch.broadcast_tensors(source, mask)  # type: ignore[no-untyped-call]
-                with self:
-                    return source[mask]
+            value = self._value(mask)
+            if value is not None and self._read(mask, value):
+                shape = torch.broadcast_shapes(source.shape, value.shape)  # type: ignore[no-untyped-call]
+                with _beside_the_trace():
+                    places = value.expand(shape).nonzero(as_tuple=True)
+                return source.expand(shape)[places]
         if name == "repeat_interleave" and len(args) + len(kwargs) > 1:
             source, repeats = _two(args, kwargs, "repeats")
             value = self._value(repeats) if isinstance(repeats, Tensor) else None
-            if value is not None:
-                dim = args[2] if len(args) > 2 else kwargs.get("dim")
+            dim = args[2] if len(args) > 2 else kwargs.get("dim")
+            sizes = source.numel() if dim is None else source.shape[dim]
+            if value is not None and isinstance(sizes, int) and self._read(repeats, value):
                 with _beside_the_trace():
-                    index = torch.repeat_interleave(value) if value.dim() else None
-                if index is not None:
-                    self.decided |= self._all_sources([value])
-                    return source.flatten()[index] if dim is None else source.index_select(dim, index)
+                    index = torch.repeat_interleave(value.expand(sizes))
+                return source.flatten()[index] if dim is None else source.index_select(dim, index)
         return func(*args, **kwargs)
 
     def _number(self, leaf: Any) -> Any:
@@ -276,7 +308,8 @@ class KnownValues(TorchFunctionMode):
         value = self._value(leaf) if isinstance(leaf, Tensor) else None
         if value is None or value.dim() or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             return leaf
-        self.decided |= self._all_sources([value])
+        if not self._read(leaf, value):
+            return leaf
         with _beside_the_trace():
             return int(value)
 
@@ -285,8 +318,8 @@ class KnownValues(TorchFunctionMode):
         found: list[Any] = []
         for item in index if isinstance(index, tuple) else (index,):
             value = self._value(item) if isinstance(item, Tensor) else None
-            if value is not None and value.dtype in (torch.bool, torch.uint8) and value.dim():
-                self.decided |= self._all_sources([value])
+            of_truth = value is not None and value.dtype in (torch.bool, torch.uint8) and value.dim() > 0
+            if value is not None and of_truth and self._read(item, value):
                 with _beside_the_trace():
                     found += value.nonzero(as_tuple=True)
             elif isinstance(item, (slice, Tensor)):

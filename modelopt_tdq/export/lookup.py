@@ -86,6 +86,9 @@ class TimeRow:
             rest = range(1, dimensions)
             starts, ends, axes = (editor.ints(list(values)) for values in ([0 for _ in rest], [1 for _ in rest], rest))
             time = editor.before(self.anchor, "Slice", [time, starts, ends, axes], "time/of_samples")
+        if dimensions and self.size == 1 and (self._timestep.shape or (1,))[0] != 1:  # one of times that are the same
+            inputs = [time, *(editor.ints([value]) for value in (0, 1, 0))]
+            time = editor.before(self.anchor, "Slice", inputs, "time/first")
         column: ir.Value = editor.before(
             self.anchor, "Reshape", [time, editor.ints([-1, 1])], "time/column", shape=[self.size, 1]
         )

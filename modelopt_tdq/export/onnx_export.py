@@ -20,6 +20,7 @@ from modelopt_tdq.export.inputs import FIXED, Inputs, flatten_inputs
 from modelopt_tdq.export.layer_correction import fold_static
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
+from modelopt_tdq.export.one_time import nan_where_times_differ, needs_one_time
 from modelopt_tdq.export.open_sizes import open_sizes
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
 from modelopt_tdq.export.portable import portable
@@ -74,7 +75,9 @@ def export_onnx(
             name, those inside mappings, lists and dataclasses with their path (``added_cond_kwargs.text_embeds``,
             ``down_block_additional_residuals.0``). Everything else becomes part of the graph; a swapped denoiser
             refuses other values. The time may be
-            of any dtype and of shape [], [1], or [B] for a time per sample, and keeps that shape.
+            of any dtype and of shape [], [1], or [B] for a time per sample, and keeps that shape. Where the samples
+            cannot be told apart in an activation, as of tokens in front of the batch, times that are the same have to
+            be so in every call: the graph gives NaN otherwise.
         lowering: "ratio" divides by the scale in front of a quantizer with a constant scale, and multiplies
             behind the operator, so that backends keep their low-precision kernels. "reference" is
             QuantizeLinear with the scale looked up by time: for ONNX Runtime, as the numeric yardstick. "plugin" is
@@ -122,6 +125,14 @@ def export_onnx(
     graph = marker_graph(
         model, sample_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes, constants=constants
     )
+    if graph.decisions:
+        warnings.warn(
+            f"{type(unwrapped(model)).__name__} decides what runs by the values of its inputs, in "
+            f"{', '.join(graph.decisions)}. The graph has what the sample inputs decide, and gives NaN for inputs that "
+            "decide otherwise: export once for each kind of input",
+            TdqWarning,
+            stacklevel=2,
+        )
     if found := sorted(set(graph.constants) - set(constants)):
         warnings.warn(
             f"{', '.join(found)}: the code of {type(unwrapped(model)).__name__} reads their values, which decide how "
@@ -137,7 +148,7 @@ def export_onnx(
         lower(twin, "reference")
         _write(twin.model, reference)
     _write(graph.model, target)
-    return report_of(context, target, lowering, unquantized_layers(model), graph.constants)
+    return report_of(context, target, lowering, unquantized_layers(model), graph.constants, graph.decisions)
 
 
 def _file(field: str, path: str | os.PathLike[str]) -> Path:
@@ -160,6 +171,8 @@ class MarkerGraph:
         batch: Samples per call in the sample run.
         fixed: See :meth:`modelopt_tdq.export.inputs.Inputs.fixed`.
         constants: Names of the sample inputs that are part of the graph.
+        decisions: Lines of code in the model, see :class:`~modelopt_tdq.export.trace.Traced`.
+        one_time: Whether the times of a call have to be all the same.
     """
 
     model: ir.Model
@@ -170,6 +183,8 @@ class MarkerGraph:
     batch: int = 1
     fixed: str = "{}"
     constants: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
+    one_time: bool = False
 
 
 def marker_graph(
@@ -193,16 +208,28 @@ def marker_graph(
         )
     inputs = flatten_inputs(sample_inputs, spec.timestep)
     require_proven(model, inputs.arguments(tuple(inputs.tensors)))
-    samples = 1
-    if spec.timestep is not None:
-        samples = len(times_of_samples(inputs.tensors[inputs.names.index(spec.timestep)]))
     others = (t for n, t in zip(inputs.names, inputs.tensors, strict=True) if n != spec.timestep and t.dim())
     batch = next((len(tensor) for tensor in others), 1)
     sizes = open_sizes(inputs, spec.timestep, dynamic_batch, dynamic_axes)
     _check_constants(constants, inputs)
+    times = None
+    if spec.timestep is not None:
+        times = times_of_samples(inputs.tensors[inputs.names.index(spec.timestep)])
     traced = trace(with_markers(model), inputs, sizes, constants)
-    fixed = inputs.fixed(traced.constants)
-    return MarkerGraph(traced.model, spec, traced.shapes, samples, dynamic_batch, batch, fixed, traced.constants)
+    one_time = times is not None and needs_one_time(spec, traced.shapes, times)
+    samples = 1 if times is None or one_time else len(times)
+    return MarkerGraph(
+        traced.model,
+        spec,
+        traced.shapes,
+        samples,
+        dynamic_batch,
+        batch,
+        inputs.fixed(traced.constants),
+        traced.constants,
+        traced.decisions,
+        one_time,
+    )
 
 
 def _check_constants(names: Collection[str], inputs: Inputs) -> None:
@@ -237,6 +264,8 @@ def lower(
     lower_features(context, gather_int8=lowering == "reference")
     _LOWERINGS[lowering](context)
     portable(graph.model, editor)
+    if graph.one_time and time is not None:
+        nan_where_times_differ(editor, time)
     _finish(graph.model, lowering)
     graph.model.metadata_props[FIXED] = graph.fixed
     return context

@@ -24,6 +24,9 @@ TensorRT-RTX and OpenVINO have the same kernels with and without, but for the la
 ONNX Runtime has no Where of two truth values (masks of HunyuanVideo): it is And and Or. ONNX has no products, sums,
 minima or maxima of truth values, and torch's exporter writes them all the same: And and Or.
 
+ONNX Runtime's CPU has no arithmetic in bfloat16. Parts of a model of another type that compute in it all the same
+(attention of SanaWM) do so in float32 and round every result. (A model in bfloat16 stays as it is.)
+
 OpenVINO's CPU plugin (2026.4) makes one kernel of matrix products in a row where it has few rows per thread, so mostly
 with one thread. Of INT8 codes it returns other numbers, or does not compile for want of registers
 (``benchmarks/upstream/openvino_one_thread.py``). It does so only with matrices [M, K] all along: where a product is
@@ -42,7 +45,10 @@ from modelopt_tdq.export.product import CONVOLUTIONS, LAYOUT, constant_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OPSET_INT4", "OPSET_REPEATED", "portable"]
+__all__ = ["OPSET_BFLOAT16", "OPSET_INT4", "OPSET_REPEATED", "portable"]
+
+#: The first opset whose convolutions take bfloat16: that of models in it.
+OPSET_BFLOAT16 = 22
 
 #: The first opset with INT4 tensors.
 OPSET_INT4 = 21
@@ -74,6 +80,9 @@ def portable(model: ir.Model, editor: GraphEditor) -> None:
             _keep_bias(editor, node, always=weight is None or weight.dtype not in integers)
         elif node.op_type == "Add":
             _keep_added_bias(editor, node)
+    if model.opset_imports[""] < OPSET_BFLOAT16:
+        for node in list(editor.graph):
+            _round_to_bfloat16(editor, node)
     for node in list(editor.graph):
         if node.op_type == "DequantizeLinear":
             _hide_matrix(editor, node)
@@ -163,6 +172,27 @@ def _combine_truth(editor: GraphEditor, node: ir.Node) -> None:
     if found is not None:
         editor.replace(output, found)
         editor.graph.remove(node, safe=True)
+
+
+def _round_to_bfloat16(editor: GraphEditor, node: ir.Node) -> None:
+    types, output = editor.ir.DataType, node.outputs[0]
+    if node.op_type == "Cast" or len(node.outputs) > 1 or output.dtype != types.BFLOAT16:
+        return
+    for index, value in enumerate(node.inputs):
+        if value is not None and value.dtype == types.BFLOAT16:
+            node.replace_input_with(index, editor.cast(node, value, types.FLOAT, f"{value.name}/float32"))
+    users, graph_output = list(output.uses()), output.is_graph_output()
+    output.dtype = types.FLOAT
+    name = editor.unique(f"{output.name}/bfloat16")
+    to: dict[str, Any] = {"to": int(types.BFLOAT16)}
+    rounded = editor.ir.Value(name=name, type=editor.ir.TensorType(types.BFLOAT16), shape=output.shape)
+    cast = editor.ir.node("Cast", [output], to, outputs=[rounded], name=editor.unique(f"node/{name}"))
+    editor.graph.insert_after(node, cast)
+    for user, index in users:
+        user.replace_input_with(index, rounded)
+    if graph_output:
+        editor.graph.outputs[editor.graph.outputs.index(output)] = rounded
+        output.name, rounded.name = name, output.name
 
 
 def _hide_matrix(editor: GraphEditor, node: ir.Node) -> None:

@@ -33,6 +33,8 @@ class ExportReport:
         limited: Those of ``quantized`` whose layer has a low-precision kernel on some backends only, each with which,
             and how to leave it out.
         constants: Names of the tensors among the sample inputs whose values are part of the graph.
+        decisions: Lines of the model's code that decide by the values of other inputs what runs. The graph has what the
+            sample inputs decide, and gives NaN for inputs that decide otherwise.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class ExportReport:
     limited: tuple[tuple[str, str], ...] = ()
     unquantized: tuple[tuple[str, str], ...] = ()
     constants: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
 
 
 def report_of(
@@ -53,6 +56,7 @@ def report_of(
     lowering: str,
     unquantized: Mapping[str, str] | None = None,
     constants: tuple[str, ...] = (),
+    decisions: tuple[str, ...] = (),
 ) -> ExportReport:
     """What became of the quantizers of a lowered graph that is written to ``path``."""
     spec = context.spec
@@ -80,6 +84,7 @@ def report_of(
         tuple((name, which) for name, which in context.limited.items() if name not in context.skipped),
         tuple((unquantized or {}).items()),
         constants,
+        decisions,
     )
 
 

@@ -21,6 +21,8 @@ from modelopt_tdq.export.known_values import KnownValues
 from modelopt_tdq.export.markers import Marker, without_markers
 from modelopt_tdq.export.open_sizes import OpenSizes
 from modelopt_tdq.export.outputs import flatten_outputs
+from modelopt_tdq.export.plain_attention import in_plain_attention
+from modelopt_tdq.export.portable import OPSET_BFLOAT16
 from modelopt_tdq.export.translations import translations
 
 if TYPE_CHECKING:
@@ -32,8 +34,9 @@ __all__ = ["OPSET", "Traced", "trace"]
 #: From 19 on there are FP8 tensors, and QuantizeLinear with a scale that is computed.
 OPSET = 20
 
-#: The first one whose convolutions take bfloat16.
-OPSET_BFLOAT16 = 22
+
+#: Largest relative error of a traced model, in full precision: sums in another order.
+_SAME = 1e-3
 
 
 class _Positional(nn.Module):
@@ -49,11 +52,18 @@ class _Positional(nn.Module):
         if self.known is None:
             return tuple(self.outputs(tensors).values())
         with self.known.of(dict(zip(self.inputs.names, tensors, strict=True))):
-            return tuple(self.outputs(tensors).values())
+            outputs = tuple(self.outputs(tensors).values())
+        return outputs if not self.known.guards else _guarded(outputs, self.known.guards)
 
     def outputs(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """By name."""
         return flatten_outputs(self.model(**self.inputs.arguments(tensors)), self.inputs.names)
+
+
+def _guarded(outputs: tuple[Tensor, ...], guards: list[Tensor]) -> tuple[Tensor, ...]:
+    """NaN where the model would decide otherwise than it did when it was traced."""
+    same = torch.stack(guards).all()
+    return tuple(torch.where(same, t, torch.full_like(t, torch.nan)) if t.is_floating_point() else t for t in outputs)
 
 
 def _opset(model: nn.Module, inputs: Inputs) -> int:
@@ -90,11 +100,14 @@ class Traced:
         model: The marker graph.
         shapes: Those that each marker saw, by quantizer name.
         constants: Names of the inputs whose values of the sample call are part of the graph, and no inputs of it.
+        decisions: Lines of the model's code that decide by the values of other inputs: as in the sample call, or the
+            graph gives NaN.
     """
 
     model: ir.Model
     shapes: dict[str, list[tuple[int, ...]]]
     constants: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes, constants: Collection[str] = ()) -> Traced:
@@ -135,7 +148,7 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes, constants: Collect
     for value in list(graph.graph.initializers.values()):
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
-    return Traced(graph, shapes, found)
+    return Traced(graph, shapes, found, () if module.known is None else tuple(module.known.guarded))
 
 
 def _exported(
@@ -153,13 +166,36 @@ def _exported(
     except ExportError as failure:
         if failure.program is not None and not _has_unknown_sizes(failure.program):
             raise
-    open_inputs = dynamic[0] if dynamic is not None else [None] * len(inputs.names)
-    for name, tensor, is_open in zip(inputs.names, inputs.tensors, open_inputs, strict=True):
-        numbers = not tensor.is_floating_point() and not tensor.is_complex()
-        if numbers and not is_open and name != inputs.timestep:
-            values[name] = tensor
-    module.known = KnownValues(values)
-    return _once(module, inputs, outputs, dynamic, constants)
+    sizes = dynamic[0] if dynamic is not None else [None] * len(inputs.names)
+    fixed = zip(inputs.names, inputs.tensors, sizes, strict=True)
+    values |= {n: t for n, t, size in fixed if not size and n != inputs.timestep and not t.is_complex()}
+    module.known = KnownValues(values, {n for n, t in values.items() if t.is_floating_point()} - set(constants))
+    found = _once(module, inputs, outputs, dynamic, constants)
+    _prove(module, inputs)
+    return found
+
+
+def _prove(module: _Positional, inputs: Inputs) -> None:
+    """What was read beside a trace is in it as the model has it, in full precision: it computes the same.
+
+    Raises:
+        TdqError: It does not.
+    """
+    with without_markers(module.model):
+        program = _program(module, inputs)
+        found = program.module()(*real_inputs(inputs.tensors))
+        known, module.known = module.known, None
+        expected = module(*inputs.tensors)
+        module.known = known
+    for one, other in zip(found, expected, strict=True):
+        error = (one.double() - other.double()).square().sum()
+        if not bool(error <= _SAME**2 * other.double().square().sum()):
+            raise TdqError(
+                "model",
+                type(module.model).__name__,
+                "torch's exporter makes something else of it, though it reads only what is known",
+                "Report this",
+            )
 
 
 def _once(
@@ -212,10 +248,10 @@ def _onnx(program: Any, module: _Positional, inputs: Inputs, outputs: list[str] 
 
 
 def _program(module: _Positional, inputs: Inputs, dynamic: Any = None) -> Any:
-    """What torch.export makes of it, in real numbers."""
+    """What torch.export makes of it, in real numbers and plain attention."""
     tensors = tuple(inputs.tensors)
     program = torch.export.export(module, tensors, dynamic_shapes=dynamic, strict=False)
-    return in_real_numbers(program, tensors, dynamic)
+    return in_real_numbers(in_plain_attention(program, tensors, dynamic), tensors, dynamic)
 
 
 def _plain_fails(model: nn.Module, inputs: Inputs, constants: Collection[str]) -> bool:
