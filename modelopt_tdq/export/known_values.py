@@ -6,9 +6,9 @@ they follow from constants, or from inputs whose values the caller has given, th
 what was read becomes part of the graph.
 
 The graph of everything else is what it is without this. Inputs that were read in this way are named in ``decided``:
-their values have to be constants of the graph, or it would be wrong with other ones. Of floating-point inputs, such as
-latents, only truth values and integers are read, as of "is the image all zeros?"; they stay inputs, and ``guards`` of
-the graph say whether the same would be read again.
+their values have to be constants of the graph, or it would be wrong with other ones. Inputs of which one truth value
+was read, as of "is the image all zeros?", stay inputs, and ``guards`` of the graph say whether the same would be read
+again. So it is with floating-point inputs, such as latents, of which no more than truth values and integers are read.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ def _is_traced(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
+def _is_fraction(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _changes(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function changes its first argument, by torch's own rules for names."""
     special = name.startswith("__") and name.endswith("__")
@@ -119,8 +123,8 @@ class KnownValues(TorchFunctionMode):
 
     Attributes:
         decided: Names of the others that were read.
-        guards: Truth values [] in the trace, for each time that what follows from an open one was read.
-        guarded: Where in the model's code that was.
+        guards: Truth values [] in the trace, for each time that something was read without its inputs being decided.
+        guarded: Where in the model's code that was, and which inputs it follows from.
         unknown: Where numbers were read that are not known.
     """
 
@@ -129,7 +133,7 @@ class KnownValues(TorchFunctionMode):
         self.inputs = dict(inputs)
         self.decided: set[str] = set()
         self.guards: list[Tensor] = []
-        self.guarded: dict[str, None] = {}
+        self.guarded: dict[str, set[str]] = {}
         self._open = frozenset(open_inputs)
         self.unknown: dict[str, None] = {}
         self._values = WeakTensorKeyDictionary()
@@ -169,14 +173,16 @@ class KnownValues(TorchFunctionMode):
     def _read(self, traced: Any, real: Any) -> bool:
         """Note that the numbers in these arguments are read; not if they are not to be."""
         leaves = zip(_parts(traced), _parts(real), strict=True)
-        pairs = [(one, other) for one, other in leaves if isinstance(other, Tensor)]
-        guarded = [(one, value) for one, value in pairs if self._open & (self._sources_of(value) or set())]
-        if any(value.is_floating_point() or value.is_complex() for _, value in guarded):
+        read = [(one, value, self._sources_of(value) or set()) for one, value in leaves if isinstance(value, Tensor)]
+        if any(self._open & names and _is_fraction(value) for _, value, names in read):
             return False
-        for one, value in guarded:
-            self.guards.append((one == value.clone()).all())
-            self.guarded.setdefault(code_in_model(traceback.extract_stack()))
-        self.decided |= self._all_sources([value for _, value in pairs]) - self._open
+        for one, value, names in read:
+            if names and (self._open & names or (value.dtype == torch.bool and not value.dim())):
+                self.guards.append((one == value.clone()).all())
+                self.guarded.setdefault(code_in_model(traceback.extract_stack()), set()).update(names)
+            else:
+                self.decided |= names
+        self.decided -= self._open
         return True
 
     def _value(self, tensor: Tensor) -> Tensor | None:

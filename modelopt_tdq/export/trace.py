@@ -148,7 +148,8 @@ def trace(model: nn.Module, inputs: Inputs, sizes: OpenSizes, constants: Collect
     for value in list(graph.graph.initializers.values()):
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
-    return Traced(graph, shapes, found, () if module.known is None else tuple(module.known.guarded))
+    guarded = {} if module.known is None else module.known.guarded
+    return Traced(graph, shapes, found, tuple(line for line, names in guarded.items() if names - set(found)))
 
 
 def _exported(

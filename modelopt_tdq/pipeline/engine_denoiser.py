@@ -149,6 +149,8 @@ class EngineDenoiser(StandIn):
                 return value.flatten()[0]
             size = shape[0] if isinstance(shape[0], int) else max(1, value.numel())
             return value.reshape(-1).expand(size) if value.numel() == 1 else value
+        if value.is_complex():  # graphs have no complex numbers: real and imaginary part
+            value = torch.view_as_real(value.resolve_conj())
         fixed = [(have, want) for have, want in zip(value.shape, shape, strict=False) if isinstance(want, int)]
         if len(shape) != value.dim() or any(have != want for have, want in fixed):
             raise TdqError(

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import TIMES, noise, quantized
+from support.models import TIMES, fast_config, noise, quantized
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -47,7 +48,25 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cast": lambda z, w: (z.to(torch.complex128) * w).to(torch.complex64),
     "from real numbers": lambda z, w: z.real.to(torch.complex64) * w,
     "sizes": lambda z, w: z * z.shape[-1],
+    "quotient": lambda z, w: z / (w + 3) + w / 2,
+    "exponential": lambda z, w: torch.exp(z * 0.5) + torch.exp(1j * w.real),
+    "sum with real numbers": lambda z, w: z + w.real - 2,
+    "gather": lambda z, w: z.gather(1, torch.tensor([[[2, 0, 1, 1]], [[0, 2, 2, 1]]])) * w[:, :1],
+    "where": lambda z, w: torch.where(z.real > 0, z, w),
+    "masked_fill": lambda z, w: z.masked_fill(w.real > 0, 1 + 2j),
+    "written in place": lambda z, w: _written(torch.zeros(2, 5, 4, dtype=torch.complex64), z, w),
+    "written into what is like another": lambda z, w: _written(z.new_zeros(2, 5, 4), z, w) + torch.zeros_like(z[:, :1]),
+    "written at places": lambda z, w: torch.zeros_like(z).index_put_((torch.tensor([1]),), w[:1]) * z,
+    "changed in place": lambda z, w: z.clone().mul_(w).add_(1),
 }
+
+
+def _written(numbers: Tensor, z: Tensor, w: Tensor) -> Tensor:
+    for row in range(2):
+        numbers[row, 1:4] = z[row]
+        numbers[row, 0, :2] = w[row, 0, 2:]
+    numbers[:, 4] = 1.5
+    return numbers
 
 
 class Applied(nn.Module):
@@ -79,6 +98,42 @@ def test_what_is_not_known_and_what_is_real_stays() -> None:
     assert in_real_numbers(unknown, tensors, None) is unknown
     plain = torch.export.export(nn.Linear(2, 2), tensors[:1], strict=False)
     assert in_real_numbers(plain, tensors[:1], None) is plain
+
+
+class Turning(nn.Module):
+    """Takes the rotation as complex numbers, as Lumina-Next does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor, turn: Tensor) -> Tensor:
+        h = self.first(sample * (1 + timestep.reshape(-1, 1, 1) / 100))
+        turned = torch.view_as_complex(h.unflatten(-1, (4, 2)).contiguous()) * turn
+        return self.second(torch.view_as_real(turned).flatten(-2))
+
+
+def test_complex_inputs_are_real_and_imaginary_parts(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def turn(seed: int) -> Tensor:
+        return torch.view_as_complex(noise(5, 4, 2, seed=seed))
+
+    torch.manual_seed(0)
+    calls = [
+        {"sample": noise(2, 5, 8, seed=i), "timestep": torch.tensor(t), "turn": turn(i)} for i, t in enumerate(TIMES)
+    ]
+    model = mtq.quantize(Turning().eval(), fast_config(high_precision=()), lambda m: [m(**call) for call in calls])
+    tdq.export_onnx(model, tmp_path / "m.onnx", calls[1])
+    session = tdq.open_session(tmp_path / "m.onnx")
+    assert session.shapes["turn"] == (5, 4, 2)
+    given = {**calls[1], "turn": turn(9)}
+    with torch.no_grad():
+        expected = model(**given)
+    for feeds in (given, {name: value.numpy() for name, value in given.items()}):
+        assert torch.allclose(torch.from_numpy(session(feeds)["output"]), expected, atol=1e-5)
+    found = tdq.EngineDenoiser(session, model)(**given)
+    assert torch.allclose(found[0], expected, atol=1e-5)
 
 
 class Rotated(nn.Module):

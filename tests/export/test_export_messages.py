@@ -13,6 +13,7 @@ import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.core import installed
 from modelopt_tdq.export import trace
+from modelopt_tdq.export.failure import failed_operator
 
 
 class Zeta(nn.Module):
@@ -74,6 +75,6 @@ def test_an_operator_is_not_mistaken_for_one_whose_name_holds_its_own() -> None:
             return torch.addmm(x, x, x) + torch.add(x, x)
 
     program = torch.export.export(Both(), (torch.randn(2, 2),))
-    operator, _ = trace._failed_operator("OpOverload(op='aten.add', overload='Tensor')", program)
+    operator, _ = failed_operator(ValueError("OpOverload(op='aten.add', overload='Tensor')"), program)
     assert operator == "aten.add.Tensor"
-    assert trace._failed_operator("something else", program) == ("", "")
+    assert failed_operator(ValueError("something else"), program) == ("", "")

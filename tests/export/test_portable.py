@@ -11,6 +11,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -21,6 +22,8 @@ from support.noise import SAME, Expected, expected
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
+from modelopt_tdq.export.graph import GraphEditor
+from modelopt_tdq.export.portable import portable
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 LEVELS: tuple[Any, ...] = ("none", "basic", "extended", "all")
@@ -291,3 +294,53 @@ def test_a_choice_between_truth_values(tmp_path: Path) -> None:
     found = session({"sample": sample.numpy(), "timestep": time.numpy()})[session.outputs[0]]
     with torch.no_grad():
         assert np.allclose(found, model(sample, time).numpy(), atol=1e-5)
+
+
+def _portable(nodes: list[onnx.NodeProto], inputs: list[Any], outputs: list[Any], opset: int = 20) -> onnx.ModelProto:
+    graph = onnx.helper.make_graph(nodes, "graph", inputs, outputs)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=9)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    portable(model, GraphEditor(model.graph))
+    return ir.to_proto(model)
+
+
+def test_numbers_of_truth_values_are_and_and_or() -> None:
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [
+        make("Mul", ["a", "b"], ["both"]),
+        make("Add", ["both", "c"], ["some"]),
+        make("Max", ["a", "b", "c"], ["any"]),
+        make("Min", ["a", "some"], ["out"]),
+    ]
+    truth = onnx.TensorProto.BOOL
+    inputs = [info(name, truth, [8]) for name in "abc"]
+    outputs = [info(name, truth, [8]) for name in ("out", "any")]
+    # ONNX does not have them, so shape inference gives no types
+    graph = onnx.helper.make_graph(nodes, "graph", inputs, outputs)
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9))
+    for node in model.graph:
+        node.outputs[0].dtype = ir.DataType.BOOL
+    portable(model, GraphEditor(model.graph))
+    a, b, c = np.array(list(itertools.product([False, True], repeat=3))).T
+    found = OnnxRuntimeSession(ir.to_proto(model))({"a": a, "b": b, "c": c})
+    assert np.array_equal(found["any"], a | b | c)
+    assert np.array_equal(found["out"], a & ((a & b) | c))
+
+
+def test_bfloat16_inside_a_model_of_another_type_is_float32_that_is_rounded() -> None:
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    number, half = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
+    nodes = [
+        make("Cast", ["x"], ["rounded"], to=half),
+        make("Mul", ["rounded", "rounded"], ["square"]),
+        make("Transpose", ["square"], ["turned"]),
+        make("MatMul", ["turned", "rounded"], ["product"]),
+        make("Cast", ["product"], ["out"], to=number),
+    ]
+    arguments = nodes, [info("x", number, [4, 4])], [info("out", number, [4, 4])]
+    x = noise(4, 4)
+    found = OnnxRuntimeSession(_portable(*arguments))({"x": x.numpy()})["out"]
+    rounded = x.bfloat16()
+    assert torch.equal(torch.from_numpy(found), (rounded.square().T @ rounded).float())
+    of_another_type = _portable(*arguments, opset=22)  # that of models in bfloat16
+    assert [node.op_type for node in of_another_type.graph.node] == [node.op_type for node in nodes]

@@ -68,7 +68,7 @@ class OpenVinoSession:
         }
         self.outputs = [port.get_any_name() for port in self._compiled.outputs]
         info = dict(model.get_rt_info().items()).get("framework", {})  # what OpenVINO keeps of an ONNX file's metadata
-        self.metadata: dict[str, str] = {str(key): str(value) for key, value in dict(info).items()}
+        self.metadata: dict[str, str] = {str(key): str(getattr(v, "value", v)) for key, v in dict(info).items()}
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name."""
