@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from support.models import noise, quantized
@@ -48,6 +49,20 @@ def test_outputs_are_those_of_onnx_runtime(paths: dict[str, Path], inputs: dict[
         found, expected = session(inputs)["output"], OnnxRuntimeSession(path)(inputs)["output"]
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_inputs_have_the_names_of_the_file(tmp_path: Path) -> None:
+    """OpenVINO leaves out the product with ones, and calls the input by the name of the product as well."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    ones = helper.make_tensor("ones", kind, [2], [1.0, 1.0])
+    x, y = (helper.make_tensor_value_info(name, kind, [2]) for name in ("x", "y"))
+    nodes = [helper.make_node("Mul", ["x", "ones"], ["a"]), helper.make_node("Cos", ["a"], ["y"])]
+    graph = helper.make_graph(nodes, "graph", [x], [y], [ones])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "m.onnx")
+    session = OpenVinoSession(tmp_path / "m.onnx", num_threads=1)
+    assert list(session.inputs) == ["x"] == list(session.shapes)
+    assert session.outputs == ["y"]
+    np.testing.assert_allclose(session({"x": np.zeros(2, np.float32)})["y"], 1.0)
 
 
 def test_results_outlive_the_next_call(paths: dict[str, Path], inputs: dict[str, Any]) -> None:

@@ -61,12 +61,15 @@ class OpenVinoSession:
         self._request = self._compiled.create_infer_request()
         self._types = openvino.Type
         self._tensor = openvino.Tensor
-        self.inputs = {port.get_any_name(): self._dtype(port) for port in self._compiled.inputs}
+        # as in the file: once compiled, a tensor also has the names of what was found to be equal to it
+        names = [port.get_any_name() for port in model.inputs]
+        inputs = dict(zip(names, self._compiled.inputs, strict=True))
+        self.inputs = {name: self._dtype(port) for name, port in inputs.items()}
         self.shapes = {
-            port.get_any_name(): tuple(d.get_length() if d.is_static else str(d) for d in port.get_partial_shape())
-            for port in self._compiled.inputs
+            name: tuple(d.get_length() if d.is_static else str(d) for d in port.get_partial_shape())
+            for name, port in inputs.items()
         }
-        self.outputs = [port.get_any_name() for port in self._compiled.outputs]
+        self.outputs = [port.get_any_name() for port in model.outputs]
         info = dict(model.get_rt_info().items()).get("framework", {})  # what OpenVINO keeps of an ONNX file's metadata
         self.metadata: dict[str, str] = {str(key): str(getattr(v, "value", v)) for key, v in dict(info).items()}
 
