@@ -28,9 +28,13 @@ from modelopt_tdq.temporal_features.tape import Tape
 from modelopt_tdq.temporal_features.trace import layers_with_parameters
 from modelopt_tdq.temporal_features.variation import named_leaves
 
-__all__ = ["TemporalBlock", "find_temporal_block", "for_times", "named"]
+__all__ = ["NoTemporalBlockError", "TemporalBlock", "find_temporal_block", "for_times", "named"]
 
 _log = logging.getLogger(__name__)
+
+
+class NoTemporalBlockError(TdqError):
+    """Nothing in the model that has weights depends on the time alone."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +209,8 @@ def find_temporal_block(
             one, in a batch like that of the call, so that every matrix product has the call's own shape.
 
     Raises:
-        TdqError: Hooks keep its weights elsewhere between calls; there is no such argument; or nothing with weights
-            depends on the time alone.
+        NoTemporalBlockError: Nothing with weights depends on the time alone.
+        TdqError: Hooks keep its weights elsewhere between calls; or there is no such argument.
     """
     model = unwrapped(model)
     require_weights(model, "have its temporal block found")
@@ -219,7 +223,7 @@ def find_temporal_block(
     if not found.features:
         example = next(iter(depends.items()), None)
         why = f"; `{example[0]}`, for one, also depends on {', '.join(example[1])}" if example else ""
-        raise TdqError(
+        raise NoTemporalBlockError(
             "model",
             type(model).__name__,
             f"it has no temporal block: none of its layers depends on `{timestep}` alone{why}",
