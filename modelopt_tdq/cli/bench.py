@@ -153,3 +153,34 @@ def rivals(
         training_steps=training_steps,
     )
     typer.echo(run_rivals(shared, command_line(), run))
+
+
+@bench.command("zoo")
+def zoo(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Name of a class of diffusers; repeat it for more. Default: all.")
+    ] = None,
+    stages: Annotated[
+        str,
+        typer.Option(
+            help="Stages, separated by commas, with those that they need: full, quantize, save, restore, temporal, "
+            "export, onnxruntime, openvino, tensorrt_rtx, temporal_export. Default: all but the last."
+        ),
+    ] = "",
+    limit: Annotated[float, typer.Option(help="Seconds that one class may take.")] = 300.0,
+    again: Annotated[bool, typer.Option("--again", help="Run finished classes anew.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of zoo.json and zoo.md; finished classes are kept.")] = Path(
+        "benchmarks/results"
+    ),
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="--no-run: write the matrix of the classes there are.")
+    ] = True,
+) -> None:
+    """Take a tiny model of every class of diffusers through quantization, saving, export and every backend.
+
+    A process per class with a time limit, and another that restores what it saved: what fails ends nothing else, and
+    is told with its reason. Classes that ran with the versions that are installed are kept.
+    """
+    from modelopt_tdq.lab.bench.zoo.command import Bench, run_zoo
+
+    typer.echo(run_zoo(Bench(output, tuple(only or ()), names(stages), limit, again), run))

@@ -9,7 +9,10 @@ from pathlib import Path
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.weights import weights_form
 
-__all__ = ["ExportReport", "report_of"]
+__all__ = ["UNUSED", "ExportReport", "report_of"]
+
+#: Why the quantizers of a layer are not in the graph.
+UNUSED = "the model does not run this layer on these sample inputs"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def report_of(
         elif name in spec.folded:
             skipped.append((name, f"the weight has {spec.folded[name][1]}; its values are stored as floats"))
         else:
-            skipped.append((name, "the model does not run this layer on these sample inputs"))
+            skipped.append((name, UNUSED))
     # a weight has one entry per value of the graph that carries it, before and after a cast
     stored_once = {id(weight): weight for weight in context.weights.values()}.values()
     return ExportReport(
