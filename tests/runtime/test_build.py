@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import modelopt_tdq as tdq
+from modelopt_tdq.runtime.build.onnx_model import read_onnx
 from modelopt_tdq.runtime.build.report import (
     FloatLayersError,
     float_layers,
@@ -158,6 +159,17 @@ def test_the_parser_says_which_node_it_refuses(tmp_path: Path) -> None:
         tdq.build_engine(model, tmp_path / "det.engine")
     assert caught.value.field == "onnx_path"
     assert files(tmp_path) == {"det.onnx", "det.engine.log"}
+
+
+def test_an_error_names_the_inputs_whose_numbers_decide_sizes(tmp_path: Path) -> None:
+    graph = Graph({"x": [4, 3], "mask": [4], "unmasked": [4]})
+    places = graph.add("Transpose", graph.add("NonZero", graph.add("Sigmoid", "mask")), perm=[1, 0])
+    sizes = graph.add("NonZero", graph.add("Shape", "unmasked"))
+    chosen = graph.add("Add", graph.add("GatherND", "x", places), graph.add("Cast", sizes, to=1))
+    model = graph.save(tmp_path / "model.onnx", chosen, ["n", 3])
+    assert read_onnx(model).sized_by == ("mask",)
+    with pytest.raises(tdq.TdqError, match=r"refuses it: NonZero.*the numbers of mask.*with constants=\['mask'\]"):
+        tdq.build_engine(model, tmp_path / "model.engine")
 
 
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")

@@ -15,7 +15,7 @@ from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.build.options import (AOT_PLUGIN, BUILDERS, DEFAULT_COMPUTE_CAPABILITIES, HARDWARE_COMPATIBILITY, OLDEST_TENSORRT, BuildOptions)
 from modelopt_tdq.runtime.build.report import EngineReport, parse_layers, sha256
-from modelopt_tdq.runtime.build.onnx_model import read_onnx
+from modelopt_tdq.runtime.build.onnx_model import OnnxFacts, read_onnx
 from modelopt_tdq.runtime.build.precision import FloatLayersError, render_precision, require_low_precision
 from modelopt_tdq.runtime.build.shape_profile import DEFAULT_BATCH, DEFAULT_ROWS, shape_profile
 import json
@@ -93,7 +93,8 @@ def build_engine(
     cache = None if timing_cache is None else Path(timing_cache).absolute()
     with tempfile.TemporaryDirectory(prefix=f".{engine.name}.", dir=engine.parent) as folder:
         partial = Path(folder) / engine.name
-        answer = run_builder(
+        answer = _built(
+            facts,
             {
                 "backend": backend,
                 "oldest": OLDEST_TENSORRT,
@@ -139,6 +140,23 @@ def build_engine(
     if log_path is None:
         log.unlink(missing_ok=True)
     return report
+
+
+def _built(facts: OnnxFacts, request: dict[str, Any], request_file: Path) -> dict[str, Any]:
+    """:func:`run_builder`, whose errors also tell of sizes that depend on numbers: not every builder knows these."""
+    try:
+        return run_builder(request, request_file)
+    except MissingExtraError:
+        raise
+    except TdqError as error:
+        if not facts.sized_by:
+            raise
+        names = list(facts.sized_by)
+        cure = (
+            f"{error.cure}. How large tensors of the graph are depends on the numbers of {', '.join(names)}: where "
+            f"these are the same in every call, export with constants={names}"
+        )
+        raise TdqError(error.field, error.value, error.problem, cure) from error
 
 
 def require_place(field: str, file: Path) -> None:

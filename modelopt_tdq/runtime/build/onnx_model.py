@@ -13,6 +13,12 @@ from modelopt_tdq.export.product import LAYOUT, PRODUCTS
 
 __all__ = ["OnnxFacts", "PluginNode", "quantized_layers", "read_onnx"]
 
+#: Operators whose output is as large as the numbers of their input say.
+_SIZED_BY_NUMBERS = ("NonZero", "Compress", "Unique", "NonMaxSuppression")
+
+#: What they give does not depend on numbers.
+_SIZES = ("Shape", "Size")
+
 
 @dataclass(frozen=True, order=True)
 class PluginNode:
@@ -37,6 +43,7 @@ class OnnxFacts:
         external_data: Files with weights stored beside the model.
         plugins: Plugins of TensorRT that its nodes name.
         metadata: What the file says about itself, by key.
+        sized_by: Inputs whose numbers decide how large tensors of the graph are.
     """
 
     inputs: Mapping[str, tuple[int | str, ...]]
@@ -45,6 +52,7 @@ class OnnxFacts:
     external_data: tuple[Path, ...]
     plugins: tuple[PluginNode, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    sized_by: tuple[str, ...] = ()
 
 
 def read_onnx(path: Path) -> OnnxFacts:
@@ -74,8 +82,28 @@ def read_onnx(path: Path) -> OnnxFacts:
     existing = tuple(sorted(file for file in files if file.is_file()))
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     return OnnxFacts(
-        inputs, quantized_layers(model), _quantized_types(onnx, model), existing, _plugins(model), metadata
+        inputs,
+        quantized_layers(model),
+        _quantized_types(onnx, model),
+        existing,
+        _plugins(model),
+        metadata,
+        _sized_by(model, inputs),
     )
+
+
+def _sized_by(model: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """In the order of the inputs."""
+    producer = {output: node for node in model.graph.node for output in node.output}
+    waiting = [name for node in model.graph.node if node.op_type in _SIZED_BY_NUMBERS for name in node.input]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        node = producer.get(name)
+        if name not in seen and (node is None or node.op_type not in _SIZES):
+            seen.add(name)
+            waiting += node.input if node is not None else []
+    return tuple(name for name in inputs if name in seen)
 
 
 def _plugins(model: Any) -> tuple[PluginNode, ...]:

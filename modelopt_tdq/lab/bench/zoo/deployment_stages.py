@@ -16,7 +16,9 @@ from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.export.report import UNUSED
 from modelopt_tdq.lab.bench.zoo.judge import MARGIN_DB, judged
 from modelopt_tdq.lab.bench.zoo.stage import REFUSED, RIGHT, WRONG, Case, Cell
+from modelopt_tdq.runtime.build.onnx_model import read_onnx
 from modelopt_tdq.runtime.build.precision import FLOAT, UNKNOWN
+from modelopt_tdq.runtime.build.report import EngineReport
 
 __all__ = ["export", "onnxruntime", "openvino", "run_onnxruntime", "temporal_export", "tensorrt_rtx"]
 
@@ -58,6 +60,7 @@ def export(case: Case) -> Cell:
         "unused": len(report.skipped) - len(floats),
         "skipped": floats,
         "limited": dict(report.limited),
+        "constants": list(report.constants),
         "bytes": case.ratio.stat().st_size,
     }
     if floats:
@@ -99,10 +102,26 @@ def openvino(case: Case) -> Cell:
     return judged(case, session(_feeds(case, session.inputs)), "openvino")
 
 
-def tensorrt_rtx(case: Case) -> Cell:
-    """Build, without a GPU: every quantized layer must be in low precision."""
+def _built(case: Case, path: Path) -> EngineReport:
     engine = case.folder / "model.engine"
-    report = tdq.build_engine(case.ratio, engine, compute_capabilities=(_CAPABILITY,), allow_float=True)
+    return tdq.build_engine(path, engine, compute_capabilities=(_CAPABILITY,), allow_float=True)
+
+
+def tensorrt_rtx(case: Case) -> Cell:
+    """Build, without a GPU: every quantized layer must be in low precision.
+
+    Where that is refused and sizes depend on the numbers of inputs, such as a mask, with these as constants.
+    """
+    constants: tuple[str, ...] = ()
+    try:
+        report = _built(case, case.ratio)
+    except TdqError:
+        constants = read_onnx(case.ratio).sized_by
+        if not constants:
+            raise
+        path = case.folder / "constants.onnx"
+        tdq.export_onnx(_quantized(case), path, case.held_out, constants=constants)
+        report = _built(case, path)
     floats = [layer.name for layer in report.precisions if layer.type == FLOAT]
     unknown = [layer.name for layer in report.precisions if layer.type == UNKNOWN]
     cell: Cell = {
@@ -110,6 +129,7 @@ def tensorrt_rtx(case: Case) -> Cell:
         "layers": len(report.quantized),
         "low_precision": len(report.quantized) - len(floats) - len(unknown),
         "kernels": report.kernels,
+        "constants": list(constants),
         "float": floats,
         "unknown": unknown,
     }

@@ -39,12 +39,21 @@ def _temporal(cell: Cell) -> str:
     return f"{cell['features']} of {cell['layers']} layers, {cell.get('by') or _db(cell) + ' dB'}"
 
 
+def _fixed(cell: Cell) -> str:
+    """Inputs that are part of the graph, and no inputs of it."""
+    return f"; constant: {', '.join(cell['constants'])}" if cell.get("constants") else ""
+
+
+def _export(cell: Cell) -> str:
+    return f"{cell['low_precision']} quantizers{_fixed(cell)}"
+
+
 def _output(cell: Cell) -> str:
     return _db(cell) + (f", {cell['by']}" if "by" in cell else "")
 
 
 def _tensorrt(cell: Cell) -> str:
-    return f"{cell['low_precision']} of {cell['layers']}, {cell['kernels']} kernels"
+    return f"{cell['low_precision']} of {cell['layers']}, {cell['kernels']} kernels{_fixed(cell)}"
 
 
 #: Columns: stage, heading, and what a cell of the verdict RIGHT or WRONG says.
@@ -52,7 +61,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Cell], str]], ...] = (
     ("quantize", "SQNR (static), dB; quantized", _quantize),
     ("restore", "restored", lambda cell: "equal"),
     ("temporal", "temporal features", _temporal),
-    ("export", "exported", lambda cell: f"{cell['low_precision']} quantizers"),
+    ("export", "exported", _export),
     ("onnxruntime", "ONNX Runtime, dB", _output),
     ("openvino", "OpenVINO, dB", _output),
     ("tensorrt_rtx", "TensorRT-RTX", _tensorrt),
