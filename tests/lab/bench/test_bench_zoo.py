@@ -36,27 +36,26 @@ SMALL = "DreamLiteTransformer2DModel"
 
 #: Small ones of different build, and what they have that others do not.
 DEPLOYED = (
-    "StableCascadeUNet",  # convolutions by depth, norms over channels
     "DiTTransformer2DModel",  # labels
     "PixArtTransformer2DModel",  # cross attention
     "SanaTransformer2DModel",  # linear attention, gated convolutions
     "SD3Transformer2DModel",  # two streams
     "AuraFlowTransformer2DModel",  # registers
-    "CogView4Transformer2DModel",  # sizes as conditions
+    "CogView3PlusTransformer2DModel",  # sizes as conditions
     "PRXTransformer2DModel",  # text beside the image as keys only
     "DreamLiteTransformer2DModel",  # a time of no dimension
     "FluxTransformer2DModel",  # guidance, one stream behind two
     "Ideogram4Transformer2DModel",  # several segments in a row of tokens
     "ErnieImageTransformer2DModel",  # tokens in front of samples
-    "CogVideoXTransformer3DModel",  # frames
+    "AllegroTransformer3DModel",  # video
+    "CogVideoXTransformer3DModel",  # video and text in one row of tokens
     "LatteTransformer3DModel",  # frames folded into the batch
-    "WanTransformer3DModel",  # modulation by parameters
     "MiniMaxH3Transformer3DModel",
     "StableAudioDiTModel",  # fewer heads of keys than of queries
     "MiniMaxMusic3Transformer1DModel",
-    "T5FilmDecoder",  # modulated norms, relative positions
     "PriorTransformer",  # a causal mask
     "HunyuanDiT2DControlNetModel",  # several outputs
+    "SD3ControlNetModel",
 )
 
 
