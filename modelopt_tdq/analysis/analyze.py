@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -14,7 +15,9 @@ from modelopt.torch.utils.distributed import is_dtensor_sharded
 from torch import nn
 
 from modelopt_tdq.analysis.headroom import LayerHeadroom, headroom, median
-from modelopt_tdq.analysis.sensitivity import LayerSensitivity, Probe, Proposal, propose, sensitivity
+from modelopt_tdq.analysis.probe import Probe
+from modelopt_tdq.analysis.propose import Proposal, propose
+from modelopt_tdq.analysis.sensitivity import LayerSensitivity, sensitivities
 from modelopt_tdq.calibration.collect import Calibration, collect
 from modelopt_tdq.calibration.columns import columns
 from modelopt_tdq.calibration.output_error import output_curves
@@ -97,6 +100,7 @@ def analyze(
     *,
     target: float | None = None,
     probes: int = 3,
+    one_by_one: bool = False,
     progress: bool = True,
 ) -> Analysis:
     """Headroom and sensitivity of ``model``; the model itself is not changed.
@@ -107,6 +111,8 @@ def analyze(
         config: As for ``mtq.quantize``; default :data:`modelopt_tdq.TDQ_CONFIG`.
         target: SQNR of the output in dB; if given, the smallest sets of layers to keep in high precision.
         probes: Times to look at for sensitivity, spread over the schedule; 0 leaves it out.
+        one_by_one: Measure what each layer does to the output with nothing else quantized, which takes two calls of the
+            model for each layer and time. By default all are estimated at once from a few backward passes.
         progress: Show progress bars.
 
     Raises:
@@ -124,7 +130,7 @@ def analyze(
     model = unwrapped(model)
     require_weights(model, "be analyzed")
     with together("analyze"):
-        return _analyzed(_copy(model), forward_loop, config["quant_cfg"], settings, target, probes)
+        return _analyzed(_copy(model), forward_loop, config["quant_cfg"], settings, target, probes, one_by_one)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -146,6 +152,7 @@ def _analyzed(
     settings: TdqCalibConfig,
     target: float | None,
     probes: int,
+    one_by_one: bool,
 ) -> Analysis:
     progress = settings.progress
     mtq.quantize(copied, {"quant_cfg": rules, "algorithm": None})
@@ -173,11 +180,17 @@ def _analyzed(
     chosen = sorted({round(i * (len(times) - 1) / max(probes - 1, 1)) for i in range(probes)})
     if probes:
         probe = Probe(copied, [batch for batch in calibration.replay.batches(times) if batch.row in chosen], chosen)
-        for name in ("static", "temporal"):
-            install(copied, quantizers, rows, variants[name])
-            found[name] = sensitivity(probe, progress, f"sensitivity, {name}", found.get("static", []))
+
+        def use(variant: str, name: str) -> None:
+            if name in variants[variant]:
+                install(copied, quantizers, rows, {name: variants[variant][name]})
+
+        uses = {variant: partial(use, variant) for variant in ("static", "temporal")}
+        for name, sensitivity in sensitivities(probe, uses, not one_by_one, progress).items():
+            found[name] = sensitivity.layers
             if target is not None:
-                proposals[name] = propose(probe, found[name], target)
+                install(copied, quantizers, rows, variants[name])
+                proposals[name] = propose(probe, sensitivity, target)
     return Analysis(
         tuple(times),
         headroom(calibration, fit, judge),

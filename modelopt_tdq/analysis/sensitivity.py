@@ -1,25 +1,27 @@
-"""Sensitivity: each quantizer alone against full precision, and the fewest layers to leave alone for a target."""
+"""Sensitivity: what quantizing each layer alone does to the model's output.
+
+Estimated for all layers at once by backward passes (:mod:`modelopt_tdq.analysis.backward`). A layer that they do not
+reach, and every layer of a model without them, is measured by itself, which takes two calls of the model per time.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from modelopt_tdq.core.distributed import all_reduce
-from modelopt_tdq.core.metrics import decibels
-from modelopt_tdq.model.call import first_output
-from modelopt_tdq.model.full_precision import full_precision
-from modelopt_tdq.model.replay_ranks import Batch
+from modelopt_tdq.analysis.backward import Effects, effects, noise_of
+from modelopt_tdq.analysis.probe import Probe, layer_quantizers
 
-__all__ = ["LayerSensitivity", "Probe", "Proposal", "propose", "sensitivity"]
+__all__ = ["LayerSensitivity", "Sensitivity", "sensitivities"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class LayerSensitivity:
         name: Of the layer (the parent of its quantizers).
         activation_db: [T] SQNR of the model's output in dB with only this layer's input quantized.
         weight_db: [T] likewise with only its weights quantized; infinite where they are not quantized.
+        estimated: Whether both come from backward passes. Else each was measured, with nothing else quantized.
     """
 
     name: str
     activation_db: tuple[float, ...]
     weight_db: tuple[float, ...]
+    estimated: bool = False
 
     @property
     def worst_db(self) -> float:
@@ -43,169 +47,77 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """Layers to keep in high precision so that the output reaches a target at the probed times.
+class Sensitivity:
+    """Of all layers.
 
     Attributes:
-        target_db: What was asked for.
-        layers: The layers, most harmful first.
-        sqnr_db: [T] measured with those layers in high precision and everything else quantized.
-        rules: The same as ``quant_cfg`` rules, to be appended to those of the config.
+        noise: By layer, [T] float64, the squared error of the model's output that the layer makes alone.
+        shared: Layers that read one tensor: their errors are alike, and add up in another way than those of others. By
+            layer, what :func:`modelopt_tdq.analysis.backward.noise_of` takes.
+        layers: The same as decibels, most harmful layer first.
     """
 
-    target_db: float
-    layers: tuple[str, ...]
-    sqnr_db: tuple[float, ...]
-    rules: list[dict[str, Any]] = field(default_factory=list)
+    noise: dict[str, Tensor]
+    shared: list[Effects]
+    layers: list[LayerSensitivity]
 
-    @property
-    def reached(self) -> bool:
-        """Whether the measured output reaches the target at every probed time."""
-        return min(self.sqnr_db, default=math.inf) >= self.target_db
+    def together(self, layers: set[str]) -> Tensor:
+        """[T] float64, the squared error that these layers make together, to first order."""
+        total = torch.stack([self.noise[name] for name in layers]).sum(0)
+        for group in self.shared:
+            numbers = [group[name] for name in group if name in layers]
+            if len(numbers) > 1:
+                total = total + noise_of(*numbers) - torch.stack([noise_of(one) for one in numbers]).sum(0)
+        return total.clamp(min=0.0)
 
 
-class Probe:
-    """The model at a few times: its calls, and its full-precision outputs.
+def sensitivities(
+    probe: Probe, variants: Mapping[str, Callable[[str], None]], backward: bool, progress: bool
+) -> dict[str, Sensitivity]:
+    """Sensitivity of each layer with each variant of the scales.
 
     Args:
-        model: Quantized and calibrated.
-        batches: Of this process; their rows are in ``rows``.
-        rows: [T] rows of the times; the same in all processes.
-
-    Attributes:
-        energy: [T] float64, of the full-precision outputs; summed over processes, as all that is measured here.
+        probe: Times to look at.
+        variants: What each variant does to the quantizer of a name.
+        backward: Estimate by backward passes where there are any.
+        progress: Show progress bars.
     """
-
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], rows: Sequence[int]) -> None:
-        self.model, self.rows = model, list(rows)
-        self._batches = list(batches)
-        with full_precision(model), torch.no_grad():
-            self._references: list[Tensor] = [first_output(model(**batch.call)).float() for batch in self._batches]
-        self.energy = self._summed(self._references)
-
-    def _summed(self, values: Iterable[Tensor]) -> Tensor:
-        """[T] float64 sum of squares at each time."""
-        total = torch.zeros(len(self.rows), dtype=torch.float64)
-        for batch, value in zip(self._batches, values, strict=True):
-            if batch.counts:
-                total[self.rows.index(batch.row)] += value.double().square().sum().cpu()
-        return all_reduce(total, "sum")
-
-    @contextmanager
-    def only(self, enabled: Callable[[str], bool]) -> Iterator[None]:
-        """Only the quantizers with such a name quantize."""
-        changed = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, TensorQuantizer) and module._if_quant and not enabled(name):
-                module.disable_quant()
-                changed.append(module)
+    layers = layer_quantizers(probe.model)
+    quantizers: dict[str, TensorQuantizer] = {
+        name: probe.model.get_submodule(name)  # type: ignore[misc]
+        for names in layers.values()
+        for name in (*names[0], *names[1])
+    }
+    found: dict[str, Effects] = {variant: {} for variant in variants}
+    groups: list[list[str]] = []
+    if backward:
         try:
-            yield
-        finally:
-            for module in changed:
-                module.enable_quant()
+            found, groups = effects(probe, quantizers, variants, progress)
+        except RuntimeError as error:
+            _log.warning("layers are measured one by one, which takes longer: backward passes fail: %s", error)
+    weights: dict[str, Tensor] = {}
+    result = {}
+    for variant, use in variants.items():
+        for name in quantizers:
+            use(name)
+        estimates = found[variant]
 
-    def noise(self) -> Tensor:
-        """[T] float64 squared error of the output at each time, with the quantizers as they are."""
-        with torch.no_grad():
-            outputs = [first_output(self.model(**batch.call)).float() for batch in self._batches]
-        return self._summed([o - r for o, r in zip(outputs, self._references, strict=True)])
+        def noise(names: list[str], estimates: Effects = estimates) -> Tensor:
+            if all(name in estimates for name in names):
+                return noise_of(*(estimates[name] for name in names))
+            with probe.only(set(names).__contains__):
+                return probe.noise()
 
-    def sqnr_db(self, noise: Tensor) -> tuple[float, ...]:
-        """[T] in dB."""
-        return tuple(decibels(*powers) for powers in zip(self.energy.tolist(), noise.tolist(), strict=True))
-
-
-def _layers(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
-    """Activation and weight quantizers (enabled ones, by name) of each layer."""
-    layers: dict[str, tuple[list[str], list[str]]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, TensorQuantizer) and module.is_enabled and module._if_quant:
-            layer, _, kind = name.rpartition(".")
-            layers.setdefault(layer, ([], []))["weight" in kind].append(name)
-    return layers
-
-
-def sensitivity(
-    probe: Probe, progress: bool, description: str = "sensitivity", known: Sequence[LayerSensitivity] = ()
-) -> list[LayerSensitivity]:
-    """Each layer alone, its input and its weights apart; most harmful first.
-
-    Args:
-        probe: Times to look at.
-        progress: Show a progress bar.
-        description: Of the progress bar.
-        known: Results with other activation scales, whose weights need not be measured again.
-    """
-    found = []
-    weight_db = {s.name: s.weight_db for s in known}
-    layers = _layers(probe.model)
-    for layer, (activations, weights) in tqdm(layers.items(), description, disable=not progress, unit="layer"):
-        found_db = []
-        for names in (activations, weights):
-            chosen = set(names)
-            if names is weights and layer in weight_db:
-                found_db.append(weight_db[layer])
-                continue
-            if not chosen:
-                found_db.append((math.inf,) * len(probe.rows))
-                continue
-            with probe.only(chosen.__contains__):
-                found_db.append(probe.sqnr_db(probe.noise()))
-        found.append(LayerSensitivity(layer, *found_db))
-    return sorted(found, key=lambda s: s.worst_db)
-
-
-def _removal_order(noise: dict[str, Tensor], allowed: Tensor) -> list[str]:
-    """All layers, in the order in which leaving them out helps most at the time that lacks most.
-
-    Args:
-        noise: [T] squared error of the output that each layer causes alone; taken to add up.
-        allowed: [T] squared error at the target.
-    """
-    order = []
-    left = dict(noise)
-    total = torch.stack(list(left.values())).sum(0)
-    while left:
-        time = int((total / allowed).argmax())
-        worst = max(left, key=lambda name: float(left[name][time]))
-        total = total - left.pop(worst)
-        order.append(worst)
-    return order
-
-
-def propose(probe: Probe, layers: list[LayerSensitivity], target_db: float) -> Proposal:
-    """The shortest prefix of the removal order with which the measured output reaches the target.
-
-    The noise of layers adds up closely enough to put them in order; whether the target is reached is
-    measured, by bisection, with everything else quantized.
-
-    Args:
-        probe: Times to look at.
-        layers: From :func:`sensitivity` of the same probe.
-        target_db: SQNR of the model's output to reach at every probed time, in dB.
-    """
-    noise = {s.name: probe.energy * (_power(s.activation_db) + _power(s.weight_db)) for s in layers}
-    allowed = probe.energy * 10.0 ** (-target_db / 10.0)
-    order = _removal_order(noise, allowed)
-
-    def measured(kept: int) -> Tensor:
-        off = tuple(f"{name}." for name in order[:kept])
-        with probe.only(lambda name: not name.startswith(off)):
-            return probe.noise()
-
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high) // 2
-        if bool((measured(middle) <= allowed).all()):
-            high = middle
-        else:
-            low = middle + 1
-    kept = tuple(order[:low])
-    rules = [{"quantizer_name": f"{name}.*_quantizer", "enable": False} for name in kept]
-    return Proposal(target_db, kept, probe.sqnr_db(measured(low)), rules)
-
-
-def _power(decibels: tuple[float, ...]) -> Tensor:
-    """[T] noise relative to the signal."""
-    return torch.pow(10.0, -torch.tensor(decibels, dtype=torch.float64) / 10.0)
+        alone: dict[str, Tensor] = {}
+        rows = []
+        hidden = not progress or all(name in estimates for name in quantizers)
+        for layer, (inputs, own) in tqdm(layers.items(), f"sensitivity, {variant}", disable=hidden, unit="layer"):
+            of_inputs = noise(inputs) if inputs else torch.zeros_like(probe.energy)
+            if layer not in weights:
+                weights[layer] = noise(own) if own else torch.zeros_like(probe.energy)
+            alone[layer] = of_inputs + weights[layer]
+            estimated = all(name in estimates for name in (*inputs, *own))
+            rows.append(LayerSensitivity(layer, probe.sqnr_db(of_inputs), probe.sqnr_db(weights[layer]), estimated))
+        shared = [{name.rpartition(".")[0]: estimates[name] for name in group if name in estimates} for group in groups]
+        result[variant] = Sensitivity(alone, shared, sorted(rows, key=lambda row: row.worst_db))
+    return result

@@ -6,8 +6,8 @@ corrected whether it is quantized or not, for what all before it leave behind. S
 :mod:`modelopt_tdq.calibration.correction_fit` for the fit.
 
 ``auto`` fits to one half of the replayed samples and judges by the other: each layer by its output, all together by the
-model's. What it chooses is fitted anew to all samples. At a time at which the model predicts worse with corrections,
-nothing is corrected.
+model's; the model's once more with the halves exchanged, unless every time gains. What it chooses is fitted anew to all
+samples. At a time at which the model predicts worse with corrections, nothing is corrected.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ _WORTH = 0.002
 #: In dB: by so much the model has to predict better with corrections, and no time may be worse than without. The latter
 #: is larger where corrections cannot be left out at a time.
 _CLEAR, _NO_WORSE, _NO_WORSE_STATIC = 0.03, 0.02, 0.1
+
+#: In dB: a model that gains this at every time is not judged twice.
+_OBVIOUS = 0.1
 
 
 def tdq_correct(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | None = None, **fields: Any) -> None:
@@ -225,27 +228,51 @@ def _chosen(
     static = getattr(config, "bins", None) == 1  # nothing of the model is to follow time
     kinds = {name: _kind(errors[name][: 2 if static else 3]) if name in errors else "none" for name in layers}
     kinds = _within_budget(layers, kinds, errors, len(times), config)
+    if all(kind == "none" for kind in kinds.values()):
+        return nothing, calm
+    gains = [_gains(model, _as_kinds(trial, kinds, calm), judged, times, config)]
+    if static:
+        found = gains[0][gains[0].isfinite()]
+        return (kinds, calm) if found.min() >= -_NO_WORSE_STATIC and found.mean() > _CLEAR else (nothing, calm)
+    if not gains[0].min() > _OBVIOUS:
+        kept = {name: layer for name, layer in layers.items() if kinds[name] != "none"}
+        trial = fit_corrections(model, kept, judged, times, config.progress)
+        gains.append(_gains(model, _as_kinds(trial, kinds, calm), known, times, config))
+    worse, gain = _verdict(torch.stack(gains))
+    return (kinds, worse) if gain > _CLEAR else (nothing, calm)
+
+
+def _gains(
+    model: nn.Module, correction: LayerCorrection, judged: Replay, times: list[float], config: CorrectionFields
+) -> Tensor:
+    """[K] dB, by how much better the model predicts with ``correction``; NaN where no process has a sample."""
     references: dict[int, Tensor] = {}
 
     def predicted() -> Tensor:
-        """[K] dB, the error of the prediction relative to it; -inf where no process has a sample."""
         found = prediction_error(model, judged, times, references, "predictions", config.progress)
-        rows = torch.full((len(times),), -math.inf, dtype=torch.float64)
+        rows = torch.full((len(times),), math.nan, dtype=torch.float64)
         for row, powers in found.items():
             error, power = powers.sum(0).clamp(min=1e-30)
             rows[row] = 10 * (error / power).log10()
         return rows
 
     without = predicted()
-    set_layer_correction(model, _as_kinds(trial, kinds, calm))
+    set_layer_correction(model, correction)
     corrected = predicted()
     forget_layer_correction(model)
-    seen = without.isfinite()
-    worse = seen & (corrected > without + (_NO_WORSE_STATIC if static else _NO_WORSE))
-    if static and bool(worse.any()):
-        return nothing, calm
-    gain = torch.where(worse, 0.0, without - corrected)[seen].mean()
-    return (kinds, worse) if gain > _CLEAR else (nothing, calm)
+    return without - corrected
+
+
+def _verdict(gains: Tensor) -> tuple[Tensor, float]:
+    """From ``gains`` [F, K] of corrections fitted to parts of the samples, each judged on the others.
+
+    Returns:
+        [K] bool, the times that lose; and the mean gain if nothing is corrected at those. For the mean, whether a time
+        loses is told by the other part: times that lose by chance and are left out would count as a gain.
+    """
+    worse = gains.nanmean(0) < -_NO_WORSE
+    told = (gains < -_NO_WORSE).flip(0)
+    return worse, float(torch.where(told, 0.0, gains).nanmean())
 
 
 def _kind(errors: Tensor) -> Kind:
