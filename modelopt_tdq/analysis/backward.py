@@ -24,6 +24,7 @@ from modelopt_tdq.core.distributed import gather
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay_ranks import Batch
+from modelopt_tdq.training.attention import make_attention_trainable
 
 __all__ = ["Effects", "added", "effects", "noise_of"]
 
@@ -80,7 +81,9 @@ class _Hooks:
                 self.read.setdefault((x.data_ptr(), x.shape), (x, []))[1].append(name)
             passed = output if output.requires_grad else output.detach().requires_grad_()
             errors = self._errors(name, quantizer, x, passed.detach())
-            passed.register_hook(lambda gradient: self._take_down(name, errors, gradient, is_weight))
+            passed.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self._take_down(name, errors, gradient, is_weight)
+            )
             return passed
 
         return hook
@@ -126,7 +129,7 @@ def effects(
     """The numbers of each quantizer at the probed times.
 
     Args:
-        probe: The model, whose parameters need no gradients from now on.
+        probe: The model. Its parameters need no gradients from now on, and its attention lets them through.
         quantizers: Those that are asked for, by name.
         variants: What each variant does to the quantizer of a name before its error is taken.
         progress: Show a progress bar.
@@ -139,6 +142,7 @@ def effects(
     """
     hooks = _Hooks(quantizers, variants)
     probe.model.requires_grad_(False)
+    make_attention_trainable(probe.model)
     parts: dict[tuple[str, str], dict[int, list[Tensor]]] = {}
     together: dict[str, list[str]] = {}
     with full_precision(probe.model), hooks.installed(), torch.enable_grad():
@@ -152,7 +156,7 @@ def effects(
             for number in range(_VECTORS):
                 hooks.found.clear()
                 vector = _vector(output, batch, number) if batch.own else torch.zeros_like(output)
-                output.backward(vector, retain_graph=number + 1 < _VECTORS)
+                torch.autograd.backward(output, vector, retain_graph=number + 1 < _VECTORS)
                 for key, rows in hooks.found.items():
                     found.setdefault(key, []).append(rows)
             if batch.counts:

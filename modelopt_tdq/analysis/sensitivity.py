@@ -84,9 +84,7 @@ def sensitivities(
     """
     layers = layer_quantizers(probe.model)
     quantizers: dict[str, TensorQuantizer] = {
-        name: probe.model.get_submodule(name)  # type: ignore[misc]
-        for names in layers.values()
-        for name in (*names[0], *names[1])
+        name: probe.model.get_submodule(name) for names in layers.values() for name in (*names[0], *names[1])
     }
     found: dict[str, Effects] = {variant: {} for variant in variants}
     groups: list[list[str]] = []

@@ -23,6 +23,9 @@ def analyze(
         typer.Option(help="SQNR in dB to reach: proposes the fewest layers to keep in high precision.", metavar="DB"),
     ] = None,
     probes: Annotated[int, typer.Option(min=0, help="Times to test every layer alone at; 0 leaves it out.")] = 3,
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Measure each layer by itself, rather than all by backward passes.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder for analysis.json and the plots.", show_default=False)
     ] = None,
@@ -34,7 +37,7 @@ def analyze(
     """Say, before you invest, whether scales over time will help a model, and which layers are delicate.
 
     Headroom: what the best single scale of a layer loses against the best scale per step. Sensitivity: what
-    quantizing one layer alone does to the model's output.
+    quantizing one layer alone does to the model's output, estimated for all layers at once by backward passes.
     """
     from modelopt_tdq.analysis import analyze as run_analysis
     from modelopt_tdq.cli.calibration import prepare
@@ -45,7 +48,9 @@ def analyze(
     config = recipe_config(recipe)
     prepared = prepare(model, subfolder, calibration_script, samples, steps, seed, most_samples=8)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
-    analysis = run_analysis(prepared.model, prepared.forward_loop, config, target=target, probes=probes)
+    analysis = run_analysis(
+        prepared.model, prepared.forward_loop, config, target=target, probes=probes, one_by_one=one_by_one
+    )
     console = Console()
     console.print(analysis_tables(analysis))
     for line in proposal_lines(analysis.proposals):

@@ -61,11 +61,17 @@ def _headroom(analysis: Analysis) -> Table:
 
 def _sensitivity(analysis: Analysis) -> Table:
     static = {s.name: s for s in analysis.sensitivity["static"]}
+    estimated = sum(s.estimated for s in static.values())
+    how = (
+        "Estimated by backward passes" + (f" for {estimated} layers, else measured" if estimated < len(static) else "")
+        if estimated
+        else "Measured"
+    )
     times = ", ".join(f"{time:g}" for time in analysis.probe_times)
     table = _table(
         f"Sensitivity: the {min(_SHOWN, len(static))} most delicate of {len(static)} layers",
         ("layer", "input, static", "input, over time", "weights"),
-        f"SQNR of the model's output in dB with that part alone quantized; the worst of the times {times}.",
+        f"SQNR of the model's output in dB with that part alone quantized; the worst of the times {times}. {how}.",
     )
     for temporal in analysis.sensitivity["temporal"][:_SHOWN]:
         alone = static[temporal.name]
