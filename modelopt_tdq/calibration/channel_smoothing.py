@@ -8,7 +8,9 @@ codes have scales of their own. x is divided where it is quantized, by the produ
 calibrated times. Padding stays exact, since zero divided is zero.
 
 Layers that read the same tensor share a vector (q, k, v; the shortcut and the first convolution of a block), with
-max|w_j| over all of them: the tensor is divided once. ``auto`` chooses a strength a for each tensor, or none.
+max|w_j| over all of them: the tensor is divided once. ``auto`` chooses for each tensor a strength a, or a vector that
+balances errors of activation and weights in another way (:func:`modelopt_tdq.calibration.smoothed_layer.balanced`), or
+none.
 
 Attention products have no weights to multiply, and stay as they are; so do transposed convolutions, and layers whose
 weight other modules use too.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
@@ -29,8 +32,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth
-from modelopt_tdq.calibration.smoothing_strength import chosen_vectors
+from modelopt_tdq.calibration.chosen_smoothing import chosen_vectors
+from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth, smoothing_vector
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import all_reduce, gather, union
 from modelopt_tdq.errors import TdqError
@@ -229,7 +232,8 @@ def smooth_channels(
             return []
         vectors = chosen_vectors(model, groups, quantizers, replay, timestep, config)
     else:
-        vectors = [shared_vector(group, float(config.channel_smoothing)) for group in groups]
+        formula = partial(smoothing_vector, strength=float(config.channel_smoothing))
+        vectors = [shared_vector(group, formula) for group in groups]
     smooth(groups, vectors, timestep)
     pairs = zip(groups, vectors, strict=True)
     return [f"{layer.name}.input_quantizer" for group, vector in pairs if vector is not None for layer in group]

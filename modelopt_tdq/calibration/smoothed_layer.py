@@ -5,6 +5,7 @@ See :mod:`modelopt_tdq.calibration.channel_smoothing`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,10 @@ from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.select import trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep
 
-__all__ = ["ChannelRanges", "SmoothedLayer", "shared_vector", "smooth", "smoothing_vector"]
+__all__ = ["ChannelRanges", "Formula", "SmoothedLayer", "balanced", "shared_vector", "smooth", "smoothing_vector"]
+
+#: Makes of max|x_j| and max|w_j|, [C] each, what the channels are divided by, [C].
+Formula = Callable[[Tensor, Tensor], Tensor]
 
 #: c of a tensor lies within these factors of its geometric mean, so that the weights keep the range of their dtype.
 _FURTHEST = 1024.0
@@ -37,12 +41,39 @@ def smoothing_vector(activation: Tensor, weight: Tensor, strength: float) -> Ten
     Returns:
         [C] float32, positive and finite; 1 for channels in which either is zero or not finite.
     """
-    largest, other = activation.double(), weight.double()
-    alive = (largest > 0) & (other > 0) & largest.isfinite() & other.isfinite()
-    if not bool(alive.any()):
-        return torch.ones_like(activation, dtype=torch.float32)
-    log = strength * torch.where(alive, largest, 1.0).log() - (1 - strength) * torch.where(alive, other, 1.0).log()
-    log = torch.where(alive, log - log[alive].mean(), 0.0)
+
+    def formula(x: Tensor, w: Tensor) -> Tensor:
+        return x.log() * strength - w.log() * (1 - strength)
+
+    return _vector(activation, weight, formula)
+
+
+def balanced(activation: Tensor, weight: Tensor, share: float) -> Tensor:
+    """As :func:`smoothing_vector`, with c_j = hypot(max|x_j|, b / max|w_j|) and b a share of the largest product.
+
+    Where the product max|x_j| max|w_j| is large, a channel gets all codes, which serves the activation best. Where it
+    is below b, the weights get them, and what the activation loses counts for little.
+
+    Args:
+        activation: [C] max|x_j|.
+        weight: [C] max|w_j|.
+        share: b relative to the largest product, positive.
+    """
+
+    def formula(x: Tensor, w: Tensor) -> Tensor:
+        return torch.hypot(x, share * (x * w).max() / w).log()
+
+    return _vector(activation, weight, formula)
+
+
+def _vector(activation: Tensor, weight: Tensor, formula: Formula) -> Tensor:
+    """What ``formula`` gives as a logarithm, of the channels in which neither is zero or not finite."""
+    x, w = activation.double(), weight.double()
+    alive = (x > 0) & (w > 0) & x.isfinite() & w.isfinite()
+    log = torch.zeros_like(x)
+    if bool(alive.any()):
+        found = formula(x[alive], w[alive])
+        log[alive] = found - found.mean()
     return log.exp().clamp(1 / _FURTHEST, _FURTHEST).float()
 
 
@@ -166,18 +197,18 @@ class ChannelRanges:
         return low.min(), high.max()
 
 
-def shared_vector(group: list[SmoothedLayer], strength: float, largest: list[Tensor] | None = None) -> Tensor:
+def shared_vector(group: list[SmoothedLayer], formula: Formula, largest: list[Tensor] | None = None) -> Tensor:
     """The vector [C] of the layers that read one tensor.
 
     Args:
         group: These layers.
-        strength: a, in [0, 1].
+        formula: Of it.
         largest: [C] max|x_j| of each; None: what it has seen.
     """
     device = group[0].weight.device
     seen = [layer.largest for layer in group] if largest is None else largest
     weights = torch.stack([layer.weight_magnitude().to(device) for layer in group]).amax(0)
-    return smoothing_vector(torch.stack([each.to(device) for each in seen]).amax(0), weights, strength)
+    return formula(torch.stack([each.to(device) for each in seen]).amax(0), weights)
 
 
 def smooth(groups: list[list[SmoothedLayer]], vectors: list[Tensor | None], timestep: CurrentTimestep) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.calibration.channel_smoothing import undo_channel_smoothing
-from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, smoothing_vector
-from modelopt_tdq.calibration.smoothing_strength import _Settings, _Trial
+from modelopt_tdq.calibration.chosen_smoothing import _Settings, _Trial
+from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, balanced, smoothing_vector
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.model.full_precision import full_precision
@@ -268,20 +269,27 @@ _MAGNITUDES = st.lists(st.floats(0.0, 2.0**100, width=32), min_size=1, max_size=
 
 
 @settings(max_examples=60, deadline=None)
-@given(_MAGNITUDES, st.data(), st.floats(0.0, 1.0))
+@given(_MAGNITUDES, st.data(), st.sampled_from([smoothing_vector, balanced]), st.floats(2**-10, 1.0))
 def test_vectors_are_positive_finite_and_one_where_nothing_is(
-    activation: list[float], data: st.DataObject, a: float
+    activation: list[float], data: st.DataObject, formula: Any, a: float
 ) -> None:
     weight = data.draw(st.lists(st.floats(0.0, 1e6, width=32), min_size=len(activation), max_size=len(activation)))
     x, w = torch.tensor(activation), torch.tensor(weight)
-    found = smoothing_vector(x, w, a)
+    found = formula(x, w, a)
     assert found.dtype == torch.float32
     assert bool(((found > 0) & found.isfinite()).all())
     dead = (x == 0) | (w == 0)
     assert bool((found[dead] == 1).all())
-    factor = smoothing_vector(x * 0.25, w * 4, a)  # powers of two, unless something is lost below the least float
+    factor = formula(x * 0.25, w * 4, a)  # powers of two, unless something is lost below the least float
     if bool(((x * 0.25 > 1e-30) | (x == 0)).all()):
         torch.testing.assert_close(factor, found, rtol=1e-5, atol=0.0)
+
+
+def test_a_balanced_vector_serves_the_activation_where_products_are_large_and_the_weights_where_small() -> None:
+    x, w = torch.tensor([4.0, 1.0, 0.001, 0.0005]), torch.tensor([1.0, 4.0, 1.0, 2.0])
+    found = balanced(x, w, 0.1)  # the products are 4, 4, 0.001, 0.001; b is 0.4
+    expected = torch.tensor([math.hypot(4, 0.4), math.hypot(1, 0.1), 0.4, 0.2])
+    torch.testing.assert_close(found, expected / expected.log().mean().exp(), rtol=1e-5, atol=0.0)
 
 
 def test_channels_that_are_not_finite_are_left_alone() -> None:

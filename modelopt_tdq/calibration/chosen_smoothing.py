@@ -1,6 +1,6 @@
-"""How strongly the channels of each tensor are smoothed: what ``channel_smoothing="auto"`` chooses, on replayed calls.
+"""By what the channels of each tensor are divided: what ``channel_smoothing="auto"`` chooses, on replayed calls.
 
-Strengths are compared on one half of the samples by the outputs of the layers, and choices of them on the other half by
+Vectors are compared on one half of the samples by the outputs of the layers, and choices of them on the other half by
 the output of the model, with the vectors and the ranges of the first half: smoothing makes all channels as large as the
 largest, and where few samples tell how large they are, others exceed it in all of them.
 
@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,15 @@ from modelopt_tdq.calibration.correct import layers_to_correct, unfit
 from modelopt_tdq.calibration.correction_fit import corrected_prediction_error, last_layer
 from modelopt_tdq.calibration.output_error import run_probes
 from modelopt_tdq.calibration.protect import prediction_error
-from modelopt_tdq.calibration.smoothed_layer import ChannelRanges, SmoothedLayer, shared_vector, smooth
+from modelopt_tdq.calibration.smoothed_layer import (
+    ChannelRanges,
+    Formula,
+    SmoothedLayer,
+    balanced,
+    shared_vector,
+    smooth,
+    smoothing_vector,
+)
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields, CorrectionFields
 from modelopt_tdq.core.distributed import all_reduce, union
@@ -44,11 +53,12 @@ __all__ = ["chosen_vectors"]
 
 _log = logging.getLogger(__name__)
 
-#: Strengths that ``auto`` tries, beside none.
-STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8)
-
-#: Those that it tries for all tensors at once.
-_UNIFORM = (0.5, 0.7)
+#: The vectors that ``auto`` tries for each tensor, beside none; and those that it tries for all tensors at once.
+_FORMULAS: tuple[Formula, ...] = (
+    *(partial(smoothing_vector, strength=strength) for strength in (0.3, 0.5, 0.7)),
+    *(partial(balanced, share=share) for share in (0.05, 0.1, 0.15, 0.25, 0.4)),
+)
+_UNIFORM: tuple[Formula, ...] = (partial(smoothing_vector, strength=0.5), partial(balanced, share=0.1))
 
 #: Times at which ``auto`` compares outputs, of the layers and of the model; and by how many dB smoothing has to be
 #: better than none.
@@ -66,7 +76,7 @@ _CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
 
 
 class _Trial:
-    """Forward hook on one layer: the error of its output, quantized with each strength, against what it is.
+    """Forward hook on one layer: the error of its output, quantized with each vector, against what it is.
 
     Weights and activations have their bits, activations a scale for each call, as close to the final one as the
     samples of one time allow.
@@ -208,27 +218,27 @@ def _least_layer_error(
     settings: _Settings,
     static: Callable[[str], bool],
     progress: bool,
-) -> tuple[list[float | None], dict[int, ChannelRanges]]:
-    """The strength of each group with the least error of its layers' outputs, over the times; None: not smoothed.
+) -> tuple[list[Formula | None], dict[int, ChannelRanges]]:
+    """The vector of each group with the least error of its layers' outputs, over the times; None: not smoothed.
 
     And the ranges of their inputs, by the quantizer's id.
     """
     vectors = []
     trials: dict[int, _Trial] = {}
     for group in groups:
-        tried = [shared_vector(group, strength) for strength in STRENGTHS]
+        tried = [shared_vector(group, formula) for formula in _FORMULAS]
         vectors.append([torch.ones_like(tried[0]), *tried])
         for layer in group:
             temporal = not static(f"{layer.name}.input_quantizer")
             trials[id(layer)] = _Trial(layer, vectors[-1], settings, temporal, len(times))
     probes = [(trial.layer.module, trial) for trial in trials.values()]
-    run_probes(model, probes, replay, times, "strengths", progress)
-    found: list[float | None] = []
+    run_probes(model, probes, replay, times, "smoothing", progress)
+    found: list[Formula | None] = []
     for group in groups:
         errors = torch.stack([trials[id(layer)].error() for layer in group]).sum(0)
         errors[0] *= _WORTH
         best = int(errors.argmin())
-        found.append(STRENGTHS[best - 1] if best else None)
+        found.append(_FORMULAS[best - 1] if best else None)
     ranges = {id(trial.layer.quantizer): trial.ranges for trial in trials.values()}
     for known in ranges.values():
         known.agree()
@@ -338,7 +348,7 @@ def chosen_vectors(
 ) -> list[Tensor | None]:
     """The vectors of ``auto``: those with the least error of the model's output.
 
-    Among none, those that are best for each tensor by itself, and some strengths everywhere. What rounding does to
+    Among none, those that are best for each tensor by itself, and some formulas everywhere. What rounding does to
     a weight is the same for all samples and times, and adds up through the layers: the best for each layer may not be
     the best for all.
 
@@ -357,14 +367,14 @@ def chosen_vectors(
     own, ranges = _least_layer_error(
         model, groups, known, times, settings, lambda name: config.bins == 1 or name not in follow, config.progress
     )
-    choices: list[list[float | None]] = [[None] * len(groups), own]
-    choices += [[strength] * len(groups) for strength in _UNIFORM]
+    choices: list[list[Formula | None]] = [[None] * len(groups), own]
+    choices += [[formula] * len(groups) for formula in _UNIFORM]
 
-    def by_known(group: list[SmoothedLayer], strength: float | None) -> Tensor | None:
+    def by_known(group: list[SmoothedLayer], formula: Formula | None) -> Tensor | None:
         """The vector that it would have of the first half of the samples."""
-        if strength is None:
+        if formula is None:
             return None
-        return shared_vector(group, strength, [ranges[id(layer.quantizer)].largest for layer in group])
+        return shared_vector(group, formula, [ranges[id(layer.quantizer)].largest for layer in group])
 
     judge, errors = _Judge(model, quantizers, judged, times, settings, config.weights, corrected, ranges), []
     for choice in tqdm(choices, "smoothings", disable=not config.progress):
@@ -372,10 +382,12 @@ def chosen_vectors(
         errors.append(judge())
     errors[0] -= _CLEAR
     _log.info(
-        "error of the prediction in dB, not smoothed (less %s), a strength for each tensor, one of %s for all: %s",
+        "error of the prediction in dB: not smoothed (less %s), the best of each tensor, and each of %d for all: %s",
         _CLEAR,
-        _UNIFORM,
+        len(_UNIFORM),
         errors,
     )
     best = choices[errors.index(min(errors))]
-    return [None if a is None else shared_vector(group, a) for group, a in zip(groups, best, strict=True)]
+    return [
+        None if formula is None else shared_vector(group, formula) for group, formula in zip(groups, best, strict=True)
+    ]
