@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from modelopt_tdq.export.program import traced
+
 __all__ = ["in_real_numbers", "real_inputs"]
 
 _ATEN = torch.ops.aten
@@ -257,6 +259,10 @@ def _holds_complex(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in _leaves(value))
 
 
+def _computes_complex(module: GraphModule) -> bool:
+    return any(_holds_complex(node.meta.get("val")) for node in module.graph.nodes)
+
+
 def _holds_pairs(value: Any) -> bool:
     return any(isinstance(leaf, _Complex) for leaf in _leaves(value))
 
@@ -274,7 +280,8 @@ class _InPairs(Interpreter):
             return None  # of the first trace: the second has its own
         self._makes = n.op == "call_function" and _holds_complex(n.meta.get("val"))
         value = super().run_node(n)
-        return _Complex(value) if n.op == "placeholder" and _holds_complex(n.meta.get("val")) else value
+        complex_input = n.op == "placeholder" and _holds_complex(n.meta.get("val")) and isinstance(value, Tensor)
+        return _Complex(value) if complex_input else value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -283,7 +290,7 @@ class _InPairs(Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         inner = next((value for value in given if isinstance(value, GraphModule)), None)
-        if inner is not None and _holds_pairs(given):
+        if inner is not None and (_holds_pairs(given) or _computes_complex(inner)):
             place = args.index(inner)
             if target not in _REGIONS or (target is _AUTOCAST and args[2]):
                 raise _UnknownError(str(target))
@@ -302,14 +309,14 @@ class _InPairs(Interpreter):
 class _Real(nn.Module):
     """A traced module, its parameters and buffers under the same names."""
 
-    def __init__(self, traced: GraphModule) -> None:
+    def __init__(self, program: GraphModule) -> None:
         super().__init__()
         complex_attributes = set()
-        for node in traced.graph.nodes:
+        for node in program.graph.nodes:
             if node.op != "get_attr":
                 continue
             path, _, name = str(node.target).rpartition(".")
-            owner = traced.get_submodule(path)
+            owner = program.get_submodule(path)
             value = getattr(owner, name)
             if str(node.target) in complex_attributes or not _holds_complex(value):
                 continue
@@ -317,13 +324,13 @@ class _Real(nn.Module):
             pairs = torch.view_as_real(value.detach().resolve_conj()).contiguous()
             delattr(owner, name)
             owner.register_buffer(name, pairs)
-        for name, child in traced.named_children():
+        for name, child in program.named_children():
             self.add_module(name, child)
-        for name, parameter in traced.named_parameters(recurse=False):
+        for name, parameter in program.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        for name, buffer in traced.named_buffers(recurse=False):
+        for name, buffer in program.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self._run = [_InPairs(traced, complex_attributes)]  # in a list: no module of this one
+        self._run = [_InPairs(program, complex_attributes)]  # in a list: no module of this one
 
     def forward(self, *tensors: Tensor) -> Any:
         return self._run[0].run(*tensors)
@@ -344,7 +351,7 @@ def in_real_numbers(program: Any, tensors: tuple[Tensor, ...], dynamic_shapes: A
         return program
     module = _Real(program.module())
     try:
-        return torch.export.export(module.eval(), real_inputs(tensors), dynamic_shapes=dynamic_shapes, strict=False)
+        return traced(module.eval(), real_inputs(tensors), dynamic_shapes)
     except Exception as error:
         if isinstance(error, _UnknownError) or isinstance(error.__cause__, _UnknownError):
             _log.info("complex numbers stay in the graph: %s", error)

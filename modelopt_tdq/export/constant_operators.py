@@ -8,10 +8,11 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+
+from modelopt_tdq.export.program import traced
 
 __all__ = ["without_constant_operator"]
 
@@ -68,4 +69,4 @@ def without_constant_operator(program: Any, name: str, tensors: tuple[Tensor, ..
                     part.replace_all_uses_with(module.graph.get_attr(buffer))
     module.graph.eliminate_dead_code()
     module.recompile()
-    return torch.export.export(module, tensors, dynamic_shapes=dynamic_shapes, strict=False)
+    return traced(module, tensors, dynamic_shapes)

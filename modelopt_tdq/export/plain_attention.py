@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelopt_tdq.export.program import traced
+
 __all__ = ["in_plain_attention"]
 
 
@@ -33,4 +35,4 @@ def in_plain_attention(program: Any, tensors: tuple[Tensor, ...], dynamic_shapes
         elif node.op == "call_module" and "guards" in str(node.target):
             module.graph.erase_node(node)  # of the first trace: the second has its own
     module.recompile()
-    return torch.export.export(module, tensors, dynamic_shapes=dynamic_shapes, strict=False)
+    return traced(module, tensors, dynamic_shapes)

@@ -23,6 +23,7 @@ from modelopt_tdq.export.open_sizes import OpenSizes
 from modelopt_tdq.export.outputs import flatten_outputs
 from modelopt_tdq.export.plain_attention import in_plain_attention
 from modelopt_tdq.export.portable import OPSET_BFLOAT16
+from modelopt_tdq.export.program import traced
 from modelopt_tdq.export.translations import translations
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def _onnx(program: Any, module: _Positional, inputs: Inputs, outputs: list[str] 
 def _program(module: _Positional, inputs: Inputs, dynamic: Any = None) -> Any:
     """What torch.export makes of it, in real numbers and plain attention."""
     tensors = tuple(inputs.tensors)
-    program = torch.export.export(module, tensors, dynamic_shapes=dynamic, strict=False)
+    program = traced(module, tensors, dynamic)
     return in_real_numbers(in_plain_attention(program, tensors, dynamic), tensors, dynamic)
 
 

@@ -57,6 +57,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "written in place": lambda z, w: _written(torch.zeros(2, 5, 4, dtype=torch.complex64), z, w),
     "written into what is like another": lambda z, w: _written(z.new_zeros(2, 5, 4), z, w) + torch.zeros_like(z[:, :1]),
     "written at places": lambda z, w: torch.zeros_like(z).index_put_((torch.tensor([1]),), w[:1]) * z,
+    "in a region of another precision": lambda z, w: _in_a_region(z.real, w),
     "changed in place": lambda z, w: z.clone().mul_(w).add_(1),
 }
 
@@ -67,6 +68,13 @@ def _written(numbers: Tensor, z: Tensor, w: Tensor) -> Tensor:
         numbers[row, 0, :2] = w[row, 0, 2:]
     numbers[:, 4] = 1.5
     return numbers
+
+
+def _in_a_region(x: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        turned = torch.view_as_real(torch.polar(torch.ones_like(x), x))[..., 0]
+        made = torch.polar(turned, x)
+    return made * w
 
 
 class Applied(nn.Module):
