@@ -63,6 +63,14 @@ def export(
             metavar="INPUT:AXIS=NAME",
         ),
     ] = None,
+    constant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An input that is the same in every call, such as a mask that hides nothing: its value becomes part "
+            "of the graph; may be repeated.",
+            metavar="INPUT",
+        ),
+    ] = None,
     table_input: Annotated[
         bool,
         typer.Option(
@@ -106,12 +114,17 @@ def export(
         dynamic_axes=axes,
         table_input=table_input,
         pack_weights=pack_weights.value,
+        constants=constant or (),
     )
     typer.echo(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
     for name, reason in report.skipped:
         typer.echo(f"  skipped {name}: {reason}")
     for name, reason in report.unquantized:
         typer.echo(f"  not quantized {name}: {reason}")
+    if report.constants:
+        typer.echo(f"part of the graph, and no inputs: {', '.join(report.constants)}")
+    for line in report.decisions:
+        typer.echo(f"NaN for inputs that decide otherwise: {line}")
     if report.weights_form:
         typer.echo(f"weights: {report.weights_form}")
     if lowering is Lowering.RATIO:
