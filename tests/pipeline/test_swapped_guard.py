@@ -147,6 +147,24 @@ def test_caches_of_diffusers_are_refused() -> None:
     assert not any(hasattr(module, "_diffusers_hook") for module in pipeline.transformer.original.modules())
 
 
+def test_no_cache_of_diffusers_is_enabled_for_an_engine() -> None:
+    from diffusers import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+
+    pipeline = FAMILIES["wan"].tiny()
+    inputs = dict.fromkeys(("hidden_states", "timestep", "encoder_hidden_states"), np.float32)
+    tdq.swap_denoiser(pipeline, type("Session", (_Zeros,), {"inputs": inputs})())
+    for config in (
+        FasterCacheConfig(),
+        FirstBlockCacheConfig(),
+        MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4)),
+        TaylorSeerCacheConfig(),
+    ):
+        with pytest.raises(TdqError, match=r"would not change with it.*restore_denoiser") as raised:
+            pipeline.transformer.enable_cache(config)
+        assert raised.value.field == "enable_cache"
+    assert not pipeline.transformer.original.is_cache_enabled
+
+
 def test_the_layers_of_a_swapped_model_can_be_looked_at_only(swapped: Any) -> None:
     original = swapped.unet.original
     found = dict(swapped.unet.named_modules())
