@@ -20,6 +20,10 @@ _ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
 def columns(evidence: Evidence, config: CalibrationFields, temporal: bool) -> tuple[Tensor, Tensor | None]:
     """Scale [K] and offset [K] (None if symmetric) of one quantizer."""
     scale, offset = _chosen(evidence, config, temporal)
+    if config.margin:
+        steps = (offset / scale).round()  # an offset is a whole number of them
+        scale = scale * (1 + config.margin)
+        offset = steps * scale
     return scale.contiguous(), offset.contiguous() if bool(offset.any()) else None
 
 

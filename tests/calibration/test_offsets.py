@@ -194,3 +194,31 @@ def test_auto_of_the_output_statistic_is_decided_by_the_output() -> None:
     table = tdq.scale_table(model)
     assert table.offset is not None
     assert bool(table.offset.any())
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.sampled_from(sorted(_SHAPES)), st.sampled_from([8, 4]), st.floats(0.0, 1.0), st.booleans())
+def test_a_margin_widens_scales_and_keeps_offsets_whole_steps(
+    shape: str, bits: int, margin: float, temporal: bool
+) -> None:
+    observed = evidence(_activations(shape, 4.0), bits, True)
+    plain, wide = (
+        columns(observed, TdqCalibConfig(asymmetric=True, margin=m, progress=False), temporal) for m in (0.0, margin)
+    )
+    torch.testing.assert_close(wide[0], plain[0] * (1 + margin), rtol=1e-6, atol=0.0)
+    assert (wide[1] is None) == (plain[1] is None)
+    if wide[1] is not None and plain[1] is not None:
+        steps = wide[1] / wide[0]
+        torch.testing.assert_close(steps, steps.round(), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(steps.round(), (plain[1] / plain[0]).round(), rtol=0.0, atol=0.0)
+
+
+def test_a_margin_pays_on_values_that_few_samples_did_not_show() -> None:
+    seen, others = (torch.randn(n, 4096, generator=torch.Generator().manual_seed(n)) ** 3 for n in (2, 200))
+    observed = evidence(list(seen), 8, False)
+    errors = []
+    for margin in (0.0, 0.25):
+        scale, offset = columns(observed, TdqCalibConfig(statistic="max", bins=1, margin=margin, progress=False), True)
+        errors.append(float((fake_quantize(others, scale[0], None, 8) - others).square().mean()))
+        assert offset is None
+    assert errors[1] < 0.8 * errors[0]
