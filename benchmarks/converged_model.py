@@ -81,7 +81,7 @@ def _table(rows: list[Row]) -> str:
     lines = [
         "The terrain model, W8A8; SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on. "
         "Static and time: with offsets where they pay, smoothing and corrections chosen by auto. "
-        "Margin: scales larger by a quarter, with offsets and smoothing, and without corrections or rounding by inputs.",
+        "Margin: scales larger by a quarter, with offsets and smoothing, without corrections and rounding by inputs.",
         "",
         "| scales | layers quantized | smoothed | corrected | SQNR | PSNR | calibration, s |",
         "|---|--:|--:|--:|--:|--:|--:|",

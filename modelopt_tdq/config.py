@@ -130,8 +130,8 @@ class CalibrationFields(RunFields):
         le=1.0,
         title="Room above what calibration saw, as a fraction",
         description=(
-            "Scales, and offsets with them, are larger by this fraction: values beyond those of the calibration data are "
-            "not clipped, for 20 log10(1 + margin) dB of rounding noise at most. Worth it at 8 bits where few "
+            "Scales, and offsets with them, are larger by this fraction: values beyond those of the calibration data "
+            "are not clipped, for 20 log10(1 + margin) dB of rounding noise at most. Worth it at 8 bits where few "
             "trajectories are at hand: on a converged U-Net calibrated on four, a quarter gave 6 dB on others."
         ),
     )
