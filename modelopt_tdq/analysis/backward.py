@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 from tqdm import tqdm
 
-from modelopt_tdq.analysis.probe import Probe
+from modelopt_tdq.analysis.probe import Probe, is_weight
 from modelopt_tdq.core.distributed import gather
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
@@ -72,17 +72,15 @@ class _Hooks:
             yield
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
-        is_weight = "weight" in name.rpartition(".")[2]
-
         def hook(quantizer: TensorQuantizer, args: tuple[Any, ...], output: Tensor) -> Tensor:
             x: Tensor = args[0].detach()
-            if not is_weight:
+            if not is_weight(name):
                 # keeps x, so that no other tensor gets its address
                 self.read.setdefault((x.data_ptr(), x.shape), (x, []))[1].append(name)
             passed = output if output.requires_grad else output.detach().requires_grad_()
             errors = self._errors(name, quantizer, x, passed.detach())
             passed.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._take_down(name, errors, gradient, is_weight)
+                lambda gradient: self._take_down(name, errors, gradient)
             )
             return passed
 
@@ -100,8 +98,8 @@ class _Hooks:
             quantizer.disable_quant()
         return errors
 
-    def _take_down(self, name: str, errors: Mapping[str, Tensor], gradient: Tensor, is_weight: bool) -> None:
-        whole = is_weight or gradient.dim() == 0 or gradient.shape[0] % self.samples != 0
+    def _take_down(self, name: str, errors: Mapping[str, Tensor], gradient: Tensor) -> None:
+        whole = is_weight(name) or gradient.dim() == 0 or gradient.shape[0] % self.samples != 0
         for variant, error in errors.items():
             product = gradient.double() * error.double()
             rows = product.reshape(1 if whole else self.samples, -1).sum(1).cpu()
@@ -175,6 +173,11 @@ def _gathered(
         numbers = []
         for row in rows:
             found = [block for part in everywhere for block in part.get((variant, name), {}).get(row, [])]
-            numbers.append(torch.cat(found, 1) if found else torch.zeros(_VECTORS, 1, dtype=torch.float64))
+            if not found:
+                numbers.append(torch.zeros(_VECTORS, 1, dtype=torch.float64))
+            elif is_weight(name):  # one number for all samples, of whatever process
+                numbers.append(torch.stack(found).sum(0))
+            else:
+                numbers.append(torch.cat(found, 1))
         result[variant][name] = numbers
     return result

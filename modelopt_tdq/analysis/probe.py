@@ -15,7 +15,7 @@ from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay_ranks import Batch
 
-__all__ = ["Probe", "layer_quantizers"]
+__all__ = ["Probe", "is_weight", "layer_quantizers"]
 
 
 class Probe:
@@ -70,11 +70,16 @@ class Probe:
         return tuple(decibels(*powers) for powers in zip(self.energy.tolist(), noise.tolist(), strict=True))
 
 
+def is_weight(name: str) -> bool:
+    """Whether the quantizer of this name is one of weights."""
+    return "weight" in name.rpartition(".")[2]
+
+
 def layer_quantizers(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
     """Activation and weight quantizers (enabled ones, by name) of each layer."""
     layers: dict[str, tuple[list[str], list[str]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.is_enabled and module._if_quant:
-            layer, _, kind = name.rpartition(".")
-            layers.setdefault(layer, ([], []))["weight" in kind].append(name)
+            layer = name.rpartition(".")[0]
+            layers.setdefault(layer, ([], []))[is_weight(name)].append(name)
     return layers

@@ -14,7 +14,7 @@ from modelopt_tdq.temporal_features.numbering import Number
 from modelopt_tdq.temporal_features.tape import Tape
 from modelopt_tdq.temporal_features.trace import Leave, Run
 
-__all__ = ["disagreeing", "near", "outputs_of", "varying"]
+__all__ = ["disagreeing", "near", "outputs_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -89,29 +89,6 @@ def disagreeing(
             different[0].add(name)
             different[1].add(name)
     return different
-
-
-def varying(model: nn.Module, found: Watched, outputs: _Outputs, time: Tensor) -> set[str]:
-    """The temporal layers that a call of the model calls several times, with different results.
-
-    As in :func:`disagreeing`, their first rows are compared where only sizes, axes or indices differ.
-
-    Args:
-        model: Whose layers they are.
-        found: In all runs.
-        outputs: Of the temporal layers, in the first run.
-        time: [1] float32, a time to compare at.
-    """
-    different = {name for name, numbers in outputs.items() if len({number.alike for number in numbers}) > 1}
-    unsure = sorted(name for name, ns in outputs.items() if len({n.exact for n in ns}) > 1 and name not in different)
-    if not unsure or any(parameter.is_meta for parameter in model.parameters()):
-        return different
-    try:
-        rows = _rows(model, found.tapes[0], unsure, time)
-    except Exception as error:
-        _log.info("the temporal layers cannot be compared: %s", error)
-        return different | set(unsure)
-    return different | {name for name in unsure if not all(near(row, rows[name][0]) for row in rows[name])}
 
 
 def _missing(outputs: _Outputs, there: set[str]) -> set[str]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from modelopt_tdq.temporal_features.tape import Entry, Slot, Tape
 from modelopt_tdq.temporal_features.trace import Enter, Leave, Operation, Read, Run
 
-__all__ = ["EARLIER_CALL", "WHICH_CALL", "Taints", "Watched", "watched"]
+__all__ = ["EARLIER_CALL", "Taints", "Watched", "watched"]
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -21,9 +21,6 @@ _RANDOM = "random numbers"
 
 #: What an earlier call left behind, wherever it is kept.
 EARLIER_CALL = "an earlier call"
-
-#: On what the output of a layer depends that is called several times, for different things.
-WHICH_CALL = "which of its calls it is"
 
 #: On what layers depend besides what they take, by name, run by run.
 Taints = Sequence[Mapping[str, frozenset[str]]]
@@ -154,10 +151,8 @@ class _Dataflow:
             self.shapes[-1][name] = event.shape
             self._origins[slots[0].storage] = frozenset([name])
 
-    def finish(self, varying: Collection[str]) -> None:
-        """Layers that depend on more in another of their calls need what they take, and so do ``varying`` ones."""
-        for name in varying:
-            self.depends[name] = self.depends.get(name, _NOTHING) | self.time | {WHICH_CALL}
+    def finish(self) -> None:
+        """Layers that depend on more in another of their calls need what they take."""
         for name in {name for results in self.results for name in results} & self.depends.keys():
             self.depends[name] |= self.time
         waiting = [name for name in self.features if name in self.depends]
@@ -167,14 +162,7 @@ class _Dataflow:
             self.features.update(dict.fromkeys(sorted(taken)))
 
 
-def watched(
-    runs: Sequence[Run],
-    time: str,
-    times: int,
-    changing: Collection[str],
-    taints: Taints,
-    varying: Collection[str] = (),
-) -> Watched:
+def watched(runs: Sequence[Run], time: str, times: int, changing: Collection[str], taints: Taints) -> Watched:
     """See what depends on what.
 
     Args:
@@ -183,13 +171,11 @@ def watched(
         times: How many different times a run of the first tape shall compute: as many as its time has, or 1.
         changing: Where the model holds what its calls change.
         taints: What is known besides.
-        varying: Layers whose calls in one run have different results: no table can stand for them, and what they
-            make counts no less as the time's.
     """
     flow = _Dataflow(time, changing)
     for run, taint in zip(runs, taints, strict=True):
         flow.run(run, taint)
-    flow.finish(varying)
+    flow.finish()
     tapes = []
     for index, (run, made) in enumerate(zip(runs, flow.results, strict=True)):
         results = {name: tuple(slots) for name, slots in made.items() if name not in flow.depends}

@@ -249,7 +249,6 @@ def _found(
         if not evidence.has_tried(question):
             any(evidence.together([change], anew=True) for change in question.ways)
     evidence.blame()
-    calls.find_varying()
     found = calls.watched()
     return Found(found, Proof.of(given, timestep, evidence.tried, _programs(calls, found)))
 

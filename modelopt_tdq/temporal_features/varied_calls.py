@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from modelopt_tdq.temporal_features.agreement import disagreeing, outputs_of, varying
+from modelopt_tdq.temporal_features.agreement import disagreeing, outputs_of
 from modelopt_tdq.temporal_features.dataflow import Watched, watched
 from modelopt_tdq.temporal_features.numbering import Number, numbered
 from modelopt_tdq.temporal_features.state import CachedFunctions, Held, ModelState, tensors_inside
@@ -43,7 +43,6 @@ class VariedCalls:
         self._empty = any(parameter.is_meta for parameter in model.parameters())
         self._recorder = Recorder(model, self._mode)
         self._initial, self._functions = ModelState(model), CachedFunctions(model)
-        self.varying: set[str] = set()
         self._changed: dict[str, Held] = {}
         self._changing: set[str] = set()
 
@@ -120,7 +119,6 @@ class VariedCalls:
             self._times,
             self._changing,
             [self.taints[run] for run in chosen],
-            self.varying,
         )
 
     def outputs(self, found: Watched) -> list[dict[str, list[Number]]]:
@@ -134,21 +132,10 @@ class VariedCalls:
         """Run by run, the layers of the first one that it computes differently, and its own."""
         found = self.watched()
         outputs = self.outputs(found)
+        time = self._arguments[self._timestep].detach().reshape(-1)[:1].to(torch.float32)
         return [
-            disagreeing(self._model, found, (outputs[0], outputs[run]), (0, run), self._time)
-            for run in range(len(self.runs))
+            disagreeing(self._model, found, (outputs[0], outputs[run]), (0, run), time) for run in range(len(self.runs))
         ]
-
-    def find_varying(self) -> None:
-        """See which layers the first run calls several times, with different results."""
-        found = self.watched()
-        self.varying |= varying(self._model, found, self.outputs(found)[0], self._time)
-
-    @property
-    def _time(self) -> Tensor:
-        """[1] float32, of the call."""
-        time: Tensor = self._arguments[self._timestep].detach().reshape(-1)[:1].to(torch.float32)
-        return time
 
 
 @contextmanager

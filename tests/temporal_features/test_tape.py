@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from modelopt_tdq import Feature, FeatureTable, TdqError, TemporalBlock, find_temporal_block
 from modelopt_tdq.model.timestep import find_timestep
-from modelopt_tdq.temporal_features.block import NoTemporalBlockError
 from modelopt_tdq.temporal_features.runtime import install_features
 
 TIMES = (20.0, 437.0, 900.0)
@@ -204,25 +203,13 @@ def test_a_layer_that_also_sees_the_sample_on_the_way_to_a_feature_keeps_its_wei
     check(model, block)
 
 
-def test_a_layer_that_runs_with_two_functions_of_the_time_is_no_feature() -> None:
+def test_a_layer_that_runs_with_two_functions_of_the_time_is_refused() -> None:
     def body(net: Net, sample: Tensor, time: Tensor) -> Tensor:
         return sample * net.first(time) + net.first(2 * time)
 
-    with pytest.raises(NoTemporalBlockError, match=r"`first`, for one, also depends on which of its calls it is"):
-        find(body)
-
-
-def test_what_is_made_from_such_a_layer_is_a_feature() -> None:
-    def body(net: Net, sample: Tensor, time: Tensor) -> Tensor:
-        hidden = net.first(time)
-        return sample * net.second(hidden) + net.last(net.first(2 * time).sigmoid()) + net.first(2 * time)
-
     model, block = find(body)
-    assert list(block.features) == ["second", "last"]
-    assert block.kept == {"first"}
-    assert block.depends == {"first": ("which of its calls it is",)}
-    assert block.refused == {"first": ("which of its calls it is",)}
-    check(model, block)
+    with pytest.raises(TdqError, match=r"first.*runs several times in one call of the model, with different results"):
+        block.compute(model, torch.tensor(TIMES))
 
 
 def test_a_layer_that_runs_twice_on_the_same_is_one_feature() -> None:
