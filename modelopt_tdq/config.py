@@ -132,8 +132,8 @@ class CalibrationFields(RunFields):
         description=(
             "Scales, and offsets with them, are larger by this fraction: values beyond those of the calibration data "
             "are not clipped, for 20 log10(1 + margin) dB of rounding noise at most. Worth it at 8 bits where few "
-            "trajectories are at hand: on a converged U-Net calibrated on four, eight of its 255 layers in high precision, "
-            "a quarter gave 6 dB on others."
+            "trajectories are at hand: on a converged U-Net calibrated on four, eight of its 255 layers in high "
+            "precision, a quarter gave 6 dB on others."
         ),
     )
     channel_smoothing: Literal["none", "auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = ModeloptField(
