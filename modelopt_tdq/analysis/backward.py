@@ -26,7 +26,7 @@ from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay_ranks import Batch
 from modelopt_tdq.training.attention import make_attention_trainable
 
-__all__ = ["Effects", "added", "effects", "noise_of"]
+__all__ = ["Effects", "effects", "noise_of"]
 
 #: Random vectors at each time.
 _VECTORS = 4
@@ -37,10 +37,10 @@ Effects = dict[str, list[Tensor]]
 
 def noise_of(*quantizers: list[Tensor]) -> Tensor:
     """[T] float64, the squared error of the output that these quantizers make together, by their numbers."""
-    return torch.stack([added(*rows).square().sum(1).mean() for rows in zip(*quantizers, strict=True)])
+    return torch.stack([_added(*rows).square().sum(1).mean() for rows in zip(*quantizers, strict=True)])
 
 
-def added(*numbers: Tensor) -> Tensor:
+def _added(*numbers: Tensor) -> Tensor:
     """The sum of numbers [..., n] of the same vectors, of which some may be for each sample and others for all."""
     if len({rows.shape[-1] for rows in numbers}) > 1:
         numbers = tuple(rows.sum(-1, keepdim=True) for rows in numbers)
@@ -105,7 +105,7 @@ class _Hooks:
             rows = product.reshape(1 if whole else self.samples, -1).sum(1).cpu()
             before = self.found.get((variant, name))
             # a layer may run several times in a call
-            self.found[variant, name] = rows if before is None else added(before, rows)
+            self.found[variant, name] = rows if before is None else _added(before, rows)
 
 
 def _vector(output: Tensor, batch: Batch, number: int) -> Tensor:

@@ -96,13 +96,13 @@ def sensitivities(
     weights: dict[str, Tensor] = {}
     result = {}
     for variant, use in variants.items():
-        for name in quantizers:
-            use(name)
         estimates = found[variant]
 
-        def noise(names: list[str], estimates: Effects = estimates) -> Tensor:
+        def noise(names: list[str], estimates: Effects = estimates, use: Callable[[str], None] = use) -> Tensor:
             if all(name in estimates for name in names):
                 return noise_of(*(estimates[name] for name in names))
+            for name in names:
+                use(name)
             with probe.only(set(names).__contains__):
                 return probe.noise()
 

@@ -42,10 +42,10 @@ def smoothing_vector(activation: Tensor, weight: Tensor, strength: float) -> Ten
         [C] float32, positive and finite; 1 for channels in which either is zero or not finite.
     """
 
-    def formula(x: Tensor, w: Tensor) -> Tensor:
+    def logarithm(x: Tensor, w: Tensor) -> Tensor:
         return x.log() * strength - w.log() * (1 - strength)
 
-    return _vector(activation, weight, formula)
+    return _vector(activation, weight, logarithm)
 
 
 def balanced(activation: Tensor, weight: Tensor, share: float) -> Tensor:
@@ -60,19 +60,19 @@ def balanced(activation: Tensor, weight: Tensor, share: float) -> Tensor:
         share: b relative to the largest product, positive.
     """
 
-    def formula(x: Tensor, w: Tensor) -> Tensor:
+    def logarithm(x: Tensor, w: Tensor) -> Tensor:
         return torch.hypot(x, share * (x * w).max() / w).log()
 
-    return _vector(activation, weight, formula)
+    return _vector(activation, weight, logarithm)
 
 
-def _vector(activation: Tensor, weight: Tensor, formula: Formula) -> Tensor:
-    """What ``formula`` gives as a logarithm, of the channels in which neither is zero or not finite."""
+def _vector(activation: Tensor, weight: Tensor, logarithm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[C] float32, from the logarithm of c; 1 for channels in which either is zero or not finite."""
     x, w = activation.double(), weight.double()
     alive = (x > 0) & (w > 0) & x.isfinite() & w.isfinite()
     log = torch.zeros_like(x)
     if bool(alive.any()):
-        found = formula(x[alive], w[alive])
+        found = logarithm(x[alive], w[alive])
         log[alive] = found - found.mean()
     return log.exp().clamp(1 / _FURTHEST, _FURTHEST).float()
 

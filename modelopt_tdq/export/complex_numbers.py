@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from modelopt_tdq.export.program import traced
+from modelopt_tdq.export.inputs import as_real
+from modelopt_tdq.export.program import traced, without_guards
 
 __all__ = ["in_real_numbers", "real_inputs"]
 
@@ -276,8 +277,6 @@ class _InPairs(Interpreter):
         self._makes = False  # whether the operator that runs gives complex numbers
 
     def run_node(self, n: Node) -> Any:
-        if n.op == "call_module" and "guards" in str(n.target):
-            return None  # of the first trace: the second has its own
         self._makes = n.op == "call_function" and _holds_complex(n.meta.get("val"))
         value = super().run_node(n)
         complex_input = n.op == "placeholder" and _holds_complex(n.meta.get("val")) and isinstance(value, Tensor)
@@ -321,7 +320,7 @@ class _Real(nn.Module):
             if str(node.target) in complex_attributes or not _holds_complex(value):
                 continue
             complex_attributes.add(str(node.target))
-            pairs = torch.view_as_real(value.detach().resolve_conj()).contiguous()
+            pairs = as_real(value.detach()).contiguous()
             delattr(owner, name)
             owner.register_buffer(name, pairs)
         for name, child in program.named_children():
@@ -349,7 +348,7 @@ def in_real_numbers(program: Any, tensors: tuple[Tensor, ...], dynamic_shapes: A
     )
     if not inside:
         return program
-    module = _Real(program.module())
+    module = _Real(without_guards(program))
     try:
         return traced(module.eval(), real_inputs(tensors), dynamic_shapes)
     except Exception as error:
@@ -361,4 +360,4 @@ def in_real_numbers(program: Any, tensors: tuple[Tensor, ...], dynamic_shapes: A
 
 def real_inputs(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Complex ones [...] as their real and imaginary parts [..., 2]; the others as they are."""
-    return tuple(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors)
+    return tuple(map(as_real, tensors))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from modelopt_tdq.export.program import traced
+from modelopt_tdq.export.program import traced, without_guards
 
 __all__ = ["without_constant_operator"]
 
@@ -51,12 +51,10 @@ def without_constant_operator(program: Any, name: str, tensors: tuple[Tensor, ..
     """
     if not any(node.op == "call_function" and str(node.target) == name for node in program.graph.nodes):
         return None
-    module = program.module()
+    module = without_guards(program)
     known: dict[Node, Any] = {}
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and "guards" in str(node.target):
-            module.graph.erase_node(node)  # of the first trace: the second has its own
-        elif node.op == "call_function" and str(node.target) == name:
+        if node.op == "call_function" and str(node.target) == name:
             try:
                 value = _value(module, node, known)
             except _NotConstantError:

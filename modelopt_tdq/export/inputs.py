@@ -16,7 +16,7 @@ from modelopt_tdq.model.call import plain_leaves, tensor_leaves, walk
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["FIXED", "Inputs", "fixed_arguments", "fixed_value", "flatten_inputs", "make_constant"]
+__all__ = ["FIXED", "Inputs", "as_real", "fixed_arguments", "fixed_value", "flatten_inputs", "make_constant"]
 
 #: Key of the fixed arguments in the metadata of an ONNX file.
 FIXED = "modelopt_tdq.arguments"
@@ -63,9 +63,14 @@ def fixed_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(value) for name, value in found.items()}
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """As it is in a graph, which has no complex numbers: those [...] are real and imaginary parts [..., 2]."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def fixed_value(tensor: Tensor) -> Any:
     """Of a tensor that is part of a graph: its numbers, as nested lists."""
-    return torch.view_as_real(tensor).tolist() if tensor.is_complex() else tensor.tolist()
+    return as_real(tensor).tolist()
 
 
 def flatten_inputs(sample_inputs: Mapping[str, Any], timestep: str | None) -> Inputs:

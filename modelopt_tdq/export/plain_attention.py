@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_tdq.export.program import traced
+from modelopt_tdq.export.program import traced, without_guards
 
 __all__ = ["in_plain_attention"]
 
@@ -28,11 +28,9 @@ def in_plain_attention(program: Any, tensors: tuple[Tensor, ...], dynamic_shapes
         return program
     from torch._higher_order_ops.flex_attention import math_attention
 
-    module = program.module()
-    for node in list(module.graph.nodes):
+    module = without_guards(program)
+    for node in module.graph.nodes:
         if node.target is attention:
             node.target = math_attention
-        elif node.op == "call_module" and "guards" in str(node.target):
-            module.graph.erase_node(node)  # of the first trace: the second has its own
     module.recompile()
     return traced(module, tensors, dynamic_shapes)

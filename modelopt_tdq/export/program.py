@@ -1,4 +1,4 @@
-"""``torch.export``, without what it prints."""
+"""Programs of ``torch.export``: traced without what it prints, and as modules that can be traced again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-__all__ = ["traced"]
+__all__ = ["traced", "without_guards"]
 
 
 def traced(module: nn.Module, tensors: tuple[Tensor, ...], dynamic_shapes: Any = None) -> Any:
@@ -30,3 +31,13 @@ def traced(module: nn.Module, tensors: tuple[Tensor, ...], dynamic_shapes: Any =
     if text := written.getvalue():
         sys.stderr.write(text)
     return program
+
+
+def without_guards(program: Any) -> GraphModule:
+    """The module of a program, to be traced anew, without the checks of the first trace: the second has its own."""
+    module: GraphModule = program.module()
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and "guards" in str(node.target):
+            module.graph.erase_node(node)
+    module.recompile()
+    return module

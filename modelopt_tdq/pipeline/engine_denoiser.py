@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.export.inputs import FIXED, fixed_arguments, fixed_value
+from modelopt_tdq.export.inputs import FIXED, as_real, fixed_arguments, fixed_value
 from modelopt_tdq.model.call import named_arguments, plain_leaves, tensor_leaves
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.pipeline.guard import StandIn
@@ -149,8 +149,7 @@ class EngineDenoiser(StandIn):
                 return value.flatten()[0]
             size = shape[0] if isinstance(shape[0], int) else max(1, value.numel())
             return value.reshape(-1).expand(size) if value.numel() == 1 else value
-        if value.is_complex():  # graphs have no complex numbers: real and imaginary part
-            value = torch.view_as_real(value.resolve_conj())
+        value = as_real(value)
         fixed = [(have, want) for have, want in zip(value.shape, shape, strict=False) if isinstance(want, int)]
         if len(shape) != value.dim() or any(have != want for have, want in fixed):
             raise TdqError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.export.inputs import FIXED, fixed_value
+from modelopt_tdq.export.inputs import FIXED, as_real, fixed_value
 
 __all__ = ["as_feeds", "graph_inputs"]
 
@@ -56,7 +56,7 @@ def graph_inputs(inputs: Mapping[str, Any], expected: Collection[str], metadata:
 
 def _in_real_numbers(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+        return as_real(value)
     return np.stack([np.real(value), np.imag(value)], -1) if np.iscomplexobj(value) else value
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.core.metrics import json_number, sqnr_db
 from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.export.report import UNUSED
+from modelopt_tdq.export.trace import OPSET
 from modelopt_tdq.lab.bench.zoo.judge import MARGIN_DB, judged
 from modelopt_tdq.lab.bench.zoo.stage import REFUSED, RIGHT, WRONG, Case, Cell
 from modelopt_tdq.runtime.build.onnx_model import read_onnx
@@ -25,9 +25,6 @@ __all__ = ["export", "onnxruntime", "openvino", "run_onnxruntime", "temporal_exp
 #: GPU that engines are compiled for: one, to save time.
 _CAPABILITY = "8.9"
 
-#: Opset of the graph in full precision.
-_OPSET = 20
-
 
 def _full_precision_export(case: Case) -> str:
     """What torch's own exporter says of the model without any quantizer; "" if it exports it."""
@@ -35,7 +32,7 @@ def _full_precision_export(case: Case) -> str:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                case.entry.build(), (), kwargs=case.held_out, dynamo=True, opset_version=_OPSET, verbose=False
+                case.entry.build(), (), kwargs=case.held_out, dynamo=True, opset_version=OPSET, verbose=False
             )
     except Exception as error:  # whatever it is: it is what the row shall say
         return f"{type(error).__name__}: {error}"
@@ -44,11 +41,10 @@ def _full_precision_export(case: Case) -> str:
 
 def export(case: Case) -> Cell:
     """Both lowerings of one trace. Where that fails, torch's own export of the full-precision model beside it."""
-    model = _quantized(case)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TdqWarning)
-            report = tdq.export_onnx(model, case.ratio, case.held_out, reference_path=case.reference)
+            report = tdq.export_onnx(case.model, case.ratio, case.held_out, reference_path=case.reference)
     except TdqError as error:
         plain = _full_precision_export(case)
         told = "torch cannot export it in full precision either" if plain else "torch exports it in full precision"
@@ -67,12 +63,6 @@ def export(case: Case) -> Cell:
         name, reason = next(iter(floats.items()))
         return cell | {"verdict": WRONG, "reason": f"{len(floats)} not in low precision, the first {name}: {reason}"}
     return cell
-
-
-def _quantized(case: Case) -> nn.Module:
-    if case.quantized is None:
-        raise RuntimeError("there is no quantized model")
-    return case.quantized
 
 
 def _feeds(case: Case, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +110,7 @@ def tensorrt_rtx(case: Case) -> Cell:
         if not constants:
             raise
         path = case.folder / "constants.onnx"
-        tdq.export_onnx(_quantized(case), path, case.held_out, constants=constants)
+        tdq.export_onnx(case.model, path, case.held_out, constants=constants)
         report = _built(case, path)
     floats = [layer.name for layer in report.precisions if layer.type == FLOAT]
     unknown = [layer.name for layer in report.precisions if layer.type == UNKNOWN]

@@ -91,12 +91,10 @@ def _codes(case: Case) -> Cell:
     """Codes of torch and of the ratio graph in ONNX Runtime, layer by layer, against the reference graph's."""
     from modelopt_tdq.compare.model import compare_model
 
-    if case.quantized is None:
-        return {"verdict": WRONG, "reason": "there is no model to compare codes with"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TdqWarning)
         found = compare_model(
-            case.quantized,
+            case.model,
             [case.held_out],
             backends=("torch", "onnxruntime"),
             reference_path=case.reference,

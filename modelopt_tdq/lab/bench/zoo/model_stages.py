@@ -119,7 +119,7 @@ def save(case: Case) -> Cell:
     """``mto.save``, and the outputs to be compared with."""
     import modelopt.torch.opt as mto
 
-    mto.save(_model(case), case.saved)
+    mto.save(case.model, case.saved)
     torch.save(case.expected, case.saved_outputs)
     return {"verdict": RIGHT, "bytes": case.saved.stat().st_size}
 
@@ -138,17 +138,11 @@ def restore(case: Case) -> Cell:
     return {"verdict": RIGHT, "outputs": len(expected)}
 
 
-def _model(case: Case) -> nn.Module:
-    if case.quantized is None:
-        raise RuntimeError("there is no quantized model")
-    return case.quantized
-
-
 def temporal(case: Case) -> Cell:
     """``tdq_temporal`` by cache: from the table, the model gives what it gives with these layers in torch."""
     import modelopt.torch.quantization as mtq
 
-    cached, plain = copy.deepcopy(_model(case)), copy.deepcopy(_model(case))
+    cached, plain = copy.deepcopy(case.model), copy.deepcopy(case.model)
     algorithm = {
         **_ALGORITHM,
         "method": "tdq_temporal",

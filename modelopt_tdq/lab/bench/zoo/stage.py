@@ -75,6 +75,17 @@ class Case:
     onnxruntime_db: float | None = None
 
     @property
+    def model(self) -> nn.Module:
+        """The quantized model.
+
+        Raises:
+            RuntimeError: Nothing has quantized it.
+        """
+        if self.quantized is None:
+            raise RuntimeError("there is no quantized model")
+        return self.quantized
+
+    @property
     def held_out(self) -> dict[str, Any]:
         """Arguments of the call that everything is judged by: at a time of the calibration, of another seed."""
         return self.entry.inputs(_BATCH, _HELD_OUT_TIME * self.entry.largest, _HELD_OUT_SEED)
