@@ -30,6 +30,7 @@ from modelopt_tdq.core.compensated import compensated, output_error
 from modelopt_tdq.core.distributed import gather, union
 from modelopt_tdq.core.fake_quant import symmetric_scale
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.held_weights import HeldWeight
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import PRODUCTS, shared_parameters
@@ -44,28 +45,6 @@ Inputs = Sequence[BlockOfInputs]
 
 #: Numbers of the inputs' covariance that are kept at once: 1 GiB. More takes another pass over the replayed calls.
 _KEPT = 1 << 28
-
-
-class _RoundedWeight(TensorQuantizer):  # type: ignore[misc]
-    """A weight quantizer of ModelOpt that gives the values chosen here; made in place, and undone."""
-
-    _values: Tensor
-
-    @classmethod
-    def from_tensor_quantizer(cls, quantizer: TensorQuantizer, values: Tensor) -> None:
-        """Let ``quantizer`` give ``values``, whatever it is given."""
-        quantizer.__class__ = cls
-        quantizer._values = values
-
-    def settle(self, weight: nn.Parameter) -> None:
-        """Put the values in place of the weight, and become ModelOpt's again."""
-        weight.data = self._values
-        del self._values
-        self.__class__ = TensorQuantizer
-        remember_weight(weight, self)
-
-    def _fake_quantize(self, inputs: Tensor) -> Tensor:
-        return self._values
 
 
 def _layers(model: nn.Module) -> dict[str, QuantModule]:
@@ -243,7 +222,9 @@ def compensated_rounding(model: nn.Module, replay: Replay, config: CalibrationFi
     layers = _layers_to_round(model, replay, config)
     values = _rounded(model, layers, replay, config) if layers else {}
     for name, rounded in values.items():
-        _RoundedWeight.from_tensor_quantizer(layers[name].weight_quantizer, rounded)
+        HeldWeight.from_tensor_quantizer(layers[name].weight_quantizer, rounded)
     yield
     for name in values:
-        layers[name].weight_quantizer.settle(layers[name]._parameters["weight"])
+        weight, quantizer = layers[name]._parameters["weight"], layers[name].weight_quantizer
+        weight.data = quantizer.release()
+        remember_weight(weight, quantizer)

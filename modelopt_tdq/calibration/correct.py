@@ -30,6 +30,7 @@ from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.held_weights import held_weights
 from modelopt_tdq.model.output_correction import (
     correctable_layers,
     forget_layer_correction,
@@ -180,6 +181,21 @@ def correct_layers(model: nn.Module, replay: Replay, config: CorrectionFields) -
         _log.info("no corrections: %s", reason)
         return
     layers |= last_layer(model, replay, times[0])
+    with held_weights(model):
+        kinds, correction = _corrections(model, layers, replay, times, config)
+    if correction is None:
+        return
+    set_layer_correction(model, correction)
+    _log.info(
+        "%d layers corrected over time, %d by one gain and bias",
+        *(sum(kind == wanted for kind in kinds.values()) for wanted in ("per_step", "static")),
+    )
+
+
+def _corrections(
+    model: nn.Module, layers: dict[str, nn.Module], replay: Replay, times: list[float], config: CorrectionFields
+) -> tuple[dict[str, Kind], LayerCorrection | None]:
+    """What becomes of each layer; and the gains and biases of all, None if no layer is corrected."""
     kinds: dict[str, Kind]
     worse = torch.zeros(len(times), dtype=torch.bool)
     if config.correction == "auto":
@@ -189,13 +205,8 @@ def correct_layers(model: nn.Module, replay: Replay, config: CorrectionFields) -
         kinds = _within_budget(layers, kinds, {}, len(times), config)
     kept = {name: layer for name, layer in layers.items() if kinds[name] != "none"}
     if not kept:
-        return
-    fitted = fit_corrections(model, kept, replay, times, config.progress)
-    set_layer_correction(model, _as_kinds(fitted, kinds, worse))
-    _log.info(
-        "%d layers corrected over time, %d by one gain and bias",
-        *(sum(kind == wanted for kind in kinds.values()) for wanted in ("per_step", "static")),
-    )
+        return kinds, None
+    return kinds, _as_kinds(fit_corrections(model, kept, replay, times, config.progress), kinds, worse)
 
 
 def _as_kinds(fitted: LayerCorrection, kinds: Mapping[str, Kind], worse: Tensor) -> LayerCorrection:

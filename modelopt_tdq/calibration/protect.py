@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.held_weights import held_weights
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
@@ -103,10 +104,11 @@ def protected_rows(
     rows = torch.tensor(times, dtype=torch.float32)
     references: dict[int, Tensor] = {}
     errors = []
-    for columns, description in ((static, "static scales"), (temporal, "scales over time")):
-        install(model, quantizers, rows, columns)
-        found = prediction_error(model, replay, times, references, description, progress)
-        errors.append({row: powers[:, 0] for row, powers in found.items()})
+    with held_weights(model):
+        for columns, description in ((static, "static scales"), (temporal, "scales over time")):
+            install(model, quantizers, rows, columns)
+            found = prediction_error(model, replay, times, references, description, progress)
+            errors.append({row: powers[:, 0] for row, powers in found.items()})
     worse = ~_convincing(errors[0], errors[1], len(times))
 
     def merged(new: Tensor | None, old: Tensor | None) -> Tensor | None:
