@@ -124,16 +124,15 @@ class CalibrationFields(RunFields):
             "two standard deviations), so that a row seen on few samples does not clip the outliers of unseen ones."
         ),
     )
-    margin: float = ModeloptField(
+    margin: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = ModeloptField(
         default=0.0,
-        ge=0.0,
-        le=1.0,
         title="Room above what calibration saw, as a fraction",
         description=(
             "Scales, and offsets with them, are larger by this fraction: values beyond those of the calibration data "
-            "are not clipped, for 20 log10(1 + margin) dB of rounding noise at most. Worth it at 8 bits where few "
-            "trajectories are at hand: on a converged U-Net calibrated on four, eight of its 255 layers in high "
-            "precision, a quarter gave 6 dB on others."
+            "are not clipped, for 20 log10(1 + margin) dB of rounding noise at most. auto: for each quantizer, as far "
+            "as its range would grow with four times as many samples, which how it grew with those seen tells. Worth "
+            "it at 8 bits where few trajectories are at hand: on a converged U-Net calibrated on four, eight of its "
+            "255 layers in high precision, a quarter gave 6 dB on others."
         ),
     )
     channel_smoothing: Literal["none", "auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = ModeloptField(

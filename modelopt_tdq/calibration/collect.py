@@ -111,9 +111,8 @@ def _filled(statistics: StepStatistics, times: list[float]) -> ActivationStatist
     if bool(seen.all()):
         return collected
     nearest = nearest_known(torch.tensor(times), seen)
-    return ActivationStatistics(
-        collected.counts[nearest], collected.exponent[nearest], collected.low[nearest], collected.high[nearest]
-    )
+    rows = {name: getattr(collected, name)[nearest] for name in ("counts", "exponent", "low", "high")}
+    return replace(collected, **rows)
 
 
 def collect(

@@ -16,15 +16,24 @@ __all__ = ["columns", "worth_an_offset"]
 #: `asymmetric: auto` takes an offset where it lowers the squared error by this factor (1 dB).
 _ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
 
+#: `margin: auto` makes room for the range of 2^_DOUBLINGS times as many samples.
+_DOUBLINGS = 2.0
+
 
 def columns(evidence: Evidence, config: CalibrationFields, temporal: bool) -> tuple[Tensor, Tensor | None]:
     """Scale [K] and offset [K] (None if symmetric) of one quantizer."""
     scale, offset = _chosen(evidence, config, temporal)
-    if config.margin:
+    margin = _margin(evidence) if config.margin == "auto" else config.margin
+    if margin:
         steps = (offset / scale).round()  # an offset is a whole number of them
-        scale = scale * (1 + config.margin)
+        scale = scale * (1 + margin)
         offset = steps * scale
     return scale.contiguous(), offset.contiguous() if bool(offset.any()) else None
+
+
+def _margin(evidence: Evidence) -> float:
+    """As a fraction of the scale: how far the range would grow with as many samples again, a few times."""
+    return min(math.expm1(_DOUBLINGS * evidence.statistics.growth), 1.0)
 
 
 def worth_an_offset(evidence: Evidence, config: CalibrationFields, temporal: bool) -> bool:

@@ -1,4 +1,6 @@
-"""What one pass over the calibration data leaves behind: per quantizer and time, a histogram and the exact range.
+"""What one pass over the calibration data leaves behind, per quantizer and time.
+
+A histogram, the exact range, and how large the largest samples are.
 
 Histograms use bins whose width is a power of two. A range that grows doubles the width by merging
 pairs of bins, which is exact; so the result does not depend on the order of the samples, on the batch
@@ -14,7 +16,8 @@ import torch
 from modelopt.torch.quantization.calib.calibrator import _Calibrator
 from torch import Tensor
 
-from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.calibration.growth import LargestSamples, mean_growth
+from modelopt_tdq.core.distributed import all_reduce, gather
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import CurrentTimestep
 
@@ -60,6 +63,7 @@ class _Row:
     counts: Tensor  # [BINS] float64
     low: float
     high: float
+    samples: LargestSamples
 
     def widen(self, exponent: int) -> None:
         if exponent > self.exponent:
@@ -75,12 +79,14 @@ class ActivationStatistics:
         counts: [K, BINS] float64, row k over [-2^exponent_k, 2^exponent_k).
         exponent: [K] int64; each row has the finest bins that hold its range.
         low, high: [K] float32, exact minimum and maximum.
+        growth: Logarithm of the factor by which the range grows when the samples double, the mean over the times.
     """
 
     counts: Tensor
     exponent: Tensor
     low: Tensor
     high: Tensor
+    growth: float = 0.0
 
     @property
     def amax(self) -> Tensor:
@@ -160,7 +166,8 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
 
     def _add(self, time: float, x: Tensor) -> None:
         x = x.detach().to(torch.float32)
-        low, high = (float(v) for v in torch.aminmax(x))
+        lows, highs = torch.stack(torch.aminmax(x.reshape(len(x) if x.dim() > 1 else 1, -1), dim=1)).tolist()
+        low, high = min(lows), max(highs)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise TdqError(
                 "forward_loop",
@@ -175,15 +182,17 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
         if row is None:
             if len(self._rows) == self._max_steps:
                 raise too_many_times(self._max_steps)
-            row = self._rows[time] = _Row(exponent, torch.zeros(BINS, dtype=torch.float64, device=x.device), low, high)
+            counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
+            row = self._rows[time] = _Row(exponent, counts, low, high, LargestSamples())
         row.widen(exponent)
         # not in place: a loop may run in torch.inference_mode at one time and outside of it at another
         row.counts = row.counts + _histogram(x, row.exponent).to(row.counts.device)
         row.low, row.high = min(row.low, low), max(row.high, high)
+        row.samples.add([max(-low, high) for low, high in zip(lows, highs, strict=True)])
 
     def statistics(self, times: list[float]) -> ActivationStatistics:
         """All rows, on the CPU, in the order of ``times``; summed over processes."""
-        empty = _Row(_SMALLEST, torch.zeros(BINS, dtype=torch.float64), math.inf, -math.inf)
+        empty = _Row(_SMALLEST, torch.zeros(BINS, dtype=torch.float64), math.inf, -math.inf, LargestSamples())
         rows = [self._rows.get(time, empty) for time in times]
         device = next((row.counts.device for row in rows if row is not empty), torch.device("cpu"))
         exponent = all_reduce(torch.tensor([row.exponent for row in rows], device=device), "max")
@@ -193,7 +202,8 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
         counts = all_reduce(torch.stack([row.counts.to(device) for row in rows]), "sum")
         low = all_reduce(torch.tensor([row.low for row in rows], dtype=torch.float32, device=device), "min")
         high = all_reduce(torch.tensor([row.high for row in rows], dtype=torch.float32, device=device), "max")
-        return ActivationStatistics(counts.cpu(), exponent.cpu(), low.cpu(), high.cpu())
+        samples = zip(*gather([row.samples for row in rows]), strict=True)
+        return ActivationStatistics(counts.cpu(), exponent.cpu(), low.cpu(), high.cpu(), mean_growth(list(samples)))
 
     def compute_amax(self, *args: object, **kwargs: object) -> Tensor | None:
         """[] float32: maximum over all times, ModelOpt's contract; None if nothing was collected."""
