@@ -69,6 +69,7 @@ class _Dataflow:
         self.multiply_adds: list[dict[str, int]] = []
         self.shapes: list[dict[str, tuple[int, ...]]] = []
         self.temporal: list[set[int]] = []
+        self._timed: set[str] = set()
 
     def run(self, run: Run, taints: Mapping[str, frozenset[str]]) -> None:
         """The next one."""
@@ -146,13 +147,21 @@ class _Dataflow:
             self.depends[name] = self.depends.get(name, _NOTHING) | depends
             return
         self.entries.append(Entry(None, name, event.args, event.kwargs, event.outputs))
-        if event.shape and depends == self.time:
+        if event.shape:
+            # so does a call that does not depend on the time, where another one does: some models embed a time of zero
             self.results[-1].setdefault(name, []).append(slots[0])
             self.shapes[-1][name] = event.shape
             self._origins[slots[0].storage] = frozenset([name])
+            if depends:
+                self._timed.add(name)
 
     def finish(self) -> None:
-        """Layers that depend on more in another of their calls need what they take."""
+        """Layers whose calls never depend on the time are no results.
+
+        Those that depend on more in another of their calls need what they take.
+        """
+        self.results = [{n: slots for n, slots in made.items() if n in self._timed} for made in self.results]
+        self.features = {name: None for name in self.features if name in self._timed}
         for name in {name for results in self.results for name in results} & self.depends.keys():
             self.depends[name] |= self.time
         waiting = [name for name in self.features if name in self.depends]

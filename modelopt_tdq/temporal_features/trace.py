@@ -6,6 +6,7 @@ play no part. What depends on what is worked out afterwards, by :mod:`modelopt_t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -32,8 +34,15 @@ _READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
 _READING_METHODS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
+def _has_schema(func: Any) -> bool:
+    """Operators that take functions, such as flex_attention, have none: they are taken to change and view nothing."""
+    return not isinstance(func, HigherOrderOperator)
+
+
 def _reads_values(func: Any) -> bool:
     """Whether an operator hands values of its operands to Python, be it as the shape of its result."""
+    if not _has_schema(func):
+        return False
     return func._schema.name in _READS or torch.Tag.dynamic_output_shape in func.tags
 
 
@@ -52,7 +61,7 @@ class _ReadingMethods(TorchFunctionMode):
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether an operator draws random numbers: an attention draws none without dropout."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
+    if not _has_schema(func) or torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":
@@ -67,10 +76,29 @@ def _tensors(value: Any) -> list[Tensor]:
 def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, written: bool) -> list[Tensor]:
     """The operands that an operator changes in place, or else those that its result may be a view of."""
     found: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
+    for position, argument in enumerate(func._schema.arguments if _has_schema(func) else ()):
         if argument.alias_info is not None and (argument.alias_info.is_write or not written):
             found += _tensors(args[position] if position < len(args) else kwargs.get(argument.name))
     return found
+
+
+def _makes_views(func: Any) -> bool:
+    return _has_schema(func) and any(returned.alias_info is not None for returned in func._schema.returns)
+
+
+@contextmanager
+def _uncompiled_flex_attention() -> Iterator[None]:
+    """Torch's flex_attention compiles itself, which it cannot under a mode that sees every operator."""
+    module, switch = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(module, switch, None)
+    if before is None:
+        yield
+        return
+    setattr(module, switch, True)
+    try:
+        yield
+    finally:
+        setattr(module, switch, before)
 
 
 def layers_with_parameters(model: nn.Module) -> dict[str, nn.Module]:
@@ -195,6 +223,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             be undone.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module, mode: FakeTensorMode | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._mode = model, mode
@@ -230,7 +260,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = tuple((name, self._slot(tensor)) for name, tensor in labels)
         run = Run(self._slot(time), time.dtype, tuple(time.shape), named, held)
         self._events, self._layer = run.events, None
-        with full_precision(self._model), torch.no_grad(), self._watched(), self, _ReadingMethods(self._read):
+        watched = self._watched(), _uncompiled_flex_attention()
+        with full_precision(self._model), torch.no_grad(), watched[0], watched[1], self, _ReadingMethods(self._read):
             output = call()
         run.outputs = self._keys(_tensors(output))
         return run
@@ -283,7 +314,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _one_storage(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> None:
         """Views of a tensor with data share, in a mode without data, the storage of its copy without data."""
-        if not any(returned.alias_info is not None for returned in func._schema.returns):
+        if not _makes_views(func):
             return
         sources = _operands(func, args, kwargs, written=False)
         if len(sources) == 1 and type(sources[0]) in (Tensor, nn.Parameter):
@@ -298,8 +329,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         It would do so itself, but does not remember what an operator gives that it is handed tensors with data; most
         operators of a model are handed a parameter, and come again in every run.
         """
-        views = any(returned.alias_info is not None for returned in func._schema.returns)
-        if self._mode is None or written or views or _reads_values(func):
+        if self._mode is None or written or _makes_views(func) or _reads_values(func):
             return args
         if not any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(args)):
             return args
@@ -321,8 +351,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
         self._one_storage(func, args, kwargs, results)
         products = 0
-        if self._layer is not None and func.overloadpacket in flop_registry:
-            products = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)) // 2
+        packet = func.overloadpacket if _has_schema(func) else func
+        if self._layer is not None and packet in flop_registry:
+            products = int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
         slots = tuple(self._slot(leaf) if isinstance(leaf, Tensor) else None for leaf in outputs)
         self._events.append(
             Operation(

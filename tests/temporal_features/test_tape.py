@@ -212,6 +212,30 @@ def test_a_layer_that_runs_with_two_functions_of_the_time_is_refused() -> None:
         block.compute(model, torch.tensor(TIMES))
 
 
+def test_so_is_one_that_also_runs_on_a_time_of_zero() -> None:
+    """Condition images and texts may have no noise; the call does not depend on the time, and its result is another."""
+
+    def body(net: Net, sample: Tensor, time: Tensor) -> Tensor:
+        still = torch.zeros(len(sample), 4, dtype=sample.dtype)
+        return sample * net.first(time) + net.first(still)
+
+    model, block = find(body)
+    assert list(block.features) == ["first"]
+    with pytest.raises(TdqError, match=r"first.*runs several times in one call of the model, with different results"):
+        block.compute(model, torch.tensor(TIMES))
+
+
+def test_what_is_added_to_an_embedded_time_of_zero_is_a_feature() -> None:
+    def body(net: Net, sample: Tensor, time: Tensor) -> Tensor:
+        still = net.first(torch.zeros(1, 4, dtype=sample.dtype))
+        return sample * net.last(net.second(time) + still)
+
+    model, block = find(body)
+    assert list(block.features) == ["last"]
+    assert block.kept == {"first"}
+    check(model, block)
+
+
 def test_a_layer_that_runs_twice_on_the_same_is_one_feature() -> None:
     def body(net: Net, sample: Tensor, time: Tensor) -> Tensor:
         return sample * net.first(time) + net.first(time)
@@ -219,6 +243,21 @@ def test_a_layer_that_runs_twice_on_the_same_is_one_feature() -> None:
     model, block = find(body)
     assert list(block.features) == ["first"]
     assert block.multiply_adds == 2 * 16
+    check(model, block)
+
+
+def test_flex_attention_of_the_samples_is_no_obstacle() -> None:
+    """It takes functions, and compiles itself where nothing watches."""
+    from torch.nn.attention import flex_attention as module
+
+    def body(net: Net, sample: Tensor, time: Tensor) -> Tensor:
+        tokens = sample.reshape(len(sample), 1, 1, 4).expand(-1, -1, 4, -1)
+        attended = module.flex_attention(tokens, net.second(tokens), tokens)
+        return attended.mean((1, 2)) * net.first(time)
+
+    model, block = find(body)
+    assert list(block.features) == ["first"]
+    assert module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG is False
     check(model, block)
 
 
