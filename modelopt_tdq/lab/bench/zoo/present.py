@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from modelopt_tdq.core.metrics import db_text
-from modelopt_tdq.lab.bench.zoo.judge import MARGIN_DB
+from modelopt_tdq.lab.bench.zoo.judge import FLOAT32_DB, MARGIN_DB
 from modelopt_tdq.lab.bench.zoo.stage import FAILED, NONE, NOT_RUN, REFUSED, RIGHT, WRONG, Cell
 from modelopt_tdq.lab.bench.zoo.stages import STAGES
 from modelopt_tdq.lab.provenance import provenance_line
@@ -150,8 +150,9 @@ def markdown(rows: Rows) -> str:
         "A tiny model with random weights of every class of diffusers that takes a time, W8A8, scales over five times, "
         "by maximum; judged on a call at one of them, with other noise. SQNR: the quantized model to full precision; "
         "in brackets ModelOpt's static scales, calibrated on the same call at this time. Backends: to the quantized "
-        f"torch model, lowest of the outputs. Right is a difference {MARGIN_DB:g} dB below the quantization noise; "
-        "where a random network amplifies rounding above that, right are equal codes in every layer. TensorRT-RTX: "
+        f"torch model, lowest of the outputs. ONNX Runtime is right from {FLOAT32_DB:g} dB, float32's own rounding; where "
+        "rounding moves codes and a random network amplifies that, right are equal codes in every layer. OpenVINO is "
+        f"right {MARGIN_DB:g} dB below the quantization noise, or as near as ONNX Runtime. TensorRT-RTX: "
         "built for SM 8.9, not run; layers in low precision. With features: the model whose temporal features come "
         "from a table, exported, in ONNX Runtime.",
         "",
