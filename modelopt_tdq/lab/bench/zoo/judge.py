@@ -57,9 +57,9 @@ def judged(case: Case, arrays: Mapping[str, Any], backend: str) -> Cell:
     """Compare what a backend gave for the held-out call.
 
     ONNX Runtime is right if it differs from quantized torch by float32's rounding in every output. Where rounding moves
-    codes and grows, right are equal codes: every layer is given the reference's codes, and answers with its own. Another
-    backend is right if its difference lies :data:`MARGIN_DB` below the quantization noise, or if it is as near to torch
-    as ONNX Runtime, whose codes are right.
+    codes and grows, right are equal codes: every layer is given the reference's codes, and answers with its own.
+    Another backend is right if its difference lies :data:`MARGIN_DB` below the quantization noise, or if it is as near
+    to torch as ONNX Runtime, whose codes are right.
 
     Args:
         case: Quantized and exported.

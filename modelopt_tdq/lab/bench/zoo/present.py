@@ -150,8 +150,8 @@ def markdown(rows: Rows) -> str:
         "A tiny model with random weights of every class of diffusers that takes a time, W8A8, scales over five times, "
         "by maximum; judged on a call at one of them, with other noise. SQNR: the quantized model to full precision; "
         "in brackets ModelOpt's static scales, calibrated on the same call at this time. Backends: to the quantized "
-        f"torch model, lowest of the outputs. ONNX Runtime is right from {FLOAT32_DB:g} dB, float32's own rounding; where "
-        "rounding moves codes and a random network amplifies that, right are equal codes in every layer. OpenVINO is "
+        f"torch model, lowest of the outputs. ONNX Runtime is right from {FLOAT32_DB:g} dB, float32's own rounding; "
+        "where that moves codes and a random network amplifies it, right are equal codes in every layer. OpenVINO is "
         f"right {MARGIN_DB:g} dB below the quantization noise, or as near as ONNX Runtime. TensorRT-RTX: "
         "built for SM 8.9, not run; layers in low precision. With features: the model whose temporal features come "
         "from a table, exported, in ONNX Runtime.",
