@@ -41,6 +41,16 @@ def _axes(texts: list[str]) -> dict[str, dict[int, str]]:
     return axes
 
 
+def _names(texts: list[str]) -> str | dict[str, str]:
+    """A preset, or new names by those that the arguments of the model have."""
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    found = dict(text.split("=", 1) for text in texts if "=" in text)
+    if len(found) < len(texts):
+        raise TdqError("names", texts, "neither a preset nor OWN=NEW for each tensor", "For example output=latent")
+    return found
+
+
 def export(
     folder: Folder,
     output: Annotated[Path, typer.Option(help="ONNX file to write.")] = Path("model.onnx"),
@@ -69,6 +79,14 @@ def export(
             help="An input that is the same in every call, such as a mask that hides nothing: its value becomes part "
             "of the graph; may be repeated.",
             metavar="INPUT",
+        ),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What inputs and outputs are called. forward: as the arguments of the model; demo-diffusion: as "
+            "NVIDIA's demoDiffusion calls them; or OWN=NEW, such as output=latent, which may be repeated.",
+            metavar="PRESET|OWN=NEW",
         ),
     ] = None,
     table_input: Annotated[
@@ -115,6 +133,7 @@ def export(
         table_input=table_input,
         pack_weights=pack_weights.value,
         constants=constant or (),
+        names=_names(names or ["forward"]),
     )
     typer.echo(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
     for name, reason in report.skipped:

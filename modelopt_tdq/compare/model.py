@@ -27,6 +27,7 @@ from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.timestep import find_timestep
 from modelopt_tdq.model.weight_fit import rounded_weights, warn_of_changed_weights
 from modelopt_tdq.model.wrapped import unwrapped
+from modelopt_tdq.runtime.sessions.forward_names import by_forward_names
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 __all__ = ["REFERENCE", "compare_model"]
@@ -138,8 +139,8 @@ class _Run:
             return torch_runner(self.model, sample, fixed=self.fixed)
         kind, file, table = COMPARED[backend], Path(self.files.get(backend, self.lowered.path)), self.lowered.table
         if kind.engine:  # it holds its table
-            return session_runner(backend, kind.open(file, table), sample)
-        return session_runner(backend, kind.open(file), sample, table)
+            return session_runner(backend, by_forward_names(kind.open(file, table)), sample)
+        return session_runner(backend, by_forward_names(kind.open(file)), sample, table)
 
 
 def _export(model: nn.Module, sample: Mapping[str, Any], reference: Path | None, ratio: Path | None) -> None:
@@ -213,5 +214,5 @@ def _layer_by_layer(run: _Run, reference: Any, backend: str) -> Callable[[_Array
     onnx, table = require("onnx", "onnx"), run.lowered.table
     file = run.folder / "layers.onnx"
     onnx.save(with_given_codes(run.lowered.graph, reference), str(file))
-    session = COMPARED[backend].open(file)
+    session = by_forward_names(COMPARED[backend].open(file))
     return lambda feed, given: session({**feed, **table, **{n: given[n] for n in session.inputs if n in given}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ from modelopt_tdq.export.inputs import FIXED, Inputs, flatten_inputs
 from modelopt_tdq.export.layer_correction import fold_static
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
+from modelopt_tdq.export.names import Names, as_passed, names_of, rename
 from modelopt_tdq.export.one_time import nan_where_times_differ, needs_one_time
 from modelopt_tdq.export.open_sizes import open_sizes
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
@@ -32,7 +33,7 @@ from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, requir
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
 from modelopt_tdq.model.place import require_weights
-from modelopt_tdq.model.timestep import times_of_samples
+from modelopt_tdq.model.timestep import find_timestep, times_of_samples
 from modelopt_tdq.model.unquantized import unquantized_layers
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 from modelopt_tdq.model.wrapped import unwrapped
@@ -61,6 +62,7 @@ def export_onnx(
     pack_weights: PackWeights = "none",
     reference_path: str | os.PathLike[str] | None = None,
     constants: Collection[str] = (),
+    names: Names = "forward",
 ) -> ExportReport:
     """Write a quantized model as an ONNX file: standard operators only, but for ``lowering="plugin"``.
 
@@ -103,6 +105,10 @@ def export_onnx(
             refuses other ones. So it is, with a warning, where it need not be asked for: where the code of the model
             takes lengths or places from the numbers of a mask (``.item()``, ``.tolist()``, an index of truth values),
             torch cannot export it otherwise. Never the time.
+        names: What inputs and outputs are called in the file at ``path``. "forward": as the arguments of the model;
+            "demo-diffusion": as NVIDIA's demoDiffusion calls them, see
+            :data:`modelopt_tdq.export.names.DEMO_DIFFUSION`; or a mapping from the former to others,
+            ``{"output": "latent"}``. A swapped denoiser knows them all.
 
     Returns:
         What was written, and which quantizers are deployed in low precision.
@@ -122,6 +128,8 @@ def export_onnx(
     if reference is not None and reference.resolve() == target.resolve():
         raise TdqError("reference_path", str(reference), "it is path as well", "Name another file for the reference")
     warn_of_changed_weights(model)
+    timestep = find_timestep(unwrapped(model))
+    sample_inputs = as_passed(names, sample_inputs, None if timestep is None else timestep.argument)
     graph = marker_graph(
         model, sample_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes, constants=constants
     )
@@ -142,13 +150,19 @@ def export_onnx(
             TdqWarning,
             stacklevel=2,
         )
+    renamed = names_of(names, _names(graph.model.graph.inputs), _names(graph.model.graph.outputs))
     twin = None if reference is None else replace(graph, model=graph.model.clone())
     context = lower(graph, lowering, table_input=table_input, pack_weights=pack_weights)
     if twin is not None and reference is not None:
         lower(twin, "reference")
         _write(twin.model, reference)
+    rename(graph.model, *renamed)
     _write(graph.model, target)
     return report_of(context, target, lowering, unquantized_layers(model), graph.constants, graph.decisions)
+
+
+def _names(values: Iterable[Any]) -> list[str]:
+    return [str(value.name) for value in values]
 
 
 def _file(field: str, path: str | os.PathLike[str]) -> Path:

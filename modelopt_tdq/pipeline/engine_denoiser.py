@@ -17,6 +17,7 @@ from modelopt_tdq.model.call import named_arguments, plain_leaves, tensor_leaves
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.pipeline.guard import StandIn
 from modelopt_tdq.pipeline.outputs import assembled, output_class
+from modelopt_tdq.runtime.sessions.forward_names import by_forward_names
 
 __all__ = ["EngineDenoiser"]
 
@@ -40,7 +41,7 @@ class EngineDenoiser(StandIn):
         self, session: Any, original: nn.Module, timestep: str = "timestep", table: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(original)
-        self.session = session
+        self.session = by_forward_names(session)
         self.table = dict(table or {})
         self._timestep = timestep
         device = execution_device(original)
