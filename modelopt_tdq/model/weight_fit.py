@@ -361,12 +361,18 @@ def rounded_weights(model: nn.Module) -> list[str]:
 
     So it is after ``rounding`` and reconstruction: the weights are the values of their codes, in their own dtype.
     """
-    found = []
-    for name, _, weight, quantizer in plain_weights(model):
-        _, noise, rounding = _energy_and_noise(weight, quantizer.amax, quantizer)
-        if noise < _ROUNDED * rounding + (torch.finfo(weight.dtype).eps / 4) ** 2 and rounding > 0:
-            found.append(name)
-    return found
+    return [name for name, _, weight, quantizer in plain_weights(model) if _is_rounded(weight, quantizer)]
+
+
+def _is_rounded(weight: Tensor, quantizer: TensorQuantizer) -> bool:
+    amax = quantizer.amax
+    per_channel = amax.dim() == weight.dim() > 0 and amax.shape[0] == len(weight)
+    # the first channel alone mostly tells that there is something to round
+    for values, own in ((weight[:1], amax[:1] if per_channel else amax), (weight, amax)):
+        energy, noise, rounding = _energy_and_noise(values, own, quantizer)
+        if energy > 0 and not noise < _ROUNDED * rounding + (torch.finfo(weight.dtype).eps / 4) ** 2:
+            return False
+    return energy > 0 and rounding > 0
 
 
 def warn_of_changed_weights(model: nn.Module, stacklevel: int = 3) -> None:
