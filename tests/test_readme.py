@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.main import get_command
 
 import modelopt_tdq as tdq
 from modelopt_tdq.cli import app
+from modelopt_tdq.lab.bench.zoo.present import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -80,3 +82,8 @@ def test_choices_of_the_learning_algorithm_exist() -> None:
         tdq.make_config(4, 4, method="tdq_qat", intervals=intervals)
     for scheme in re.findall(r"`([a-z]+)`", section.split("`scheme` is ")[1].split(";")[0]):
         tdq.make_config(4, 4, method="tdq_qat", scheme=scheme)
+
+
+def test_the_matrix_of_diffusers_classes() -> None:
+    results = json.loads((ROOT / "benchmarks/results/zoo.json").read_text())
+    assert " ".join(summary(results["runs"]).split()) in " ".join(README.split())

@@ -12,7 +12,7 @@ from modelopt_tdq.lab.bench.zoo.stage import FAILED, NONE, NOT_RUN, REFUSED, RIG
 from modelopt_tdq.lab.bench.zoo.stages import STAGES
 from modelopt_tdq.lab.provenance import provenance_line
 
-__all__ = ["markdown"]
+__all__ = ["markdown", "summary"]
 
 #: A class and its row in the results; None if it was not run.
 Rows = Mapping[str, Mapping[str, Any] | None]
@@ -134,6 +134,21 @@ def _left_out(rows: Rows) -> Iterator[str]:
         yield f"- {_shown(reason)}: {len(layers)}, the first {layers[0]}"
 
 
+def summary(rows: Rows) -> str:
+    """The matrix in a sentence."""
+    stages = [row["stages"] for row in rows.values() if row is not None]
+
+    def right(*names: str) -> int:
+        return sum(all(cells.get(name, {}).get("verdict") == RIGHT for name in names) for cells in stages)
+
+    return (
+        f"Of the {len(stages)} classes of diffusers whose `forward` takes a time, {right('quantize')} calibrate, "
+        f"{right('save', 'restore')} are saved and restored bit for bit, {right('export')} are exported, "
+        f"{right('onnxruntime')} are right in ONNX Runtime and {right('openvino')} in OpenVINO, and TensorRT-RTX "
+        f"builds {right('tensorrt_rtx')} with every quantized layer in low precision"
+    )
+
+
 def markdown(rows: Rows) -> str:
     """Counts, the matrix, the misses, the layers that were left out, and where the results come from.
 
@@ -157,6 +172,7 @@ def markdown(rows: Rows) -> str:
         "from a table, exported, in ONNX Runtime.",
         "",
         f"{len(rows) - len(absent)} of {len(rows)} classes run" + (f", {absent[0]} and others not." if absent else "."),
+        f"{summary(rows)}.",
         "",
         *_counts(rows),
         "",
