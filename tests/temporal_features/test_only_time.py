@@ -15,6 +15,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from support.models import fast_config, noise
+from support.slow import slow_but
 from temporal_models import CASES
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -306,7 +307,7 @@ def test_a_flag_may_choose_between_two_features() -> None:
     assert list(block.superseded()) == ["time"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, "unet with classes", "dit", "pixart with sizes", "cogvideox"))
 def test_on_real_models_nothing_is_refused(name: str) -> None:
     case = CASES[name]
     block = tdq.find_temporal_block(case.model(), case.arguments)

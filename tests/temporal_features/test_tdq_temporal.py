@@ -14,6 +14,7 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop, noise
 from support.processes import run_fresh
+from support.slow import slow_but
 from support.unchanged import picture, same
 from temporal_models import CASES
 from torch import Tensor, nn
@@ -229,7 +230,7 @@ def test_fifty_steps_on_twenty_rows_and_the_union_of_two_schedules() -> None:
 BATCHES = ("unet", "dit", "flux", "pixart", "cogvideox")
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", slow_but(BATCHES, "dit", "cogvideox"))
 def test_full_precision_rows_are_what_the_layers_give_in_the_batch_of_the_calibration(name: str) -> None:
     case = CASES[name]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.slow import slow_but
 from typer.testing import CliRunner
 
 import modelopt_tdq as tdq
@@ -82,7 +83,17 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Case], 
     return patch
 
 
-@pytest.mark.parametrize("name", DEPLOYED)
+#: Labels, time of no dimension, a causal mask, several outputs, video and text in one row of tokens.
+QUICK = (
+    "DiTTransformer2DModel",
+    "DreamLiteTransformer2DModel",
+    "PriorTransformer",
+    "SD3ControlNetModel",
+    "CogVideoXTransformer3DModel",
+)
+
+
+@pytest.mark.parametrize("name", slow_but(DEPLOYED, *QUICK))
 def test_quantized_exported_and_in_onnx_runtime(name: str, tmp_path: Path) -> None:
     """At ONNX Runtime's own optimizations, 10 dB below the quantization noise."""
     some = case(name, tmp_path)
