@@ -8,7 +8,7 @@ import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from small_runs import FAST, calibrated, held_out, last_block_error, reconstructed
-from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop
+from support.models import SMALL_UNET, TinyDenoiser, calls, fast_config, loop
 from support.unchanged import converted
 from torch import Tensor, nn
 
@@ -187,7 +187,7 @@ def test_time_comes_from_each_sample_also_where_the_model_is_called_with_a_time_
 
 def test_a_table_per_step_of_a_unet() -> None:
     torch.manual_seed(0)
-    family = FAMILIES["unet"]
+    family = SMALL_UNET
     config = fast_config(
         weight_bits=4, activation_bits=6, method="tdq_reconstruct", intervals="table", iterations=10, samples=8
     )

@@ -29,7 +29,7 @@ SAMPLE = 2 * 8 * 8 * 8 * 4
 
 
 def reconstructed(*args: Any, **fields: Any) -> nn.Module:
-    return run(*args, **{"iterations": 60, **fields})
+    return run(*args, **{"iterations": 24, **fields})
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
@@ -76,7 +76,7 @@ def test_memory_stays_within_its_bound(
 
 
 def test_chunks_from_disk_give_what_chunks_recorded_again_give(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"batch_size": 4, "iterations": 50, "memory_limit": 10 * SAMPLE}
+    fields: dict[str, Any] = {"batch_size": 4, "iterations": 24, "memory_limit": 10 * SAMPLE}
     recorded = reconstructed(**fields)
     read = reconstructed(**fields, cache_dir=str(tmp_path))
     assert _same(recorded, read)
@@ -125,7 +125,7 @@ def test_resumed_is_uninterrupted(fields: dict[str, Any], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("iterations", 61), ("samples", 12), ("intervals", "static"), ("qdrop", 0.1), ("seed", 1)]
+    ("field", "value"), [("iterations", 25), ("samples", 12), ("intervals", "static"), ("qdrop", 0.1), ("seed", 1)]
 )
 def test_another_config_is_refused(field: str, value: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _interrupted(monkeypatch, tmp_path)

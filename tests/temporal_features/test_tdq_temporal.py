@@ -78,8 +78,8 @@ def auto() -> nn.Module:
 
 @torch.no_grad()
 def outputs(model: nn.Module, times: list[float] | None = None) -> list[Tensor]:
-    """At calibrated times and between them."""
-    times = [900.0, 777.0, 600.0, 20.0, 0.0, 999.0] if times is None else times
+    """At a calibrated time, between two, and outside of them."""
+    times = [900.0, 777.0, 0.0] if times is None else times
     return [first_output(model(noise(2, 3, 8, 8, seed=5), torch.tensor(time))) for time in times]
 
 
@@ -499,6 +499,9 @@ SAVED: dict[str, dict[str, Any]] = {
     "naive": {"maintenance": "naive"},
 }
 
+#: Restored in each of four ways; the others by a state of ModelOpt's and by diffusers.
+EVERY_WAY = ("auto", "freed")
+
 _SCRIPT = """
 import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/temporal_features", {tests!r} + "/.."]
 import warnings; warnings.simplefilter("ignore")
@@ -507,18 +510,19 @@ import modelopt.torch.opt as mto
 assert "modelopt_tdq" not in sys.modules
 import modelopt_tdq
 from diffusers import UNet2DModel
-from test_tdq_temporal import SAVED, equal, outputs, unet
+from test_tdq_temporal import EVERY_WAY, SAVED, equal, outputs, unet
 
 mto.enable_huggingface_checkpointing()
 for name in SAVED:
     folder = {folder!r} + "/" + name
     expected = torch.load(folder + "/outputs.pt")
-    model = mto.restore(unet(), folder + "/model.pt")
-    assert equal(outputs(model), expected), name
+    if name in EVERY_WAY:
+        model = mto.restore(unet(), folder + "/model.pt")
+        assert equal(outputs(model), expected), name
     model = mto.restore_from_modelopt_state(unet(), torch.load(folder + "/state.pt"))
     model.load_state_dict(torch.load(folder + "/weights.pt"))
     assert equal(outputs(model), expected), name
-    for kwargs in ({{}}, {{"low_cpu_mem_usage": False}}):
+    for kwargs in ({{}}, {{"low_cpu_mem_usage": False}})[: 1 + (name in EVERY_WAY)]:
         model = UNet2DModel.from_pretrained(folder, **kwargs).eval()
         assert equal(outputs(model), expected), (name, kwargs)
 print("equal")
@@ -536,7 +540,8 @@ def test_saved_and_restored_bit_for_bit_in_a_fresh_process(tmp_path: Path) -> No
             folder = tmp_path / name
             model = quantized(**algorithm)
             model.save_pretrained(folder)
-            mto.save(model, folder / "model.pt")
+            if name in EVERY_WAY:
+                mto.save(model, folder / "model.pt")
             torch.save(mto.modelopt_state(model), folder / "state.pt")
             torch.save(model.state_dict(), folder / "weights.pt")
             torch.save(outputs(model), folder / "outputs.pt")
