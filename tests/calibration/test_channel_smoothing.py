@@ -76,9 +76,17 @@ def outliers(**arguments: Any) -> nn.Module:
     return Outliers(**arguments).eval()
 
 
+#: Of the model and the data that most tests have, by config; used by copies.
+_MADE: dict[str, nn.Module] = {}
+
+
 def smoothed(strength: Any = 0.5, model: nn.Module | None = None, data: Any = None, **fields: Any) -> Any:
     config = fast_config(**{"channel_smoothing": strength, **fields})
-    return mtq.quantize(outliers() if model is None else model, config, loop(calls() if data is None else data))
+    if model is not None or data is not None:
+        return mtq.quantize(outliers() if model is None else model, config, loop(calls() if data is None else data))
+    if repr(config) not in _MADE:
+        _MADE[repr(config)] = mtq.quantize(outliers(), config, loop(calls()))
+    return copy.deepcopy(_MADE[repr(config)])
 
 
 def divisor(model: nn.Module, layer: str) -> Tensor | None:

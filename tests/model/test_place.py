@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,8 +45,17 @@ def _model(place: _Place | None = None) -> nn.Module:
     return model
 
 
+#: By config: of a model whose weights are nowhere else; used by copies.
+_IN_PLACE: dict[str, nn.Module] = {}
+
+
 def _quantized(place: _Place | None = None, config: dict[str, Any] | None = None) -> nn.Module:
-    return mtq.quantize(_model(place), _config() if config is None else config, loop(calls()))
+    config = _config() if config is None else config
+    if place is not None:
+        return mtq.quantize(_model(place), config, loop(calls()))
+    if repr(config) not in _IN_PLACE:
+        _IN_PLACE[repr(config)] = mtq.quantize(_model(), config, loop(calls()))
+    return copy.deepcopy(_IN_PLACE[repr(config)])
 
 
 @torch.no_grad()

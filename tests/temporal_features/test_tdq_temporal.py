@@ -60,9 +60,19 @@ def config(**algorithm: Any) -> dict[str, Any]:
     return fast_config(**fields(**algorithm))
 
 
-def quantized(model: nn.Module | None = None, batch: int = 2, **algorithm: Any) -> nn.Module:
-    model = unet() if model is None else model
-    return mtq.quantize(model, config(**algorithm), UNET.forward_loop(batch))
+#: By what was asked for; used by copies.
+_MADE: dict[str, nn.Module] = {}
+
+
+def once(key: Any, make: Callable[[], nn.Module]) -> nn.Module:
+    """A copy of what was made for this key."""
+    if repr(key) not in _MADE:
+        _MADE[repr(key)] = make()
+    return copy.deepcopy(_MADE[repr(key)])
+
+
+def quantized(batch: int = 2, **algorithm: Any) -> nn.Module:
+    return once((batch, algorithm), lambda: mtq.quantize(unet(), config(**algorithm), UNET.forward_loop(batch)))
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +287,7 @@ def test_only_the_quantizers_of_replaced_layers_are_switched_off() -> None:
 
 def test_in_inference_mode(auto: nn.Module) -> None:
     with torch.inference_mode():
-        other = quantized(weight_bits=4, activation_bits=4)
+        other = mtq.quantize(unet(), config(weight_bits=4, activation_bits=4), UNET.forward_loop())
         assert equal(outputs(other), outputs(auto))
 
 
@@ -574,7 +584,8 @@ FAST = {"statistic": "max", "weights": "max", "protect_steps": False, "progress"
 
 def listed(*algorithms: dict[str, Any]) -> nn.Module:
     rules = fast_config(weight_bits=4, activation_bits=6)
-    return mtq.quantize(unet(), {**rules, "algorithm": list(algorithms)}, UNET.forward_loop())
+    made = {**rules, "algorithm": list(algorithms)}
+    return once(algorithms, lambda: mtq.quantize(unet(), made, UNET.forward_loop()))
 
 
 def restored(model: nn.Module) -> nn.Module:

@@ -53,8 +53,9 @@ KEEPS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("intervals", INTERVALS)
 def test_a_table_that_is_set_stays(intervals: str) -> None:
+    learned = _learned(intervals)  # in training mode, and it has learned since its table was made
     for what, made in KEEPS.items():
-        model = _learned(intervals)  # in training mode, and it has learned since its table was made
+        model = copy.deepcopy(learned)
         doubled = _doubled(model)
         tdq.set_scale_table(model, doubled)
         model = made(model)
