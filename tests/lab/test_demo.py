@@ -225,6 +225,7 @@ def height_maps(monkeypatch: pytest.MonkeyPatch) -> str:
     return "maps"
 
 
+@pytest.mark.slow
 def test_a_model_of_another_kind(height_maps: str, tmp_path: Path) -> None:
     """In this process, so that the stages find it: sampled, quantized, exported and run in OpenVINO, drawn."""
     pytest.importorskip("openvino")

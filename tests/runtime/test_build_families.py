@@ -35,8 +35,7 @@ def build(graph: Lowered, folder: Path, **options: Any) -> EngineReport:
 @pytest.mark.parametrize(
     ("family", "bits"),
     [
-        # in INT8: the UNet of test_build_unet
-        pytest.param("dit", 8, marks=pytest.mark.slow),
+        ("dit", 8),
         pytest.param("sd3", FP8, marks=pytest.mark.slow),
         ("stable_diffusion", FP8),
     ],

@@ -212,6 +212,7 @@ def test_formats_are_those_of_most_layers(unet: Found) -> None:
     assert formats(nn.Linear(2, 2), None, None) == Formats(8, 8)
 
 
+@pytest.mark.slow
 def test_on_a_trained_model_the_error_is_far_below_naive() -> None:
     from diffusers import UNet2DModel
 
