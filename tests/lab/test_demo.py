@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.processes import ForkedModule
+from support.slow import slow_but
 
 from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError
@@ -180,7 +181,7 @@ def test_cache_keeps_and_forgets(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("maintenance", ["naive", "cache"])
+@pytest.mark.parametrize("maintenance", slow_but(("naive", "cache"), "cache"))
 def test_temporal_features(settings: DemoSettings, first: tuple[dict[str, Any], str], maintenance: str) -> None:
     output, without = settings.output.parent / maintenance, first[0]
     changed = dataclasses.replace(settings, output=output, maintenance=maintenance)
