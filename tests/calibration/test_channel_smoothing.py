@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
 from support.models import SMALL_UNET, at, calls, fast_config, loop, noise, quantized
+from support.once import Once
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -76,17 +77,14 @@ def outliers(**arguments: Any) -> nn.Module:
     return Outliers(**arguments).eval()
 
 
-#: Of the model and the data that most tests have, by config; used by copies.
-_MADE: dict[str, nn.Module] = {}
+once = Once()
 
 
 def smoothed(strength: Any = 0.5, model: nn.Module | None = None, data: Any = None, **fields: Any) -> Any:
     config = fast_config(**{"channel_smoothing": strength, **fields})
     if model is not None or data is not None:
         return mtq.quantize(outliers() if model is None else model, config, loop(calls() if data is None else data))
-    if repr(config) not in _MADE:
-        _MADE[repr(config)] = mtq.quantize(outliers(), config, loop(calls()))
-    return copy.deepcopy(_MADE[repr(config)])
+    return once(config, lambda: mtq.quantize(outliers(), config, loop(calls())))
 
 
 def divisor(model: nn.Module, layer: str) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from support.models import TIMES, TinyDenoiser, calls, fast_config, loop, noise
+from support.once import Once
 from support.places import GROUPED, OFFLOADED, back, cast, on_disk_by_groups
 from torch import Tensor, nn
 
@@ -45,17 +45,14 @@ def _model(place: _Place | None = None) -> nn.Module:
     return model
 
 
-#: By config: of a model whose weights are nowhere else; used by copies.
-_IN_PLACE: dict[str, nn.Module] = {}
+once = Once()
 
 
 def _quantized(place: _Place | None = None, config: dict[str, Any] | None = None) -> nn.Module:
     config = _config() if config is None else config
     if place is not None:
         return mtq.quantize(_model(place), config, loop(calls()))
-    if repr(config) not in _IN_PLACE:
-        _IN_PLACE[repr(config)] = mtq.quantize(_model(), config, loop(calls()))
-    return copy.deepcopy(_IN_PLACE[repr(config)])
+    return once(config, lambda: mtq.quantize(_model(), config, loop(calls())))
 
 
 @torch.no_grad()

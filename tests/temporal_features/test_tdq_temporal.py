@@ -13,6 +13,7 @@ import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop, noise
+from support.once import Once
 from support.processes import run_fresh
 from support.slow import slow_but
 from support.unchanged import picture, same
@@ -60,15 +61,7 @@ def config(**algorithm: Any) -> dict[str, Any]:
     return fast_config(**fields(**algorithm))
 
 
-#: By what was asked for; used by copies.
-_MADE: dict[str, nn.Module] = {}
-
-
-def once(key: Any, make: Callable[[], nn.Module]) -> nn.Module:
-    """A copy of what was made for this key."""
-    if repr(key) not in _MADE:
-        _MADE[repr(key)] = make()
-    return copy.deepcopy(_MADE[repr(key)])
+once = Once()
 
 
 def quantized(batch: int = 2, **algorithm: Any) -> nn.Module:
