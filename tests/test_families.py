@@ -9,7 +9,8 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
-from support.models import FAMILIES, TIMES, Family, fast_config, noise
+from support.models import FAMILIES, SMALL_UNET_CONDITION, TIMES, Family, fast_config, noise
+from support.slow import slow_but
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -30,14 +31,14 @@ ENDS = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_but(FAMILIES, *(name for name in FAMILIES if name != "flux")))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def family(name: str) -> Family:
-    return FAMILIES[name]
+    return SMALL_UNET_CONDITION if name == "unet_condition" else FAMILIES[name]
 
 
 @pytest.fixture(scope="module")

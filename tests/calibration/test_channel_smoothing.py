@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
 from support.models import SMALL_UNET, at, calls, fast_config, loop, noise, quantized
+from support.once import Once
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -76,9 +77,14 @@ def outliers(**arguments: Any) -> nn.Module:
     return Outliers(**arguments).eval()
 
 
+once = Once()
+
+
 def smoothed(strength: Any = 0.5, model: nn.Module | None = None, data: Any = None, **fields: Any) -> Any:
     config = fast_config(**{"channel_smoothing": strength, **fields})
-    return mtq.quantize(outliers() if model is None else model, config, loop(calls() if data is None else data))
+    if model is not None or data is not None:
+        return mtq.quantize(outliers() if model is None else model, config, loop(calls() if data is None else data))
+    return once(config, lambda: mtq.quantize(outliers(), config, loop(calls())))
 
 
 def divisor(model: nn.Module, layer: str) -> Tensor | None:

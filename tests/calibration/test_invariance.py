@@ -8,7 +8,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import FAMILIES, TIMES, TinyDenoiser, calls, fast_config, loop, quantized
+from support.models import SMALL_UNET_CONDITION, TIMES, TinyDenoiser, calls, fast_config, loop, quantized
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -86,7 +86,7 @@ def test_a_time_per_sample(name: str) -> None:
 @pytest.mark.parametrize("statistic", ["max", "mse", "output"])
 def test_guidance_in_one_batch_or_in_two_calls(statistic: str) -> None:
     """The two halves of a batch for classifier-free guidance, together or one after the other."""
-    family = FAMILIES["unet_condition"]
+    family = SMALL_UNET_CONDITION
     torch.manual_seed(0)
     model = family.make().eval()
 

@@ -87,7 +87,7 @@ def test_quantized_folder(quantized: Path) -> None:
     assert len(table) == 3
 
 
-@pytest.mark.parametrize("maintenance", ["naive", "tib", "cache", "auto"])
+@pytest.mark.parametrize("maintenance", ["naive", "cache", "auto"])
 def test_temporal_features_are_maintained(pipeline: Path, tmp_path: Path, maintenance: str) -> None:
     recipe = tmp_path / "fast.yaml"
     fast = "{method: tdq_temporal, statistic: max, weights: max, iterations: 3}"

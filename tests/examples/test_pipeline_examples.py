@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from support.pipelines import FAMILIES
+from support.slow import slow_but
 
 import modelopt_tdq as tdq
 from modelopt_tdq.runtime.build.report import float_layers
@@ -48,7 +49,7 @@ class Done:
         return load(self.family, parse(self.family, None, ["run", *self.arguments]), quantized=True)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_but(FAMILIES, "dit", "stable_diffusion"))
 def done(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -57,7 +58,7 @@ def done(
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(family.name)
     (folder / "prompts.txt").write_text("1\n2\n")
-    correction = "auto" if family.name == "stable_diffusion" else "none"  # of one family is enough
+    correction = "auto" if family.name == "dit" else "none"  # of one family is enough
     algorithm = f"statistic: max, weights: max, protect_steps: false, correction: {correction}"
     (folder / "fast.yaml").write_text(f"algorithm: {{{algorithm}}}\n")
     arguments = ["--tiny", "--output", str(folder), "--prompts", str(folder / "prompts.txt")]

@@ -114,8 +114,20 @@ def _columns(model: nn.Module, temporal: tuple[bool, ...], shifts: tuple[bool, b
 COMBINATIONS = list(product([False, True], repeat=4))
 
 
-@pytest.mark.parametrize("bits", [8, 4, (4, 3)], ids=["int8", "int4", "fp8"])
-@pytest.mark.parametrize("temporal", COMBINATIONS, ids=lambda t: "".join("kt"[int(v)] for v in t))
+#: In other formats than INT8: none, all, and what moves scales or offsets.
+QUICK = [(False,) * 4, (True,) * 4, (True, False, False, True), (False, True, True, False)]
+
+
+def _formats() -> list[Any]:
+    found = []
+    for temporal, (name, bits) in product(COMBINATIONS, {"int8": 8, "int4": 4, "fp8": (4, 3)}.items()):
+        letters = "".join("kt"[int(v)] for v in temporal)
+        marks = () if bits == 8 or temporal in QUICK else pytest.mark.slow
+        found.append(pytest.param(temporal, bits, id=f"{letters}-{name}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("temporal", "bits"), _formats())
 def test_equals_torch_whatever_depends_on_time(small: Any, temporal: tuple[bool, ...], bits: Any) -> None:
     model, graph, time = small
     for shifts in ((True, True), (True, False)):

@@ -11,6 +11,7 @@ import torch
 from support.double import run_double
 from support.export import LOWERINGS, Lowered, codes_by_definition, layer_results, lowered, trace
 from support.models import FAMILIES, SMALL_UNET_CONDITION, fast_config
+from support.slow import slow_but
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -28,7 +29,7 @@ class Exported:
         return {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
 
 
-@pytest.fixture(scope="module", params=["unet_condition", "dit", "sd3", "flux"])
+@pytest.fixture(scope="module", params=slow_but(("unet_condition", "dit", "sd3", "flux"), "unet_condition", "dit"))
 def exported(request: pytest.FixtureRequest) -> Exported:
     import modelopt.torch.quantization as mtq
 

@@ -12,6 +12,7 @@ import torch
 from support.denoisers import quantized_denoiser
 from support.export import LOWERINGS, codes_by_definition, lowered, set_table, trace
 from support.noise import expected, rms, tensors
+from support.slow import slow_but
 from support.zoo import ROWS, Zoo, quantized_zoo, sample
 
 from modelopt_tdq.export.onnx_export import MarkerGraph
@@ -59,7 +60,7 @@ def test_ratio_computes_products_in_float32(half: Any) -> None:
     assert all(t.data_type == onnx.TensorProto.INT8 for t in weights)
 
 
-@pytest.mark.parametrize("family", ["dit", "sd3"])
+@pytest.mark.parametrize("family", slow_but(("dit", "sd3"), "dit"))
 @torch.no_grad()
 def test_no_farther_from_the_truth_than_torch(family: str) -> None:
     """Torch and ONNX Runtime round halves at other places, which flips codes; both mean the same model in float32.

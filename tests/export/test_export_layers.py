@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.double import run_double
 from support.export import LOWERINGS, codes_by_definition, lowered, set_table, trace
+from support.slow import slow_but
 from support.zoo import ATTENTIONS, ROWS, Zoo, quantized_zoo, sample
 from torch import Tensor
 
@@ -59,8 +60,11 @@ FORMATS = [
     ((4, 3), False, True),
 ]
 
+#: Each number format, and each of the others with and without an offset.
+QUICK = [FORMATS[i] for i in (0, 3, 4, 5, 7, 9)]
 
-@pytest.mark.parametrize(("bits", "offset", "dequant"), FORMATS)
+
+@pytest.mark.parametrize(("bits", "offset", "dequant"), slow_but(FORMATS, *QUICK))
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_equals_torch(traced: Traced, lowering: str, bits: Any, offset: bool, dequant: bool) -> None:
     set_table(traced.model, ROWS, bits=bits, offset=offset, dequant=dequant)
@@ -77,7 +81,7 @@ def test_equals_torch(traced: Traced, lowering: str, bits: Any, offset: bool, de
             assert error < 3e-6, (name, time)
 
 
-@pytest.mark.parametrize(("bits", "offset", "dequant"), FORMATS)
+@pytest.mark.parametrize(("bits", "offset", "dequant"), slow_but(FORMATS, *QUICK))
 def test_lowerings_agree_in_float64(traced: Traced, bits: Any, offset: bool, dequant: bool) -> None:
     set_table(traced.model, ROWS, bits=bits, offset=offset, dequant=dequant, seed=1)
     graphs = [lowered(traced.graph, lowering, traced.model) for lowering in LOWERINGS]

@@ -14,6 +14,9 @@ import modelopt_tdq as tdq
 from modelopt_tdq.model.timestep import find_timestep
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
+#: At a small size: test_export_families.py.
+pytestmark = pytest.mark.slow
+
 TIMES = (0.0, 199.0, 333.0, 500.5, 800.0, 1200.0)
 
 

@@ -89,7 +89,14 @@ def ways(monkeypatch: pytest.MonkeyPatch, torchs_own: list[tuple[Any, str, Any]]
     return traced, in_torchs_way, 0 if torchs_own else 1
 
 
-@pytest.mark.parametrize(("name", "dynamic_batch"), [("plain", True), ("dit", True), ("flux", False)])
+@pytest.mark.parametrize(
+    ("name", "dynamic_batch"),
+    [
+        ("plain", True),
+        pytest.param("dit", True, marks=pytest.mark.slow),
+        pytest.param("flux", False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_graph(name: str, dynamic_batch: bool, ways: Ways) -> None:
     family: Family = FAMILIES[name]
     torch.manual_seed(0)

@@ -9,12 +9,12 @@ import modelopt.torch.quantization as mtq
 import onnx
 import pytest
 import torch
-from support.export import LOWERINGS, codes_by_definition, lowered
+from support.export import LOWERINGS, Lowered, codes_by_definition, lowered
 from support.models import FAMILIES, fast_config, noise
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.export.onnx_export import MarkerGraph, marker_graph
+from modelopt_tdq.export.onnx_export import marker_graph
 from modelopt_tdq.runtime.build.report import require_low_precision
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
@@ -35,14 +35,17 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def graph(model: nn.Module) -> MarkerGraph:
-    return marker_graph(model, inputs(), dynamic_batch=True, dynamic_axes=AXES)
+def lowerings(model: nn.Module) -> dict[str, Lowered]:
+    graph = marker_graph(model, inputs(), dynamic_batch=True, dynamic_axes=AXES)
+    return {name: lowered(graph, name) for name in LOWERINGS}
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (8, 24)])
-def test_codes_at_other_sizes(model: nn.Module, graph: MarkerGraph, lowering: str, size: tuple[int, int]) -> None:
-    made = lowered(graph, lowering)
+def test_codes_at_other_sizes(
+    model: nn.Module, lowerings: dict[str, Lowered], lowering: str, size: tuple[int, int]
+) -> None:
+    made = lowerings[lowering]
     compared, wrong = codes_by_definition(made, model, inputs(*size, batch=3), 600.0)
     assert compared > 3 * 8 * size[0] * size[1]
     assert wrong == 0

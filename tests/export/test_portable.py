@@ -19,6 +19,7 @@ from support.denoisers import ATTENTION_PRODUCTS, one_row, quantized_denoiser
 from support.export import LOWERINGS, lowered, trace
 from support.models import TIMES, fast_config, noise, quantized
 from support.noise import SAME, Expected, expected
+from support.slow import slow_but
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -70,7 +71,7 @@ def attention_too(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "quant_cfg": [*config["quant_cfg"], *rules]}
 
 
-@pytest.fixture(scope="module", params=["dit", "sd3"])
+@pytest.fixture(scope="module", params=slow_but(("dit", "sd3"), "sd3"))
 def family(request: pytest.FixtureRequest) -> dict[tuple[str, str], Case]:
     denoiser = quantized_denoiser(request.param, attention=request.param == "sd3")
     return cases(denoiser.model, denoiser.inputs)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.processes import ForkedModule
+from support.slow import slow_but
 
 from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError
@@ -180,7 +181,7 @@ def test_cache_keeps_and_forgets(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("maintenance", ["naive", "cache"])
+@pytest.mark.parametrize("maintenance", slow_but(("naive", "cache"), "cache"))
 def test_temporal_features(settings: DemoSettings, first: tuple[dict[str, Any], str], maintenance: str) -> None:
     output, without = settings.output.parent / maintenance, first[0]
     changed = dataclasses.replace(settings, output=output, maintenance=maintenance)
@@ -225,6 +226,7 @@ def height_maps(monkeypatch: pytest.MonkeyPatch) -> str:
     return "maps"
 
 
+@pytest.mark.slow
 def test_a_model_of_another_kind(height_maps: str, tmp_path: Path) -> None:
     """In this process, so that the stages find it: sampled, quantized, exported and run in OpenVINO, drawn."""
     pytest.importorskip("openvino")

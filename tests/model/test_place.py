@@ -12,6 +12,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from support.models import TIMES, TinyDenoiser, calls, fast_config, loop, noise
+from support.once import Once
 from support.places import GROUPED, OFFLOADED, back, cast, on_disk_by_groups
 from torch import Tensor, nn
 
@@ -44,8 +45,14 @@ def _model(place: _Place | None = None) -> nn.Module:
     return model
 
 
+once = Once()
+
+
 def _quantized(place: _Place | None = None, config: dict[str, Any] | None = None) -> nn.Module:
-    return mtq.quantize(_model(place), _config() if config is None else config, loop(calls()))
+    config = _config() if config is None else config
+    if place is not None:
+        return mtq.quantize(_model(place), config, loop(calls()))
+    return once(config, lambda: mtq.quantize(_model(), config, loop(calls())))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.torch.export import export_hf_checkpoint
-from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop, noise, quantized
+from support.models import SMALL_UNET, SMALL_UNET_CONDITION, TinyDenoiser, calls, fast_config, loop, noise, quantized
 from support.unchanged import unchanged_by
 from torch import nn
 
@@ -54,7 +54,7 @@ def test_copies_are_made_as_ever() -> None:
 
 
 def _unet() -> nn.Module:
-    return mtq.quantize(FAMILIES["unet"].make().eval(), fast_config(), FAMILIES["unet"].forward_loop())
+    return mtq.quantize(SMALL_UNET.make().eval(), fast_config(), SMALL_UNET.forward_loop())
 
 
 def _refused(model: Any, folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_checkpoint_with_one_scale_per_layer_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("recipe", ["int8", "fp8"])
 def test_also_where_modelopt_would_first_give_q_k_and_v_one_scale(recipe: str, tmp_path: Path) -> None:
     """In the model itself, before it writes anything."""
-    family = FAMILIES["unet_condition"]
+    family = SMALL_UNET_CONDITION
     config = fast_config() if recipe == "int8" else copy.deepcopy(tdq.TDQ_FP8_CFG)
     config["algorithm"] |= {"statistic": "max", "weights": "max", "protect_steps": False, "progress": False}
     if recipe == "fp8":  # per tensor, for which ModelOpt asks no activation quantizer for its scale
@@ -89,8 +89,8 @@ def test_also_where_modelopt_would_first_give_q_k_and_v_one_scale(recipe: str, t
 
 
 def test_modelopts_own_models_are_exported_as_ever(tmp_path: Path) -> None:
-    model = FAMILIES["unet"].make().eval()
-    model = mtq.quantize(model, mtq.INT8_DEFAULT_CFG, FAMILIES["unet"].forward_loop())
+    model = SMALL_UNET.make().eval()
+    model = mtq.quantize(model, mtq.INT8_DEFAULT_CFG, SMALL_UNET.forward_loop())
     export_hf_checkpoint(model, export_dir=tmp_path)
     assert list(tmp_path.glob("*.safetensors"))
 

@@ -12,7 +12,7 @@ import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
-from support.models import FAMILIES, TIMES, TinyDenoiser, calls, fast_config, loop, noise, quantized
+from support.models import SMALL_UNET, TIMES, TinyDenoiser, calls, fast_config, loop, noise, quantized
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -151,7 +151,7 @@ def test_a_wrapped_model_learns() -> None:
 
 
 def test_temporal_features_of_a_wrapped_model() -> None:
-    family = FAMILIES["unet"]
+    family = SMALL_UNET
     config = fast_config(method="tdq_temporal", maintenance="cache", keep_layers=True)
     model = mtq.quantize(family.make().eval(), config, family.forward_loop())
     wrapped = torch.compile(model, backend="eager")

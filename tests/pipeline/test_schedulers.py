@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.models import fast_config
 from support.pipelines import FAMILIES
+from support.slow import slow_but
 
 import modelopt_tdq as tdq
 from trt_examples import tiny
@@ -61,7 +62,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
     return {"folder": tmp_path_factory.mktemp("engines")}
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", slow_but(PIPELINES, "DDIM", "Euler", "flow matching"))
 def test_calibrated_over_20_steps_it_samples_with_8_and_50(name: str, engines: dict[Any, Path]) -> None:
     make, family = PIPELINES[name]
     full, call = make(), family.tiny_call(0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.slow import slow_but
 
 import modelopt_tdq.plugin.kernel
 from modelopt_tdq.core.schedule import row_index
@@ -59,10 +60,13 @@ def _asked(random: np.random.Generator, timesteps: Array, count: int) -> Array:
     return np.where(random.random(count) < 0.5, random.choice(close, count), spread)
 
 
-def _random_cases() -> dict[str, Case]:
-    """More than 10^6 pairs of a time and a column of a table."""
+#: Of random cases: more than 10^6 pairs of a time and a column of a table; and a quarter of that.
+MILLION, QUARTER = 16, 4
+
+
+def _random_cases(number: int) -> dict[str, Case]:
     cases, random = {}, np.random.default_rng(0)
-    for index in range(16):
+    for index in range(number):
         timesteps = _times(random, int(random.integers(2, 70)), index % 3)
         shape = (len(timesteps), int(random.integers(1500, 4000)))
         table = np.exp2(random.uniform(-20, 20, shape[1]) + random.uniform(0, 4, shape))
@@ -121,43 +125,45 @@ def run_interpreted(cases: dict[str, Case], folder: Path) -> dict[str, Array]:
     return dict(np.load(folder / "results.npz"))
 
 
-CASES = {**_random_cases(), **_special_cases()}
+@pytest.fixture(scope="module", params=slow_but((QUARTER, MILLION), QUARTER))
+def cases(request: pytest.FixtureRequest) -> dict[str, Case]:
+    return {**_random_cases(request.param), **_special_cases()}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Array]:
-    return run_interpreted(CASES, tmp_path_factory.mktemp("kernel"))
+def results(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Array]:
+    return run_interpreted(cases, tmp_path_factory.mktemp("kernel"))
 
 
 def test_a_million_pairs() -> None:
-    assert sum(len(case.timestep) * case.table.shape[1] for case in CASES.values()) >= 1_000_000
+    assert sum(len(case.timestep) * case.table.shape[1] for case in _random_cases(MILLION).values()) >= 1_000_000
 
 
 @pytest.mark.parametrize("name", [*_special_cases(), "random"])
-def test_kernel_equals_numpy(results: dict[str, Array], name: str) -> None:
-    for case in [name] if name in CASES else [n for n in CASES if n.startswith(name)]:
-        scale, ratio = CASES[case].oracle()
+def test_kernel_equals_numpy(cases: dict[str, Case], results: dict[str, Array], name: str) -> None:
+    for case in [name] if name in cases else [n for n in cases if n.startswith(name)]:
+        scale, ratio = cases[case].oracle()
         np.testing.assert_array_equal(results[f"{case}/scale"], scale, err_msg=case)
         np.testing.assert_array_equal(results[f"{case}/ratio"], ratio, err_msg=case)
         for output in ("scale", "ratio"):
             assert np.isnan(results[f"{case}/{output}_past_end"]).all()
 
 
-def test_row_is_that_of_the_schedule(results: dict[str, Array]) -> None:
-    for name, case in CASES.items():
+def test_row_is_that_of_the_schedule(cases: dict[str, Case], results: dict[str, Array]) -> None:
+    for name, case in cases.items():
         rows = row_index(torch.from_numpy(case.timestep), torch.from_numpy(case.timesteps))
         np.testing.assert_array_equal(results[f"{name}/scale"], case.table[rows.numpy()], err_msg=name)
 
 
-def test_ratio_is_that_of_the_ratio_lowering(results: dict[str, Array]) -> None:
-    for name in [*[n for n in CASES if n.startswith("random")][:6], "powers_of_two", "whole_blocks"]:
-        case = CASES[name]
+def test_ratio_is_that_of_the_ratio_lowering(cases: dict[str, Case], results: dict[str, Array]) -> None:
+    for name in [*[n for n in cases if n.startswith("random")][:6], "powers_of_two", "whole_blocks"]:
+        case = cases[name]
         reference = [reference_scale(ActivationSpec("q", 8, column)) for column in case.table.T]
         assert (case.table.min(0) / reference >= 1).all()
         expected = results[f"{name}/scale"] / np.array(reference)
         np.testing.assert_array_equal(results[f"{name}/ratio"], expected, err_msg=name)
 
 
-def test_positive_scales_have_ratios_from_one_on(results: dict[str, Array]) -> None:
-    for name in (n for n in CASES if n.startswith("random")):
+def test_positive_scales_have_ratios_from_one_on(cases: dict[str, Case], results: dict[str, Array]) -> None:
+    for name in (n for n in cases if n.startswith("random")):
         assert (results[f"{name}/ratio"] >= 1).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from small_runs import FAST, calibrated, held_out, last_block_error, reconstructed
-from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop
+from support.models import SMALL_UNET, TinyDenoiser, calls, fast_config, loop
 from support.unchanged import converted
 from torch import Tensor, nn
 
@@ -18,6 +18,11 @@ from modelopt_tdq.export.spec import read_quantization
 from modelopt_tdq.reconstruction.blocks import find_blocks
 from modelopt_tdq.reconstruction.reconstruct import tdq_reconstruct
 from modelopt_tdq.training.learned import learned_intervals
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return reconstructed()
 
 
 @pytest.mark.parametrize("intervals", ["thin", "mlp", "table", "static"])
@@ -33,7 +38,7 @@ def test_lower_error_on_inputs_that_were_not_seen(intervals: str) -> None:
 
 @pytest.mark.parametrize("fields", [{"qdrop": 0.5}, {"scheme": "duq"}, {"scheme": "nipq"}, {"learn_rounding": False}])
 def test_options_lower_the_error_too(fields: dict[str, object]) -> None:
-    model = reconstructed(**{"interval_lr": 5e-3, "weight_bits": 8, "activation_bits": 3, **fields})
+    model = reconstructed(**{"interval_lr": 5e-3, "weight_bits": 8, "activation_bits": 3, "iterations": 75, **fields})
     report = tdq.reconstruction_report(model)
     assert sum(b.error_after for b in report) < sum(b.error_before for b in report)
 
@@ -45,8 +50,7 @@ def test_intervals_alone_leave_the_weights_untouched() -> None:
     assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
 
 
-def test_weights_lie_on_the_codes_of_ordinary_quantizers() -> None:
-    model = reconstructed()
+def test_weights_lie_on_the_codes_of_ordinary_quantizers(model: nn.Module) -> None:
     torch.manual_seed(0)
     reference = TinyDenoiser().eval()
     moved = 0
@@ -91,7 +95,7 @@ def test_the_same_run_gives_the_same_bits_whatever_the_global_seed() -> None:
             loop(calls(4, 4))(model)
             torch.manual_seed(seed)
 
-        config = fast_config(**{**FAST, "intervals": "mlp", "qdrop": 0.5, "iterations": 60})
+        config = fast_config(**{**FAST, "intervals": "mlp", "qdrop": 0.5, "iterations": 20})
         states.append(mtq.quantize(model, config, forward_loop).state_dict())
         expected = torch.Generator().manual_seed(seed)
         assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))  # and it draws nothing from it
@@ -115,8 +119,7 @@ def test_errors_in_the_report_are_those_of_the_calibrated_block_at_each_samples_
     assert report[0].error_before == pytest.approx(float(error), rel=1e-4)
 
 
-def test_tables_are_the_source_bit_for_bit() -> None:
-    model = reconstructed()
+def test_tables_are_the_source_bit_for_bit(model: nn.Module) -> None:
     learned = learned_intervals(model)
     table = tdq.scale_table(model)
     assert learned.source is not None
@@ -135,9 +138,8 @@ def test_saved_and_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["reference", "ratio"])
-def test_exported(lowering: str, tmp_path: Path) -> None:
+def test_exported(model: nn.Module, lowering: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = reconstructed()
     sample, time = calls(1, 1, seed=5)[0]
     path = tmp_path / "model.onnx"
     tdq.export_onnx(model, path, {"sample": sample, "timestep": time.reshape(1)}, lowering=lowering)
@@ -187,7 +189,7 @@ def test_time_comes_from_each_sample_also_where_the_model_is_called_with_a_time_
 
 def test_a_table_per_step_of_a_unet() -> None:
     torch.manual_seed(0)
-    family = FAMILIES["unet"]
+    family = SMALL_UNET
     config = fast_config(
         weight_bits=4, activation_bits=6, method="tdq_reconstruct", intervals="table", iterations=10, samples=8
     )

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import reconstructed
-from support.models import FAMILIES, TIMES, TinyDenoiser, at, calls, fast_config, noise
+from support.models import SMALL_UNET_CONDITION, TIMES, TinyDenoiser, at, calls, fast_config, noise
 from torch import nn
 
 from modelopt_tdq import TdqError
@@ -92,7 +92,7 @@ def test_says_which_interval_has_none() -> None:
 def test_inputs_of_a_block_sample_by_sample() -> None:
     """A block inside a transformer: hidden states, text, keyword arguments, and what is no tensor."""
     torch.manual_seed(0)
-    family = FAMILIES["unet_condition"]
+    family = SMALL_UNET_CONDITION
     model = mtq.quantize(family.make().eval(), fast_config(), family.forward_loop(2))
     replay = SpreadReplay(model, deliver_timestep(model, "timestep"), 8)
     replay.recorded(family.forward_loop(2))(model)

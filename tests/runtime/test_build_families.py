@@ -32,7 +32,14 @@ def build(graph: Lowered, folder: Path, **options: Any) -> EngineReport:
     return tdq.build_engine(folder / "m.onnx", folder / "m.engine", **TARGET, **options)
 
 
-@pytest.mark.parametrize(("family", "bits"), [("dit", 8), ("sd3", FP8), ("stable_diffusion", FP8)])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [
+        ("dit", 8),
+        pytest.param("sd3", FP8, marks=pytest.mark.slow),
+        ("stable_diffusion", FP8),
+    ],
+)
 def test_low_precision_and_hardly_a_kernel_more(family: str, bits: Any, tmp_path: Path) -> None:
     denoiser = quantized_denoiser(family, bits)
     graph = trace(denoiser.model, denoiser.inputs)

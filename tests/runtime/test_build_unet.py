@@ -21,8 +21,9 @@ pytest.importorskip("tensorrt_rtx")
 MODEL = Path(__file__).parents[2] / "trt_examples" / "ddim_cifar10" / "model"
 
 
+@pytest.mark.slow
 def test_kernels_of_the_bundled_unet(tmp_path: Path) -> None:
-    """In INT8; convolutions in FP8 are those of Stable Diffusion in test_build_families."""
+    """In INT8; convolutions in FP8, and models of a small size: test_build_families."""
     model, scheduler = load_model(MODEL), load_scheduler(MODEL)
     start = noise(2, sample_shape(model), 0)
     mtq.quantize(model, fast_config(), lambda m: sample(m, scheduler, start, 4))

@@ -11,8 +11,7 @@ import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import TIMES, fast_config, noise
-from temporal_models import CASES
+from support.models import SMALL_UNET_CONDITION, TIMES, fast_config, noise
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -223,19 +222,19 @@ def test_a_compiled_model_is_one_graph() -> None:
 
 def test_residuals_of_a_control_net_are_taken() -> None:
     """A UNet that is calibrated alone serves with a ControlNet: its residuals do not reach the temporal features."""
-    case = CASES["stable diffusion"]
+    torch.manual_seed(0)
+    family = SMALL_UNET_CONDITION
     fast = {"statistic": "max", "weights": "max", "protect_steps": False, "progress": False}
     algorithm = {"method": "tdq_temporal", "maintenance": "cache", "cache_bits": 32, **fast}
 
     def forward_loop(model: nn.Module) -> None:
-        for time in (600.0, 20.0):
-            model(**case.at(time))
+        for arguments in family.data(times=(600.0, 20.0)):
+            model(**arguments)
 
-    model = mtq.quantize(case.model(), {**fast_config(), "algorithm": algorithm}, forward_loop)
-    shapes = [(4, 8, 8, 8), (4, 8, 8, 8), (4, 8, 4, 4), (4, 16, 4, 4)]
+    model = mtq.quantize(family.make().eval(), {**fast_config(), "algorithm": algorithm}, forward_loop)
     given = {
-        **case.arguments,
-        "down_block_additional_residuals": tuple(noise(*shape) for shape in shapes),
-        "mid_block_additional_residual": noise(4, 16, 4, 4),
+        **family.data(times=(600.0,))[0],
+        "down_block_additional_residuals": (noise(4, 8, 8, 8), noise(4, 8, 8, 8)),
+        "mid_block_additional_residual": noise(4, 8, 8, 8),
     }
     assert torch.equal(model(**given).sample, without_table(model)(**given).sample)

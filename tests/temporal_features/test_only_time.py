@@ -9,12 +9,14 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from support.models import fast_config, noise
+from support.slow import slow_but
 from temporal_models import CASES
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -202,8 +204,23 @@ REFUSED: dict[str, tuple[Body, tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("times", [None, 3])
-@pytest.mark.parametrize("what", REFUSED)
+#: Of each way to depend on more one, with several times in one run.
+SEVERAL = (
+    "a float",
+    "a number in an object",
+    "a size in a tensor",
+    "a buffer",
+    "an earlier time",
+    "an attribute",
+    "the first sample",
+    "a counter",
+    "chance",
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "times"), slow_but(product(REFUSED, [None, 3]), *product(REFUSED, [None]), *product(SEVERAL, [3]))
+)
 def test_a_layer_that_depends_on_more_than_the_time_is_refused_by_its_name(what: str, times: int | None) -> None:
     body, expected, given = REFUSED[what]
     _, block = found(body, times, **given)
@@ -306,7 +323,7 @@ def test_a_flag_may_choose_between_two_features() -> None:
     assert list(block.superseded()) == ["time"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, "unet with classes", "dit", "pixart with sizes", "cogvideox"))
 def test_on_real_models_nothing_is_refused(name: str) -> None:
     case = CASES[name]
     block = tdq.find_temporal_block(case.model(), case.arguments)

@@ -9,7 +9,7 @@ import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import FAMILIES, fast_config
+from support.models import SMALL_UNET, fast_config
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -18,7 +18,7 @@ from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.lab.maintenance import with_maintenance
 from modelopt_tdq.model.call import first_output
 
-UNET = FAMILIES["unet"]
+UNET = SMALL_UNET
 TIMES = (900.0, 300.0, 0.0)
 BETTER = {"rounding": "compensated", "correction": "per_step"}
 

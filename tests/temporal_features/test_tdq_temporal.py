@@ -13,7 +13,9 @@ import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from support.models import FAMILIES, TinyDenoiser, calls, fast_config, loop, noise
+from support.once import Once
 from support.processes import run_fresh
+from support.slow import slow_but
 from support.unchanged import picture, same
 from temporal_models import CASES
 from torch import Tensor, nn
@@ -59,9 +61,11 @@ def config(**algorithm: Any) -> dict[str, Any]:
     return fast_config(**fields(**algorithm))
 
 
-def quantized(model: nn.Module | None = None, batch: int = 2, **algorithm: Any) -> nn.Module:
-    model = unet() if model is None else model
-    return mtq.quantize(model, config(**algorithm), UNET.forward_loop(batch))
+once = Once()
+
+
+def quantized(batch: int = 2, **algorithm: Any) -> nn.Module:
+    return once((batch, algorithm), lambda: mtq.quantize(unet(), config(**algorithm), UNET.forward_loop(batch)))
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +81,8 @@ def auto() -> nn.Module:
 
 @torch.no_grad()
 def outputs(model: nn.Module, times: list[float] | None = None) -> list[Tensor]:
-    """At calibrated times and between them."""
-    times = [900.0, 777.0, 600.0, 20.0, 0.0, 999.0] if times is None else times
+    """At a calibrated time, between two, and outside of them."""
+    times = [900.0, 777.0, 0.0] if times is None else times
     return [first_output(model(noise(2, 3, 8, 8, seed=5), torch.tensor(time))) for time in times]
 
 
@@ -229,7 +233,7 @@ def test_fifty_steps_on_twenty_rows_and_the_union_of_two_schedules() -> None:
 BATCHES = ("unet", "dit", "flux", "pixart", "cogvideox")
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", slow_but(BATCHES, "dit", "cogvideox"))
 def test_full_precision_rows_are_what_the_layers_give_in_the_batch_of_the_calibration(name: str) -> None:
     case = CASES[name]
 
@@ -276,7 +280,7 @@ def test_only_the_quantizers_of_replaced_layers_are_switched_off() -> None:
 
 def test_in_inference_mode(auto: nn.Module) -> None:
     with torch.inference_mode():
-        other = quantized(weight_bits=4, activation_bits=4)
+        other = mtq.quantize(unet(), config(weight_bits=4, activation_bits=4), UNET.forward_loop())
         assert equal(outputs(other), outputs(auto))
 
 
@@ -498,6 +502,9 @@ SAVED: dict[str, dict[str, Any]] = {
     "naive": {"maintenance": "naive"},
 }
 
+#: Restored in each of four ways; the others by a state of ModelOpt's and by diffusers.
+EVERY_WAY = ("auto", "freed")
+
 _SCRIPT = """
 import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/temporal_features", {tests!r} + "/.."]
 import warnings; warnings.simplefilter("ignore")
@@ -506,18 +513,19 @@ import modelopt.torch.opt as mto
 assert "modelopt_tdq" not in sys.modules
 import modelopt_tdq
 from diffusers import UNet2DModel
-from test_tdq_temporal import SAVED, equal, outputs, unet
+from test_tdq_temporal import EVERY_WAY, SAVED, equal, outputs, unet
 
 mto.enable_huggingface_checkpointing()
 for name in SAVED:
     folder = {folder!r} + "/" + name
     expected = torch.load(folder + "/outputs.pt")
-    model = mto.restore(unet(), folder + "/model.pt")
-    assert equal(outputs(model), expected), name
+    if name in EVERY_WAY:
+        model = mto.restore(unet(), folder + "/model.pt")
+        assert equal(outputs(model), expected), name
     model = mto.restore_from_modelopt_state(unet(), torch.load(folder + "/state.pt"))
     model.load_state_dict(torch.load(folder + "/weights.pt"))
     assert equal(outputs(model), expected), name
-    for kwargs in ({{}}, {{"low_cpu_mem_usage": False}}):
+    for kwargs in ({{}}, {{"low_cpu_mem_usage": False}})[: 1 + (name in EVERY_WAY)]:
         model = UNet2DModel.from_pretrained(folder, **kwargs).eval()
         assert equal(outputs(model), expected), (name, kwargs)
 print("equal")
@@ -535,7 +543,8 @@ def test_saved_and_restored_bit_for_bit_in_a_fresh_process(tmp_path: Path) -> No
             folder = tmp_path / name
             model = quantized(**algorithm)
             model.save_pretrained(folder)
-            mto.save(model, folder / "model.pt")
+            if name in EVERY_WAY:
+                mto.save(model, folder / "model.pt")
             torch.save(mto.modelopt_state(model), folder / "state.pt")
             torch.save(model.state_dict(), folder / "weights.pt")
             torch.save(outputs(model), folder / "outputs.pt")
@@ -568,7 +577,8 @@ FAST = {"statistic": "max", "weights": "max", "protect_steps": False, "progress"
 
 def listed(*algorithms: dict[str, Any]) -> nn.Module:
     rules = fast_config(weight_bits=4, activation_bits=6)
-    return mtq.quantize(unet(), {**rules, "algorithm": list(algorithms)}, UNET.forward_loop())
+    made = {**rules, "algorithm": list(algorithms)}
+    return once(algorithms, lambda: mtq.quantize(unet(), made, UNET.forward_loop()))
 
 
 def restored(model: nn.Module) -> nn.Module:

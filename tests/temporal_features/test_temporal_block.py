@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.slow import slow_but
 from temporal_models import CASES, Case, others, with_changed
 from torch import Tensor, nn
 
 from modelopt_tdq import find_temporal_block
 from modelopt_tdq.temporal_features.block import TemporalBlock
+
+#: One of each kind: heads, classes beside the time, shared and single modulations, a condition of sizes.
+QUICK = ("unet", "unet with classes", "dit", "pixart with sizes", "sd3", "cogvideox", "wan")
 
 Outputs = dict[str, list[Tensor]]
 
@@ -42,7 +46,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=slow_but(CASES, *QUICK))
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[str(request.param)]
 

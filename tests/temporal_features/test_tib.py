@@ -10,7 +10,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import FAMILIES, fast_config, noise
+from support.models import FAMILIES, SMALL_UNET, fast_config, noise
 from support.unchanged import picture, same
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ def two() -> Found:
 @pytest.fixture(scope="module")
 def unet() -> Found:
     torch.manual_seed(0)
-    return searched(FAMILIES["unet"].make(), FAMILIES["unet"].data()[0])
+    return searched(SMALL_UNET.make(), SMALL_UNET.data()[0])
 
 
 def learned(found: Found, bits: Formats, iterations: int, **fields: Any) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def _column(scales: Any) -> tuple[Tensor, Tensor]:
 
 def test_the_model_is_left_as_it_was(unet: Found) -> None:
     model, block, targets = unet
-    FAMILIES["unet"].forward_loop()(model)
+    SMALL_UNET.forward_loop()(model)
     before = picture(model)
     learned(unet, Formats(4, 4), 12, weights="mse")
     naive_features(model, block, TIMES, Formats(8, 8), "mse")
@@ -170,7 +170,7 @@ def test_a_failure_leaves_it_as_it_was_too(unet: Found) -> None:
     def fail() -> None:
         raise KeyboardInterrupt
 
-    FAMILIES["unet"].forward_loop()(unet[0])
+    SMALL_UNET.forward_loop()(unet[0])
     before = picture(unet[0])
     with pytest.raises(KeyboardInterrupt):
         learned(unet, Formats(4, 4), 5, tick=fail)
@@ -212,6 +212,7 @@ def test_formats_are_those_of_most_layers(unet: Found) -> None:
     assert formats(nn.Linear(2, 2), None, None) == Formats(8, 8)
 
 
+@pytest.mark.slow
 def test_on_a_trained_model_the_error_is_far_below_naive() -> None:
     from diffusers import UNet2DModel
 

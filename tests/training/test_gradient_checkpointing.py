@@ -8,7 +8,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from support.models import FAMILIES
+from support.models import SMALL_UNET
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -16,7 +16,7 @@ from modelopt_tdq import TdqError
 
 
 def _model() -> nn.Module:
-    family = FAMILIES["unet"]
+    family = SMALL_UNET
     torch.manual_seed(0)
     model = family.make()
     config = tdq.make_config(4, 4, method="tdq_qat", intervals="table", statistic="max", weights="max", progress=False)
@@ -25,7 +25,7 @@ def _model() -> nn.Module:
 
 def _gradients(model: nn.Module, times: list[float]) -> dict[str, Tensor]:
     """Of the sum over one call per time, with a single backward pass."""
-    family = FAMILIES["unet"]
+    family = SMALL_UNET
     total = torch.zeros(())
     for seed, time in enumerate(times):
         total = total + model(**family.inputs(2, torch.tensor(time), seed)).sample.square().mean()
@@ -65,8 +65,8 @@ def test_a_training_loop_needs_nothing() -> None:
             model.enable_gradient_checkpointing()
         optimizer = torch.optim.SGD(model.parameters(), 1e-3)
         for seed, time in enumerate((900.0, 20.0, 300.0)):
-            model(**FAMILIES["unet"].inputs(2, torch.tensor(5.0), seed))  # looked at, and never learned from
-            loss = model(**FAMILIES["unet"].inputs(2, torch.tensor(time), seed)).sample.square().mean()
+            model(**SMALL_UNET.inputs(2, torch.tensor(5.0), seed))  # looked at, and never learned from
+            loss = model(**SMALL_UNET.inputs(2, torch.tensor(time), seed)).sample.square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.export import LOWERINGS, codes_by_definition, layer_results, lowered, trace
 from support.models import SMALL_UNET
+from support.slow import slow_but
 from test_qat import adam
 from torch import nn
 
@@ -37,7 +38,7 @@ def _trained(scheme: str, intervals: str = "mlp") -> tuple[nn.Module, dict[str, 
     return model.eval(), family.inputs(2, torch.tensor(_TIME), 9)
 
 
-@pytest.mark.parametrize("scheme", ["lsq", "pact", "nipq", "duq", "qil"])
+@pytest.mark.parametrize("scheme", slow_but(("lsq", "pact", "nipq", "duq", "qil"), "lsq", "pact", "duq"))
 def test_trained_schemes_export_with_the_codes_of_torch(scheme: str) -> None:
     model, inputs = _trained(scheme)
     table = tdq.scale_table(model)

@@ -16,6 +16,7 @@ from support.models import FAMILIES
 from typer.testing import CliRunner
 
 from modelopt_tdq.cli import app
+from modelopt_tdq.config import make_config
 from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.lab.bench.temporal.command import run_temporal
 from modelopt_tdq.lab.bench.temporal.deploy import deploy
@@ -64,17 +65,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def quick_config(*bits: int, **fields: Any) -> dict[str, Any]:
+    return make_config(*bits, statistic="max", weights="max", protect_steps=False, **fields)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def two_bit_widths() -> Iterator[None]:
-    """And no Fréchet distance: its network takes longer than all the rest here."""
+    """No Fréchet distance, whose network takes longer than all the rest here; and scales that are quickly found."""
 
     def missing() -> None:
         raise MissingExtraError("module", "efficientnet", "not installed", "install it")
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modelopt_tdq.lab.bench.temporal.run.make_config", quick_config)
         patch.setattr("modelopt_tdq.lab.bench.temporal.rows.BITS", ((8, 8), (4, 4)))
         patch.setattr("modelopt_tdq.lab.bench.temporal.run.EfficientNetLite0", missing)
         yield
+
+
+@pytest.fixture(scope="module")
+def w8a8(folder: Path) -> torch.nn.Module:
+    return _calibrated(load_model(folder), load_scheduler(folder), runs()[0], _SMOKE)
+
+
+@pytest.fixture
+def calibrated(w8a8: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(w8a8)
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +175,10 @@ def test_a_key_changes_with_everything_that_changes_the_result() -> None:
         temporal_budget("free")
 
 
-def test_the_features_measured_are_those_that_the_model_uses(folder: Path) -> None:
+def test_the_features_measured_are_those_that_the_model_uses(folder: Path, calibrated: torch.nn.Module) -> None:
     model, scheduler = load_model(folder), load_scheduler(folder)
     times = torch.tensor(schedule_times(scheduler, [3, 4]))
     full = compute_features(model, times)
-    calibrated = _calibrated(model, scheduler, runs()[0], _SMOKE)
     for label in ("none", "naive", "cache"):
         row = TemporalRun(8, 8, label, ROWS[label])
         student, seconds = maintained(calibrated, row, times, 4)
@@ -183,19 +198,17 @@ def test_the_features_measured_are_those_that_the_model_uses(folder: Path) -> No
         assert has_features(calibrated) is False
 
 
-def test_rows_of_the_feature_table_are_the_judged_times(folder: Path) -> None:
-    model, scheduler = load_model(folder), load_scheduler(folder)
+def test_rows_of_the_feature_table_are_the_judged_times(folder: Path, calibrated: torch.nn.Module) -> None:
+    scheduler = load_scheduler(folder)
     times = torch.tensor(schedule_times(scheduler, [3, 4]))
     assert times.tolist() == sorted({0.0, 333.0, 666.0, 250.0, 500.0, 750.0} | set(times.tolist()))
-    calibrated = _calibrated(model, scheduler, runs()[0], _SMOKE)
     student, _ = maintained(calibrated, TemporalRun(8, 8, "cache", ROWS["cache"]), times, 4)
     assert feature_table(student).contains(times).all()
 
 
-def test_nothing_but_the_temporal_features_differs_between_rows(folder: Path) -> None:
+def test_nothing_but_the_temporal_features_differs_between_rows(folder: Path, calibrated: torch.nn.Module) -> None:
     model, scheduler = load_model(folder), load_scheduler(folder)
     against = yardstick(model, scheduler, _SMOKE, lambda: None)
-    calibrated = _calibrated(model, scheduler, runs()[0], _SMOKE)
     rows = [TemporalRun(8, 8, "none", None), TemporalRun(8, 8, "", {"maintenance": "cache", "cache_bits": 32})]
     students = [maintained(calibrated, row, against.times, 4)[0] for row in rows]
     first, second = (measure(student, against, lambda: None) for student in students)
@@ -204,13 +217,12 @@ def test_nothing_but_the_temporal_features_differs_between_rows(folder: Path) ->
         assert second["judged"][steps]["sqnr_db"] == pytest.approx(first["judged"][steps]["sqnr_db"], abs=0.05)
 
 
-def test_images_are_compared_with_those_of_full_precision(folder: Path) -> None:
+def test_images_are_compared_with_those_of_full_precision(folder: Path, calibrated: torch.nn.Module) -> None:
     model, scheduler = load_model(folder), load_scheduler(folder)
     against = yardstick(model, scheduler, _SMOKE, lambda: None)
     images = feature_statistics(to_uint8(against.references[3].images), Colours())
     judged = replace(against, extractor=Colours(), images=images)
     ticks: list[None] = []
-    calibrated = _calibrated(model, scheduler, runs()[0], _SMOKE)
     assert measure(calibrated, judged, lambda: ticks.append(None))["frechet"] > 0.0
     assert len(ticks) == judged.ticks == 14
 
@@ -232,11 +244,9 @@ def test_models_that_need_text_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_deployment_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deployment_is_measured(calibrated: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorrt_rtx" else name)
-    model, scheduler = load_model(folder), load_scheduler(folder)
-    calibrated = _calibrated(copy.deepcopy(model), scheduler, runs()[0], _SMOKE)
     found = deploy(calibrated)
     assert 10_000 < found["onnx_bytes"] < 1_000_000
     assert found["kernels"] is None

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.slow import slow_but
 from typer.testing import CliRunner
 
 import modelopt_tdq as tdq
@@ -82,7 +83,17 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Case], 
     return patch
 
 
-@pytest.mark.parametrize("name", DEPLOYED)
+#: Labels, time of no dimension, a causal mask, several outputs, video and text in one row of tokens.
+QUICK = (
+    "DiTTransformer2DModel",
+    "DreamLiteTransformer2DModel",
+    "PriorTransformer",
+    "SD3ControlNetModel",
+    "CogVideoXTransformer3DModel",
+)
+
+
+@pytest.mark.parametrize("name", slow_but(DEPLOYED, *QUICK))
 def test_quantized_exported_and_in_onnx_runtime(name: str, tmp_path: Path) -> None:
     """At ONNX Runtime's own optimizations, 10 dB below the quantization noise."""
     some = case(name, tmp_path)
@@ -102,19 +113,26 @@ def test_quantized_exported_and_in_onnx_runtime(name: str, tmp_path: Path) -> No
     assert "by" not in cell  # no codes were needed
 
 
-def test_all_stages_of_a_class_and_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+#: The last one takes as long as most others together.
+ALL_STAGES = [list(STAGES), [name for name in STAGES if name != "temporal_export"]]
+
+
+@pytest.mark.parametrize("stages", slow_but(ALL_STAGES, ALL_STAGES[1]), ids=len)
+def test_all_stages_of_a_class_and_what_is_kept(
+    stages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorrt_rtx")
-    text = run_zoo(bench(tmp_path, PRIOR, stages=list(STAGES)))
+    text = run_zoo(bench(tmp_path, PRIOR, stages=stages))
     row = json.loads((tmp_path / "zoo.json").read_text())["runs"][PRIOR]
     cells = row["stages"]
-    assert {stage: cell["verdict"] for stage, cell in cells.items()} == dict.fromkeys(STAGES, "right")
+    assert {stage: cell["verdict"] for stage, cell in cells.items()} == dict.fromkeys(stages, "right")
     assert cells["temporal"]["features"] > 0
     assert cells["temporal"]["by"] == "bit for bit"
     assert cells["tensorrt_rtx"]["low_precision"] == cells["tensorrt_rtx"]["layers"] == cells["quantize"]["quantized"]
     assert row["source"]["command"].startswith("modelopt-tdq bench zoo --again --only PriorTransformer --stages full,")
     assert (tmp_path / "zoo.md").read_text() == text + "\n"
     assert "1 of 100 classes run" in text
-    assert text.count("| 1 of 1 |") == len(STAGES)
+    assert text.count("| 1 of 1 |") == len(stages)
 
     ran: list[str] = []
     monkeypatch.setattr(command, "run_class", lambda name, *_: ran.append(name) or {"full": {"verdict": "right"}})
@@ -124,7 +142,7 @@ def test_all_stages_of_a_class_and_what_is_kept(tmp_path: Path, monkeypatch: pyt
     run_zoo(bench(tmp_path, PRIOR, stages=["full"], again=True))
     assert ran == [PRIOR]
     kept = json.loads((tmp_path / "zoo.json").read_text())["runs"][PRIOR]
-    assert list(kept["stages"]) == list(STAGES)  # what was not asked for stays
+    assert list(kept["stages"]) == stages  # what was not asked for stays
     monkeypatch.setattr(command, "installed_versions", lambda: {"torch": "another"})
     run_zoo(bench(tmp_path, PRIOR, stages=["full"]))
     assert ran == [PRIOR, PRIOR]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from modelopt_tdq.calibration.statistics import StepStatistics
 from modelopt_tdq.cli import app
+from modelopt_tdq.config import recipe
 from modelopt_tdq.core.table import ScaleTable
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.bench.activations import LayerActivation, distinct_inputs, measure_activations, most_and_least
@@ -22,6 +23,7 @@ from modelopt_tdq.lab.bench.budget import BUDGETS, Budget
 from modelopt_tdq.lab.bench.kept_tables import kept_tables
 from modelopt_tdq.lab.bench.qat_run import QatRun, checksum
 from modelopt_tdq.lab.bench.tables import qat_table
+from modelopt_tdq.lab.demo import variants
 from modelopt_tdq.lab.model_folder import load_model
 from modelopt_tdq.lab.report import interval_plots, supplement
 from modelopt_tdq.lab.report.interval_plots import Curve, IntervalAndSpread, Panel, correlation
@@ -100,6 +102,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
         monkeypatch.setattr(module, "save_figure", spy)
     return figures
+
+
+def quick_recipe(name: str) -> dict[str, Any]:
+    config = recipe(name)
+    config["algorithm"] |= {"statistic": "max", "weights": "max", "protect_steps": False, "correction": "none"}
+    config["algorithm"] |= {"channel_smoothing": "none", "rounding": "nearest"}
+    return config
 
 
 def curves(*seeds: int) -> dict[int, Curve]:
@@ -263,13 +272,15 @@ def test_results_of_another_model_are_refused(model: Path, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def page(model: Path, layers: list[LayerActivation], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The index of all figures, written by the program."""
+    """The index of all figures, written by the program; recipes of scales that are quickly found."""
     results = tmp_path_factory.mktemp("results")
     runs: dict[tuple[str, int], float | None] = {("W4A4 TDQ", 0): 2.0, ("W4A4 TDQ", 1): 1.5, ("W4A4 LSQ", 0): 1.0}
     keep(results, model, [layer.name for layer in layers], runs, SMOKE)
-    result = run(
-        "report", "--figures", "--model", model, "--results", results, "--samples", 2, "--steps", 2, "--seed", 5
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "recipe", quick_recipe)
+        result = run(
+            "report", "--figures", "--model", model, "--results", results, "--samples", 2, "--steps", 2, "--seed", 5
+        )
     assert result.exit_code == 0, result.output
     return results / "UNet2DModel_figures" / "figures.md"
 
