@@ -22,6 +22,7 @@ from torch import nn
 from modelopt_tdq.config import RunFields, TdqCalibConfig, TdqCorrectConfig
 from modelopt_tdq.model.exchanged import give_back_exchanged_functions
 from modelopt_tdq.model.fused_projections import refuse_fusing
+from modelopt_tdq.model.kept_rows import mark_readers
 from modelopt_tdq.model.output_correction import OutputCorrection
 from modelopt_tdq.model.place import execution_device, put_hooks_around_quantizers, require_tensors_on_hand
 from modelopt_tdq.model.quantizer import TemporalQuantizer
@@ -101,6 +102,7 @@ def _restore(model: nn.Module, config: RunFields, metadata: dict[str, Any]) -> n
         from modelopt_tdq.training.attach import install_intervals
 
         install_intervals(restored, metadata[_INTERVALS])
+    mark_readers(restored)
     refuse_fusing(restored)
     return restored
 
@@ -165,6 +167,7 @@ def _run(algorithm: _Algorithm, model: nn.Module, forward_loop: _ForwardLoop | N
     put_hooks_around_quantizers(model)
     with eager():
         algorithm(model, forward_loop, **fields)
+    mark_readers(model)
     refuse_fusing(model)
 
 

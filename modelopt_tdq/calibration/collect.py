@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +31,7 @@ from modelopt_tdq.model.recording import counted_calls
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import activation_quantizers, temporal_names
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
+from modelopt_tdq.model.token_times import readers
 from modelopt_tdq.model.unquantized import forget_left_out, leave_out
 from modelopt_tdq.model.weight_fit import require_own_weights, require_smoothed_weights
 from modelopt_tdq.model.wrapped import require_plain_parts
@@ -141,7 +142,15 @@ def collect(
         require_smoothed_weights(model)
         undo_channel_smoothing(model)
     channels = Channels(model, per_tensor, config)
-    statistics = {name: StepStatistics(name, timestep, config.max_steps) for name in per_tensor}
+    layers, static = readers(model), config.bins == 1
+
+    def collected(names: Iterable[str]) -> dict[str, StepStatistics]:
+        return {
+            name: StepStatistics(name, timestep, config.max_steps, layers.get(name), name in follow and not static)
+            for name in names
+        }
+
+    statistics = collected(per_tensor)
     replay = Replay(model, timestep, config.replay_samples)
     with channels.observed(model, timestep):
         called = _run(model, forward_loop, timestep, config, statistics, others, replay)
@@ -149,7 +158,7 @@ def collect(
         raise _never_called(forward_loop, "Call the model on calibration data in it")
     smoothed = smooth_channels(model, channels, per_tensor, replay, timestep, config)
     if smoothed:
-        again = {name: StepStatistics(name, timestep, config.max_steps) for name in smoothed}
+        again = collected(smoothed)
         if _run(model, forward_loop, timestep, config, again, []):
             statistics |= again
         elif config.channel_smoothing == "auto":

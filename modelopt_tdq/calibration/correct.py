@@ -118,6 +118,7 @@ def _recorded(
         forward_loop(model)
     replay.agree()
     if not any(gather(bool(replay.times))):
+        replay.require_samples()
         raise TdqError("forward_loop", forward_loop, "it never called the model", "Call the model on calibration data")
     return replay
 
@@ -173,6 +174,8 @@ def correct_layers(model: nn.Module, replay: Replay, config: CorrectionFields) -
     layers = layers_to_correct(model, config)
     times = union(set(replay.times))
     if not layers or not times:
+        if layers and config.correction != "auto":
+            replay.require_samples()
         return
     reason = unfit(model, replay, times)
     if reason is not None:

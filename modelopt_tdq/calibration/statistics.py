@@ -20,6 +20,7 @@ from modelopt_tdq.calibration.growth import LargestSamples, mean_growth
 from modelopt_tdq.core.distributed import all_reduce, gather
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import CurrentTimestep
+from modelopt_tdq.model.token_times import Reader, by_token, cannot_be_matched, find_layout
 
 __all__ = ["BINS", "ActivationStatistics", "StepStatistics", "too_many_times"]
 
@@ -122,11 +123,28 @@ def too_many_times(max_steps: int) -> TdqError:
 
 
 class StepStatistics(_Calibrator):  # type: ignore[misc]
-    """ModelOpt calibrator that keeps one histogram per time; memory is times x BINS, whatever the number of samples."""
+    """ModelOpt calibrator that keeps one histogram per time; memory is times x BINS, whatever the number of samples.
 
-    def __init__(self, name: str, timestep: CurrentTimestep, max_steps: int) -> None:
+    Args:
+        name: Of the quantizer.
+        timestep: Of the model.
+        max_steps: Times that it may see.
+        reader: The layer that the quantizer belongs to, if it is one whose tokens can be told apart.
+        temporal: Whether the scale is to follow time; if not, what cannot be told apart is evidence all the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        timestep: CurrentTimestep,
+        max_steps: int,
+        reader: Reader | None = None,
+        temporal: bool = True,
+    ) -> None:
         super().__init__()
         self._name = name
+        self._reader = reader
+        self._temporal = temporal
         self._timestep = timestep
         self._max_steps = max_steps
         self._rows: dict[float, _Row] = {}
@@ -138,17 +156,20 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
 
     @torch.no_grad()
     def collect(self, x: Tensor) -> None:
-        """Add an activation [B, ...] to the histograms of the current time, or of each sample's own time.
+        """Add an activation [B, ...] to the histograms of the current time, or of each sample's or token's own time.
 
         Raises:
             TdqError: The activation holds NaN or infinity; there are more times than ``max_steps``; the times of the
-                samples differ, and their number does not divide B.
+                samples differ, and their number does not divide B; those of tokens cannot be matched with it.
         """
         time = self._timestep.value
         if time is None:
             raise TdqError(
                 "forward_loop", self._name, "a layer ran outside of any call of the model", "Call the model itself"
             )
+        if time.dim() > 1:
+            self._collect_tokens(x, time)
+            return
         times = time.tolist()
         if len(set(times)) == 1:
             self._add(times[0], x)
@@ -163,6 +184,19 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
         samples = x.reshape(len(times), -1)
         for value in sorted(set(times)):
             self._add(value, samples[[i for i, t in enumerate(times) if t == value]])
+
+    def _collect_tokens(self, x: Tensor, times: Tensor) -> None:
+        """Likewise, of times [B, N]."""
+        layout = find_layout(times.shape, x.shape, self._reader, self._timestep.per_frame)
+        if layout is None and not self._temporal:  # one scale from all rows: it does not matter in which this is
+            self._add(float(times.min()), x)
+            return
+        if layout is None:
+            raise cannot_be_matched(self._name, times.shape, x.shape, self._reader)
+        tokens = by_token(x, layout, (times.shape[0], times.shape[1]))
+        flat = times.flatten().to(x.device)
+        for value in sorted(set(flat.tolist())):
+            self._add(value, tokens[flat == value])
 
     def _add(self, time: float, x: Tensor) -> None:
         x = x.detach().to(torch.float32)

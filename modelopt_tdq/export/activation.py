@@ -20,6 +20,7 @@ import numpy as np
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.lookup import Lookup, reference_scale
 from modelopt_tdq.export.spec import ActivationSpec
+from modelopt_tdq.model.token_times import Layout
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,11 +39,13 @@ class ActivationEmitter:
         lookup: The scales.
         spec: The quantizer.
         marker: Its node in the marker graph.
-        fold: Rows of the activation that belong to one sample, where times are per sample.
+        layout: Where the times are in the activation, where they are per sample or token.
     """
 
-    def __init__(self, editor: GraphEditor, lookup: Lookup, spec: ActivationSpec, marker: ir.Node, fold: int) -> None:
-        self.editor, self.lookup, self.spec, self.marker, self.fold = editor, lookup, spec, marker, fold
+    def __init__(
+        self, editor: GraphEditor, lookup: Lookup, spec: ActivationSpec, marker: ir.Node, layout: Layout
+    ) -> None:
+        self.editor, self.lookup, self.spec, self.marker, self.layout = editor, lookup, spec, marker, layout
         self.input = cast("ir.Value", marker.inputs[0])
         self.shape = self.input.shape
         self.rank = len(self.input.shape or ())
@@ -55,7 +58,7 @@ class ActivationEmitter:
 
     def quantity(self, name: str) -> ir.Value:
         """The scale, ratio or offset, to broadcast against the activation."""
-        return self.lookup.value(self.spec.name, name, self.rank, self.fold)
+        return self.lookup.value(self.spec.name, name, self.rank, self.layout)
 
     @property
     def temporal_values(self) -> bool:

@@ -165,6 +165,13 @@ def lower_features(context: LoweringContext, *, gather_int8: bool) -> None:
         TdqError: Times are per sample, and a layer's batch is no multiple of their number.
     """
     table = context.spec.features
+    if table is not None and context.token_times is not None:
+        raise TdqError(
+            "sample_inputs",
+            context.token_times.shape,
+            "temporal features are looked up for one time per sample, and samples have several",
+            "Pass sample inputs with the same time for all tokens and frames of a sample",
+        )
     markers: dict[str, list[ir.Node]] = defaultdict(list)
     for node in context.editor.graph:
         if node.domain == DOMAIN and node.op_type == FEATURE_MARKER:

@@ -25,6 +25,7 @@ from modelopt_tdq.export.markers import CORRECTION_MARKER, DOMAIN, WEIGHT_MARKER
 from modelopt_tdq.export.product import PRODUCTS, bias_of, computes_bias
 from modelopt_tdq.export.spec import CorrectionSpec, QuantizationSpec, WeightSpec
 from modelopt_tdq.export.weights import marker_name
+from modelopt_tdq.model.token_times import Layout
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -193,18 +194,25 @@ class CorrectionRows:
                 inputs = [value, editor.ints([-1, *placed[1:]])]
                 self._values[key] = editor.before(anchor, "Reshape", inputs, f"correction/{key[1]}", shape=placed)
 
-    def value(self, owner: Any, what: str, fold: int) -> ir.Value:
-        """The row of the time, to broadcast; ``fold`` rows of the tensor belong to one sample."""
+    def value(self, owner: Any, what: str, layout: Layout) -> ir.Value:
+        """The row of each time, to broadcast; ``layout`` says where the times are in the tensor."""
         value = self._values[owner, what]
         rows, rank, trailing = self._added[owner, what]
-        if fold == 1 or len(rows) == 1 or not self._context.lookup.per_sample:
+        if layout == Layout(0) or len(rows) == 1 or not self._context.lookup.per_sample:
             return value
         editor, anchor = self._context.editor, self._time.anchor
-        channels = rows.shape[1]
-        flat = editor.before(anchor, "Reshape", [value, editor.ints([-1, 1, channels])], f"correction/{what}_rows")
-        folded = editor.before(anchor, "Expand", [flat, editor.ints([1, fold, 1])], f"correction/{what}_folded")
-        shape = [-1, *(1,) * (rank - 2 - trailing), channels, *(1,) * trailing]
-        return cast("ir.Value", editor.before(anchor, "Reshape", [folded, editor.ints(shape)], f"correction/{what}"))
+        channels, channel = rows.shape[1], rank - 1 - trailing
+        if layout.repeats > 1:
+            flat = editor.before(anchor, "Reshape", [value, editor.ints([-1, 1, channels])], f"correction/{what}_rows")
+            repeats = editor.ints([1, layout.repeats, 1])
+            value = editor.before(anchor, "Expand", [flat, repeats], f"correction/{what}_folded")
+        shape = self._context.lookup.placed(rank, layout)
+        shape[channel] = channels
+        if channel < layout.axis:  # channels in front of the tokens
+            tokens = editor.ints([-1, shape[layout.axis], channels])
+            value = editor.before(anchor, "Reshape", [value, tokens], f"correction/{what}_tokens")
+            value = editor.before(anchor, "Transpose", [value], f"correction/{what}_channels", perm=[0, 2, 1])
+        return cast("ir.Value", editor.before(anchor, "Reshape", [value, editor.ints(shape)], f"correction/{what}"))
 
 
 def _placed(rows: _Array, rank: int, trailing: int) -> _Array:
@@ -226,11 +234,11 @@ def add_in_place(rows: CorrectionRows, marker: ir.Node, spec: CorrectionSpec) ->
 def lower_correction(context: LoweringContext, rows: CorrectionRows, marker: ir.Node) -> None:
     """Replace the marker by a Mul and an Add in float32."""
     editor, layer = context.editor, context.spec.corrections[marker_name(marker)].layer
-    value, fold = cast("ir.Value", marker.inputs[0]), context.fold_of_correction(marker)
+    value, layout = cast("ir.Value", marker.inputs[0]), context.layout_of_correction(marker)
     shape, dtype = marker.outputs[0].shape, marker.outputs[0].dtype
     y = editor.cast(marker, value, editor.ir.DataType.FLOAT, f"{layer}/float32")
     for op_type, what in (("Mul", "gain"), ("Add", "bias")):
-        y = editor.before(marker, op_type, [y, rows.value(marker, what, fold)], f"{layer}/{what}", shape=shape)
+        y = editor.before(marker, op_type, [y, rows.value(marker, what, layout)], f"{layer}/{what}", shape=shape)
     if dtype is not None:
         y = editor.cast(marker, y, dtype, f"{layer}/corrected")
     editor.replace(marker.outputs[0], y)

@@ -11,6 +11,7 @@ import numpy as np
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
+from modelopt_tdq.model.token_times import Layout
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["ColumnSource", "Lookup", "TimeRow", "gathered", "power_of_two", "reference_scale", "split_columns"]
 
 _Array = np.ndarray[Any, np.dtype[np.float32]]
+
+#: One row of the activation for each time.
+_ONE_ROW = Layout(0)
 
 
 def power_of_two(least: Any) -> Any:
@@ -49,10 +53,11 @@ class TimeRow:
         timestep: Graph input that holds the time; None if nothing will ask for it.
         times: Number of times T per call; None if that is the dynamic batch.
         anchor: The node before which everything is inserted; the first of the graph if not given.
+        of_tokens: Whether the times [B, N, ...] are those of tokens or frames, T = B * N in one row.
 
     Attributes:
         anchor: That node.
-        size: T, or the name of the dynamic batch.
+        size: T, or the name of the dynamic batch, or of as many times.
         taken: The constant table [K, M, 1, 1] that :func:`gathered` took the row of, and its M parts; else None.
     """
 
@@ -63,16 +68,17 @@ class TimeRow:
         timestep: ir.Value | None,
         times: int | None,
         anchor: ir.Node | None = None,
+        of_tokens: bool = False,
     ) -> None:
-        self._editor, self._edges, self._timestep = editor, edges, timestep
+        self._editor, self._edges, self._timestep, self._of_tokens = editor, edges, timestep, of_tokens
         self.anchor = editor.graph[0] if anchor is None else anchor
-        self.size: int | str = "batch" if times is None else times
+        self.size: int | str = times if times is not None else "times" if of_tokens else "batch"
         self.taken: tuple[_Array, list[ir.Value]] | None = None
 
     def with_edges(self, edges: _Array | ir.Value) -> TimeRow:
         """The same time, and its row of another table."""
         times = self.size if isinstance(self.size, int) else None
-        return TimeRow(self._editor, edges, self._timestep, times, self.anchor)
+        return TimeRow(self._editor, edges, self._timestep, times, self.anchor, self._of_tokens)
 
     @cached_property
     def column(self) -> ir.Value:
@@ -82,7 +88,7 @@ class TimeRow:
             raise TdqError("timestep", None, "the graph has no such input", "Report this")
         time = editor.cast(self.anchor, self._timestep, editor.ir.DataType.FLOAT, "time/float32")
         dimensions = len(self._timestep.shape or ())
-        if dimensions > 1:  # a time for each token or frame, all the same in a sample
+        if dimensions > 1 and not self._of_tokens:  # a time for each token or frame, all the same in a sample
             rest = range(1, dimensions)
             starts, ends, axes = (editor.ints(list(values)) for values in ([0 for _ in rest], [1 for _ in rest], rest))
             time = editor.before(self.anchor, "Slice", [time, starts, ends, axes], "time/of_samples")
@@ -161,7 +167,8 @@ class Lookup:
         editor: Of the graph; the lookup is inserted before its first node.
         spec: The quantizers.
         timestep: Graph input that holds the time, or None if nothing depends on it.
-        times: Number of times per call; None if that is the dynamic batch.
+        times: Number of times per call; None if that is the dynamic batch, or a multiple of it.
+        tokens: N, where the tokens or frames of a sample have times [B, N] of their own.
         ratios: Whether a scale that turns codes back, and depends on time, is wanted as ``s' / s_ref``.
         source: What takes the row of the time from the columns that depend on it.
 
@@ -183,10 +190,12 @@ class Lookup:
         *,
         ratios: bool,
         source: ColumnSource,
+        tokens: int = 1,
     ) -> None:
         self._editor = editor
-        self.time = TimeRow(editor, spec.edges, timestep, times)
-        self._shaped: dict[tuple[ir.Value, int, int], ir.Value] = {}
+        self.time = TimeRow(editor, spec.edges, timestep, times, of_tokens=tokens > 1)
+        self._shaped: dict[tuple[ir.Value, int, Layout], ir.Value] = {}
+        self.tokens = tokens
         self._divisors = {name: a.divisor for name, a in spec.activations.items() if a.divisor is not None}
         self._of_channels: dict[tuple[ir.Value | float, bytes, int], ir.Value] = {}
         self.per_sample = times != 1
@@ -221,22 +230,22 @@ class Lookup:
         """The value of a quantity that does not depend on time."""
         return np.float32(self._constant[f"{quantizer}/{quantity}"][0])
 
-    def value(self, quantizer: str, quantity: str, rank: int, fold: int = 1) -> ir.Value:
+    def value(self, quantizer: str, quantity: str, rank: int, layout: Layout = _ONE_ROW) -> ir.Value:
         """A quantity that broadcasts against an activation of ``rank`` dimensions.
 
         Args:
             quantizer: Its name.
             quantity: One of those above.
             rank: Of the activation.
-            fold: How many rows of the activation belong to one sample: video models fold frames, some
-                attentions fold heads, into the batch.
+            layout: Where the times are in the activation; ``repeats`` of its rows belong to one sample: video models
+                fold frames, some attentions fold heads, into the batch.
         """
         divisor = self._divisors.get(quantizer) if quantity in ("scale", "offset") else None
         if divisor is not None:
-            return self._channels(quantizer, quantity, rank, fold, divisor)
-        return self._value(quantizer, quantity, rank, fold)
+            return self._channels(quantizer, quantity, rank, layout, divisor)
+        return self._value(quantizer, quantity, rank, layout)
 
-    def _channels(self, quantizer: str, quantity: str, rank: int, fold: int, divisor: _Array) -> ir.Value:
+    def _channels(self, quantizer: str, quantity: str, rank: int, layout: Layout, divisor: _Array) -> ir.Value:
         """A quantity times the divisor of the channels, a float32 product."""
         name = f"{quantizer}/{quantity}"
         factors = divisor.reshape((1,) * (rank - divisor.ndim) + divisor.shape)  # not beyond its own rank
@@ -246,31 +255,40 @@ class Lookup:
             if key not in self._of_channels:
                 self._of_channels[key] = self._editor.constant(f"{name}_of_channels", number * factors)
             return self._of_channels[key]
-        value = self._value(quantizer, quantity, rank, fold)
+        value = self._value(quantizer, quantity, rank, layout)
         key = (value, divisor.tobytes(), rank)
         if key not in self._of_channels:
             inputs = [value, self._editor.constant(f"{quantizer}/divisor", factors)]
             shape = [self.time.size, *factors.shape[1:]] if rank > divisor.ndim else list(factors.shape)
+            if layout.axis:
+                shape = None
             self._of_channels[key] = self._editor.before(
                 self.time.anchor, "Mul", inputs, f"{name}_of_channels", shape=shape
             )
         return self._of_channels[key]
 
-    def _value(self, quantizer: str, quantity: str, rank: int, fold: int) -> ir.Value:
+    def _value(self, quantizer: str, quantity: str, rank: int, layout: Layout) -> ir.Value:
         name = f"{quantizer}/{quantity}"
         if name in self._constant:
             return self._editor.constant(name, self._constant[name].reshape(()))
         value = self._temporal[name]
-        fold = fold if self.per_sample else 1
-        if rank == 4 and fold == 1:
+        layout = layout if self.per_sample else _ONE_ROW
+        if rank == 4 and layout == _ONE_ROW:
             return value
         # Of the rank of what it scales: OpenVINO fuses no value of another rank into its kernels.
-        key = (value, rank, fold)
+        key = (value, rank, layout)
         if key not in self._shaped:
             editor, anchor = self._editor, self.time.anchor
-            if fold > 1:
+            if layout.repeats > 1:
                 value = editor.before(anchor, "Reshape", [value, editor.ints([-1, 1])], f"{name}/column")
-                value = editor.before(anchor, "Expand", [value, editor.ints([1, fold])], f"{name}/folded")
-            shape = editor.ints([-1] + [1] * (rank - 1)) if rank else editor.ints([])
+                value = editor.before(anchor, "Expand", [value, editor.ints([1, layout.repeats])], f"{name}/folded")
+            shape = editor.ints(self.placed(rank, layout)) if rank else editor.ints([])
             self._shaped[key] = editor.before(anchor, "Reshape", [value, shape], f"{name}/rank{rank}")
         return self._shaped[key]
+
+    def placed(self, rank: int, layout: Layout) -> list[int]:
+        """Shape of one number per row, or per token, of an activation of ``rank`` dimensions."""
+        shape = [-1] + [1] * (rank - 1)
+        if layout.axis:
+            shape[layout.axis] = self.tokens * layout.repeats
+        return shape

@@ -48,13 +48,23 @@ def needs_one_time(spec: QuantizationSpec, shapes: Mapping[str, Sequence[tuple[i
     return any(rows_of_a_sample(shapes[name], len(times)) is None for name in temporal if shapes.get(name))
 
 
-def nan_where_times_differ(editor: GraphEditor, time: ir.Value) -> None:
-    """Let the floating outputs of a graph be NaN where the times [B] of a call are not all the same, in place.
+def nan_where_times_differ(editor: GraphEditor, time: ir.Value, *, in_a_sample: bool) -> None:
+    """Let the floating outputs of a graph be NaN where the times of a call are not all the same, in place.
 
     Nodes are not in order afterwards.
+
+    Args:
+        editor: Of the graph.
+        time: [B], or [B, N, ...].
+        in_a_sample: Whether samples may have different ones, and only those of one sample may not.
     """
     types, anchor = editor.ir.DataType, editor.graph[0]
     time = editor.cast(anchor, time, types.FLOAT, "time/all")
+    if in_a_sample:  # how far they are from the first
+        rest = range(1, len(time.shape or ()))
+        starts, ends_, axes = (editor.ints(list(values)) for values in ([0 for _ in rest], [1 for _ in rest], rest))
+        first = editor.before(anchor, "Slice", [time, starts, ends_, axes], "time/first_of_sample")
+        time = editor.before(anchor, "Sub", [time, first], "time/behind_first")
     ends = [
         editor.before(anchor, operator, [time], f"time/{name}", shape=[], keepdims=0)
         for operator, name in (("ReduceMin", "least"), ("ReduceMax", "greatest"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import TdqError, TdqWarning, require
-from modelopt_tdq.export.context import LoweringContext
+from modelopt_tdq.export.context import LoweringContext, TokenTimes
 from modelopt_tdq.export.features import lower_features
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.inputs import FIXED, Inputs, flatten_inputs
@@ -34,6 +34,7 @@ from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.timestep import find_timestep, times_of_samples
+from modelopt_tdq.model.token_times import readers, tokens_of_a_frame
 from modelopt_tdq.model.unquantized import unquantized_layers
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 from modelopt_tdq.model.wrapped import unwrapped
@@ -77,9 +78,10 @@ def export_onnx(
             name, those inside mappings, lists and dataclasses with their path (``added_cond_kwargs.text_embeds``,
             ``down_block_additional_residuals.0``). Everything else becomes part of the graph; a swapped denoiser
             refuses other values. The time may be
-            of any dtype and of shape [], [1], or [B] for a time per sample, and keeps that shape. Where the samples
-            cannot be told apart in an activation, as of tokens in front of the batch, times that are the same have to
-            be so in every call: the graph gives NaN otherwise.
+            of any dtype and of shape [], [1], [B] for a time per sample, or [B, N] for one per token or frame, and
+            keeps that shape. Tokens or frames have scales of their own where their sample times differ in a sample.
+            Where those are the same, or where the samples cannot be told apart in an activation, as of tokens in front
+            of the batch, times that are the same have to be so in every call: the graph gives NaN otherwise.
         lowering: "ratio" divides by the scale in front of a quantizer with a constant scale, and multiplies
             behind the operator, so that backends keep their low-precision kernels. "reference" is
             QuantizeLinear with the scale looked up by time: for ONNX Runtime, as the numeric yardstick. "plugin" is
@@ -187,6 +189,7 @@ class MarkerGraph:
         constants: Names of the sample inputs that are part of the graph.
         decisions: Lines of code in the model, see :class:`~modelopt_tdq.export.trace.Traced`.
         one_time: Whether the times of a call have to be all the same.
+        token_times: Where tokens or frames have times of their own.
     """
 
     model: ir.Model
@@ -199,6 +202,7 @@ class MarkerGraph:
     constants: tuple[str, ...] = ()
     decisions: tuple[str, ...] = ()
     one_time: bool = False
+    token_times: TokenTimes | None = None
 
 
 def marker_graph(
@@ -230,8 +234,12 @@ def marker_graph(
     if spec.timestep is not None:
         times = times_of_samples(inputs.tensors[inputs.names.index(spec.timestep)])
     traced = trace(with_markers(model), inputs, sizes, constants)
-    one_time = times is not None and needs_one_time(spec, traced.shapes, times)
-    samples = 1 if times is None or one_time else len(times)
+    token_times = None
+    if times is not None and times.dim() > 1:
+        shape = (times.shape[0], times.shape[1])
+        token_times = TokenTimes(shape, readers(model), tokens_of_a_frame(inputs.tensors, times.shape[1]))
+    one_time = times is not None and times.dim() == 1 and needs_one_time(spec, traced.shapes, times)
+    samples = 1 if times is None or one_time else times.numel()
     return MarkerGraph(
         traced.model,
         spec,
@@ -243,6 +251,7 @@ def marker_graph(
         traced.constants,
         traced.decisions,
         one_time,
+        token_times,
     )
 
 
@@ -270,16 +279,18 @@ def lower(
         source = looked_up_in_input(graph.spec, graph.model)
     elif lowering == "plugin":
         source = looked_up_by_plugin(graph.spec)
-    lookup = Lookup(editor, graph.spec, time, times, ratios=lowering != "reference", source=source)
+    tokens = 1 if graph.token_times is None else graph.token_times.shape[1]
+    lookup = Lookup(editor, graph.spec, time, times, ratios=lowering != "reference", source=source, tokens=tokens)
     weights = lower_weights(editor, graph.spec, pack_weights)
     context = LoweringContext(
-        editor, graph.spec, lookup, weights, graph.shapes, graph.samples, graph.batch, table_input
+        editor, graph.spec, lookup, weights, graph.shapes, graph.samples, graph.batch, table_input, graph.token_times
     )
     lower_features(context, gather_int8=lowering == "reference")
     _LOWERINGS[lowering](context)
     portable(graph.model, editor)
-    if graph.one_time and time is not None:
-        nan_where_times_differ(editor, time)
+    several = time is not None and len(time.shape or ()) > 1 and graph.token_times is None
+    if time is not None and (graph.one_time or several):
+        nan_where_times_differ(editor, time, in_a_sample=not graph.one_time)
     _finish(graph.model, lowering)
     graph.model.metadata_props[FIXED] = graph.fixed
     return context

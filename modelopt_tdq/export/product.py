@@ -29,6 +29,7 @@ __all__ = [
     "pads_of",
     "paths_to_products",
     "per_sample_problem",
+    "tokens_problem",
 ]
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -119,6 +120,16 @@ def per_sample_problem(path: Path) -> str | None:
     if len(operand.shape) != len(output.shape) or operand.shape[0] != output.shape[0]:
         return "the rows of its product's output are not the samples, and times are per sample"
     return None
+
+
+def tokens_problem(path: Path) -> str | None:
+    """Why a factor per token cannot move from the operand to the output of the product, if so."""
+    if path.index == 0 and all(node.op_type in ("Cast", "Identity") for node in path.chain):
+        operand, output = path.product.inputs[0], path.product.outputs[0]
+        ranks = [None if value is None or value.shape is None else len(value.shape) for value in (operand, output)]
+        if ranks[0] is not None and ranks[0] == ranks[1]:
+            return None
+    return "tokens have times of their own, and do not stay where they are between it and its product"
 
 
 def offset_problem(path: Path, is_constant: Callable[[ir.Value | None], bool]) -> str | None:

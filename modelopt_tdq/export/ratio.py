@@ -38,6 +38,7 @@ from modelopt_tdq.export.product import (
     pads_of,
     paths_to_products,
     per_sample_problem,
+    tokens_problem,
 )
 from modelopt_tdq.export.rescale import Correction, plan_correction, rescale_product
 from modelopt_tdq.export.weights import marker_name
@@ -62,7 +63,7 @@ def lower_ratio(context: LoweringContext) -> None:
     products: dict[ir.Node, dict[int, ActivationEmitter]] = defaultdict(dict)
     for marker in context.markers():
         spec = context.activation(marker)
-        emitter = ActivationEmitter(context.editor, context.lookup, spec, marker, context.fold(marker))
+        emitter = ActivationEmitter(context.editor, context.lookup, spec, marker, context.layout(marker))
         paths = paths_to_products(marker.outputs[0])
         problem = paths if isinstance(paths, str) else _problem(context, emitter, paths)
         if isinstance(paths, str) or problem is not None:
@@ -113,7 +114,7 @@ def _problem(context: LoweringContext, emitter: ActivationEmitter, paths: list[P
             return "the shape of its product's output is not known"
         moved = emitter.temporal_values or context.lookup.is_temporal(spec.name, "dequant_offset")
         if context.lookup.per_sample and moved:
-            problem = per_sample_problem(path)
+            problem = tokens_problem(path) if emitter.layout.axis else per_sample_problem(path)
             if problem is not None:
                 return problem
         if spec.value_offset is None:

@@ -19,7 +19,7 @@ def lower_reference(context: LoweringContext) -> None:
     """Replace all activation markers of the graph."""
     for marker in context.markers():
         spec = context.activation(marker)
-        emitter = ActivationEmitter(context.editor, context.lookup, spec, marker, context.fold(marker))
+        emitter = ActivationEmitter(context.editor, context.lookup, spec, marker, context.layout(marker))
         context.editor.replace(marker.outputs[0], emitter.in_place(constant_scale=False))
         context.quantized(spec.name)
     rows, markers = CorrectionRows(context), corrections(context.editor.graph)

@@ -21,6 +21,7 @@ from modelopt_tdq.export.layer_correction import CorrectionRows
 from modelopt_tdq.export.lookup import reference_scale
 from modelopt_tdq.export.product import CONVOLUTIONS, bias_of, computes_bias, constant_of, pads_of
 from modelopt_tdq.export.weights import marker_name
+from modelopt_tdq.model.token_times import Layout
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -138,11 +139,11 @@ def rescale_product(
         bias = None
     y = editor.before(product, product.op_type, inputs, f"{name}/product", shape=output.shape, **attributes)
     factors = [] if correction is not None and correction.with_ratio else parts.ratios
-    values = [context.lookup.value(e.spec.name, "ratio", rank, e.fold) for e in factors]
-    fold = 1
+    values = [context.lookup.value(e.spec.name, "ratio", rank, e.layout) for e in factors]
+    layout = Layout(0)
     if correction is not None:
-        fold = context.fold_of_correction(correction.marker)
-        values.append(correction.rows.value(correction.marker, "factor", fold))
+        layout = context.layout_of_correction(correction.marker)
+        values.append(correction.rows.value(correction.marker, "factor", layout))
     if values:
         factor = values[0]
         for value in values[1:]:
@@ -151,7 +152,7 @@ def rescale_product(
     if correction is None:
         addend = _addend(context, product, parts.moving, bias, rank, name)
     else:
-        addend = _corrected_addend(context, product, parts.moving, correction, rank, fold, name)
+        addend = _corrected_addend(context, product, parts.moving, correction, rank, layout, name)
     if addend is not None:
         y = editor.before(product, "Add", [y, addend], f"{name}/biased", shape=output.shape)
     if output.dtype is not None:
@@ -165,14 +166,14 @@ def _corrected_addend(
     moving: ActivationEmitter | None,
     correction: Correction,
     rank: int,
-    fold: int,
+    layout: Layout,
     name: str,
 ) -> ir.Value:
-    addend = correction.rows.value(correction.marker, "addend", fold)
+    addend = correction.rows.value(correction.marker, "addend", layout)
     if moving is None or correction.with_offset:
         return addend
-    offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.fold)
-    moved = correction.rows.value(correction.marker, "moved", fold)
+    offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.layout)
+    moved = correction.rows.value(correction.marker, "moved", layout)
     moved = context.editor.before(product, "Mul", [offset, moved], f"{name}/offset_sum")
     return cast("ir.Value", context.editor.before(product, "Add", [addend, moved], f"{name}/offset_bias"))
 
@@ -219,7 +220,7 @@ def _addend(
     constant = None if bias is None else channels("bias", bias)
     if moving is None:
         return constant
-    offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.fold)
+    offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.layout)
     sums = channels("weight_sum", _weight_sum(context, product))
     moved: ir.Value = context.editor.before(product, "Mul", [offset, sums], f"{name}/offset_sum")
     if constant is not None:

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelopt_tdq.model.intact import Intact, checksum
 from modelopt_tdq.model.place import release
 from modelopt_tdq.model.rows import TimesKey
 from modelopt_tdq.model.timestep import CurrentTimestep
+from modelopt_tdq.model.token_times import Reader, readers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CHECKSUM", "KeptRows"]
+__all__ = ["CHECKSUM", "KeptRows", "mark_readers"]
 
 #: Buffer: of the others, so that arithmetic on them is noticed.
 CHECKSUM = "_rows_checksum"
@@ -36,6 +37,7 @@ class KeptRows(TensorQuantizer):  # type: ignore[misc]
         "_timestep",
         "_intact",
         "_times_key",
+        "_reader",
     }
 
     #: Names of the buffers.
@@ -47,6 +49,9 @@ class KeptRows(TensorQuantizer):  # type: ignore[misc]
 
     #: Name in the model, for errors; as it was when the quantizer was made.
     _quantizer_name: str = ""
+
+    #: The layer that it belongs to, see :func:`mark_readers`.
+    _reader: Reader | None = None
 
     @classmethod
     def _promoted(cls, quantizer: TensorQuantizer, timestep: CurrentTimestep, name: str) -> Self:
@@ -101,3 +106,11 @@ class KeptRows(TensorQuantizer):  # type: ignore[misc]
             bits.fill_(_NAN_BITS)  # ModelOpt leaves memory as it found it
         if CHECKSUM in self._buffers and kept:
             self._buffers[CHECKSUM].copy_(checksum(kept))
+
+
+def mark_readers(model: nn.Module) -> None:
+    """Let the quantizers of ``model`` know which layers they belong to, for times of tokens; nothing of it is saved."""
+    for name, reader in readers(model).items():
+        quantizer = model.get_submodule(name)
+        if isinstance(quantizer, KeptRows):
+            quantizer._reader = reader

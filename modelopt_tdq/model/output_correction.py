@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import averaged
-from modelopt_tdq.model.kept_rows import CHECKSUM, KeptRows
+from modelopt_tdq.model.kept_rows import CHECKSUM, KeptRows, mark_readers
 from modelopt_tdq.model.place import execution_device, require_tensors_on_hand, require_unattended
 from modelopt_tdq.model.rows import current_rows
 from modelopt_tdq.model.select import LAYERS, trailing_dimensions
 from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep, per_sample
+from modelopt_tdq.model.token_times import find_layout, one_of_tokens, spread
 from modelopt_tdq.model.wrapped import unwrapped
 
 __all__ = [
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 _BUFFERS = ("_correction_times_bits", "_gain_bits", "_bias_bits")
+
+#: Of a correction, which the quantizer that it was made from has not.
+_ATTRIBUTES = ("_timestep", "_intact", "_times_key", "_quantizer_name", "_reader", "_trailing")
 
 
 class OutputCorrection(KeptRows):
@@ -60,7 +64,7 @@ class OutputCorrection(KeptRows):
         """Become the disabled quantizer again that it was made from."""
         for name in (*_BUFFERS, CHECKSUM):
             self._buffers.pop(name, None)
-        for name in ("_is_output_correction", "_timestep", "_intact", "_times_key", "_quantizer_name", "_trailing"):
+        for name in (*_ATTRIBUTES, "_is_output_correction"):
             self.__dict__.pop(name, None)
         self.__class__ = TensorQuantizer
         self.disable()
@@ -111,10 +115,15 @@ class OutputCorrection(KeptRows):
         return corrected
 
     def _of_call(self, rows: Tensor, y: Tensor) -> Tensor:
-        """[C, 1, ...], or [B * n, 1, ..., C, 1, ...] for a time per sample."""
+        """[C, 1, ...], or [B * n, 1, ..., C, 1, ...] for a time per sample, [B, N, C] for one per token."""
         behind = (1,) * self._trailing
         if len(rows) > 1:
             found = current_rows(self._timestep, self._correction_times_bits, self._times_key, y.device)
+            if found.dim() > 1:
+                layout = find_layout(found.shape, y.shape, self._reader, self._timestep.per_frame)
+                if layout is not None:
+                    return spread(rows[found], layout, y.dim(), y.dim() - 1 - self._trailing)
+                found = one_of_tokens(found, rows[found], y.shape, self._reader, self._quantizer_name)
             rows = rows[per_sample(found, y).flatten()]
         if len(rows) == 1:
             return rows.reshape(-1, *behind)
@@ -238,6 +247,7 @@ def set_layer_correction(model: nn.Module, correction: LayerCorrection | None) -
         rows = (correction.timesteps, correction.gain[name], correction.bias[name])
         times, gain, bias = (value.to(device) for value in rows)
         made.set_rows(times if len(gain) > 1 else times[:1], gain, bias, trailing_dimensions(layer))
+    mark_readers(model)
 
 
 def output_channels(layer: nn.Module) -> int:

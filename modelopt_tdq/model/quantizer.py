@@ -17,7 +17,7 @@ from modelopt_tdq.model.intact import averaged
 from modelopt_tdq.model.kept_rows import CHECKSUM, KeptRows
 from modelopt_tdq.model.rows import current_rows
 from modelopt_tdq.model.saving import SAVING, no_checkpoint
-from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
+from modelopt_tdq.model.timestep import CurrentTimestep, matched
 
 __all__ = ["TemporalQuantizer"]
 
@@ -214,7 +214,7 @@ class TemporalQuantizer(KeptRows):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def _rows(self, inputs: Tensor) -> Scales:
-        """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample.
+        """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample, [B, N, 1] for one per token.
 
         With a ``channel_divisor``, scale and offset are those of each channel of ``inputs`` before they are divided.
         """
@@ -232,7 +232,9 @@ class TemporalQuantizer(KeptRows):
         scales = self.scales.map(lambda value: value.to(device))
         if scales.scale.numel() > 1:
             rows = current_rows(self._timestep, self._timesteps_bits, self._times_key, device)
-            scales = scales.map(lambda value: per_sample(value[rows], inputs))
+            scales = scales.map(
+                lambda value: matched(value[rows], inputs, self._timestep, self._reader, self._quantizer_name)
+            )
         divisor = self.channel_divisor
         return scales if divisor is None else scales.over_channels(divisor.to(device))
 

@@ -84,6 +84,9 @@ class Replay:
         arguments = named_arguments(module, args, kwargs)
         if not any(leaf.dim() for name, leaf in tensor_leaves(arguments).items() if name != self._timestep.argument):
             return
+        if self._timestep.value.dim() > 1:  # a sample is kept for its one time
+            self._left_out += 1
+            return
         times = self._timestep.value.tolist()
         if not self._looked:  # only its output will tell how it is made of samples
             self._unfinished = cloned(arguments), times
@@ -158,14 +161,16 @@ class Replay:
         everyone = self._kept.get(time) or sorted(order, reverse=True)
         return tuple(everyone.index(number) for number in order)
 
-    def _require_names(self) -> None:
+    def require_samples(self) -> None:
+        """Raise a TdqError if no call can be run again, for its times or its arguments."""
         if self._left_out and not self.times:
             raise TdqError(
                 "forward_loop",
                 self._left_out,
-                "its calls have several times each, and cannot be taken apart into samples to be run again",
-                'Call the model with one time per call, or use "protect_steps": False and another "statistic" than '
-                '"output"',
+                "its calls have several times each, and cannot be taken apart into samples of one time to be run again",
+                "Call the model with one time per call, or for all tokens of a sample, while it is calibrated: later "
+                'each may have its own; or use "protect_steps": False, "correction": "none", "rounding": "nearest" and '
+                'another "statistic" than "output"',
             )
         if self._unnamed:
             raise TdqError(
@@ -181,7 +186,7 @@ class Replay:
         Raises:
             TdqError: As :meth:`batches`.
         """
-        self._require_names()
+        self.require_samples()
         return [sample for _, _, sample in self._sorted(time)]
 
     @property
@@ -224,7 +229,7 @@ class Replay:
         Raises:
             TdqError: The model's forward takes arguments that cannot be passed by name.
         """
-        self._require_names()
+        self.require_samples()
         groups: list[dict[str, list[_Sample]]] = []
         for time in times:
             groups.append(defaultdict(list))

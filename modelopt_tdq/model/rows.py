@@ -43,7 +43,7 @@ class TimesKey:
 
 
 def current_rows(timestep: CurrentTimestep, bits: Tensor, key: TimesKey, device: torch.device) -> Tensor:
-    """[1] or [B] int64 on ``device``: the row of each time of the call in progress.
+    """[1], [B] or [B, N] int64 on ``device``: the row of each time of the call in progress.
 
     Args:
         timestep: The model's.
@@ -57,8 +57,8 @@ def current_rows(timestep: CurrentTimestep, bits: Tensor, key: TimesKey, device:
     found = None if torch.compiler.is_compiling() else timestep.found_rows  # compilers share what is computed twice
     content = None if found is None else key(bits)
     if found is None or content is None:
-        return row_index(timestep.require().to(device), bits.view(torch.float32).to(device))
+        return row_index(timestep.require_each().to(device), bits.view(torch.float32).to(device))
     where = (content, device, torch.is_inference_mode_enabled())
     if where not in found:
-        found[where] = row_index(timestep.require().to(device), bits.view(torch.float32).to(device))
+        found[where] = row_index(timestep.require_each().to(device), bits.view(torch.float32).to(device))
     return found[where]

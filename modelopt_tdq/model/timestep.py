@@ -21,12 +21,14 @@ from torch.utils import _pytree as pytree
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model import threads
 from modelopt_tdq.model.saving import NotPickled
+from modelopt_tdq.model.token_times import Reader, find_layout, one_of_tokens, spread, tokens_of_a_frame
 
 __all__ = [
     "INTERVALS",
     "CurrentTimestep",
     "deliver_timestep",
     "find_timestep",
+    "matched",
     "one_of_all",
     "per_sample",
     "times_of_samples",
@@ -48,8 +50,9 @@ class CurrentTimestep:
     """The time of the model call in progress, shared by all quantizers of one model.
 
     ``value`` is float32 of shape [1] or [B], in the model's own units (0..999 for DDPM, t/1000 for
-    Flux, sigma for k-diffusion); None outside of a call. ``intervals`` is [1, Q] or [B, Q] while the model learns, what
-    its source makes of these times. Neither is copied or saved.
+    Flux, sigma for k-diffusion), or [B, N] where the N tokens or frames of a sample have times of their own; None
+    outside of a call. ``intervals`` is [1, Q] or [B, Q] while the model learns, what its source makes of these times.
+    Neither is copied or saved.
 
     A block that gradient checkpointing runs again during the backward pass has the time of the one call whose backward
     pass is still to come. Where there are several, its checkpointing function has to be that of
@@ -63,7 +66,8 @@ class CurrentTimestep:
         self.last_intervals: Tensor | None = None
         #: Whether the calls in progress are tried out, and are nobody's data.
         self.aside = False
-        # of the innermost call in flight in each thread: value, intervals, rows, and outer, these of the call around it
+        # of the innermost call in flight in each thread: value, intervals, rows, how many tokens a frame may have, and
+        # outer, these of the call around it
         self._in_flight = threading.local()
         self._finished: list[weakref.ref[_Finished]] = []
         self._ran_again = False
@@ -102,6 +106,12 @@ class CurrentTimestep:
         call = self._in_flight
         return None if getattr(call, "value", None) is None else call.rows
 
+    @property
+    def per_frame(self) -> frozenset[int]:
+        """How many tokens a frame of the call in progress may have, where frames have times of their own."""
+        found: frozenset[int] = getattr(self._in_flight, "per_frame", frozenset())
+        return found
+
     def learned(self, intervals: Tensor | None) -> None:
         """Set the intervals of the call in progress."""
         self._in_flight.intervals = self.last_intervals = intervals
@@ -121,7 +131,7 @@ class CurrentTimestep:
 
     @contextmanager
     def at(self, times: Tensor, intervals: Tensor | None = None) -> Iterator[None]:
-        """Let parts of the model run by themselves, at these times [1] or [B]."""
+        """Let parts of the model run by themselves, at these times [1], [B] or [B, N]."""
         self.begin(times)
         self._in_flight.intervals = intervals
         try:
@@ -130,16 +140,16 @@ class CurrentTimestep:
             self.end()
 
     def begin(self, times: Tensor | None) -> None:
-        """A call with these times [1] or [B] begins; None: they are not known yet."""
+        """A call with these times [1], [B] or [B, N] begins; None: they are not known yet."""
         call = self._in_flight
-        call.outer = tuple(getattr(call, name, None) for name in ("value", "intervals", "rows", "outer"))
-        call.value, call.intervals, call.rows = times, None, {}
+        call.outer = tuple(getattr(call, name, None) for name in ("value", "intervals", "rows", "per_frame", "outer"))
+        call.value, call.intervals, call.rows, call.per_frame = times, None, {}, frozenset()
 
     def end(self) -> None:
         """The innermost call ends."""
         call = self._in_flight
         if getattr(call, "outer", None) is not None:
-            call.value, call.intervals, call.rows, call.outer = call.outer
+            call.value, call.intervals, call.rows, call.per_frame, call.outer = call.outer
 
     def remember(self, output: Any) -> None:
         """Keep time and intervals of the call in progress for the backward pass of its ``output``, if it has one."""
@@ -176,10 +186,34 @@ class CurrentTimestep:
             )
         if not isinstance(time, Tensor):
             time = torch.as_tensor(time, dtype=torch.float32)
-        self._in_flight.value = times_of_samples(time)
+        self._in_flight.value = value = times_of_samples(time)
+        if value.dim() > 1:
+            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._in_flight.per_frame = tokens_of_a_frame(tensors, value.shape[1])
 
     def require(self) -> Tensor:
-        """The time of the call in progress.
+        """[1] or [B] the time of the call in progress, for what knows of one time per sample only.
+
+        Raises:
+            TdqError: No call of the model is in progress, or a sample of it has several times. (Compiled graphs raise
+                an error of torch.)
+        """
+        value = self.require_each()
+        if value.dim() == 1:
+            return value
+        if torch.compiler.is_compiling():
+            torch._assert_async((value == value[:, :1]).all(), "a sample has several times")
+            return value[:, 0]
+        raise TdqError(
+            "timestep",
+            tuple(value.shape),
+            f"a sample has several times, {value.min():g} to {value.max():g}; calibrated scales and corrections of a "
+            "model that does not learn can follow them, but nothing else can",
+            "Pass the same time for all tokens and frames of a sample: samples may have different ones",
+        )
+
+    def require_each(self) -> Tensor:
+        """[1], [B] or [B, N] the times of the call in progress.
 
         Raises:
             TdqError: No call of the model is in progress.
@@ -196,32 +230,23 @@ class CurrentTimestep:
 
 
 def times_of_samples(time: Tensor) -> Tensor:
-    """The time of each sample, where a model takes one for each of its tokens or frames as well.
+    """The time of each sample, or of each of its tokens or frames where they differ.
 
     Args:
-        time: [], [B], or [B, N ...] with the same time everywhere in a sample.
+        time: [], [B], or [B, N, ...].
 
     Returns:
-        [1] or [B] float32.
-
-    Raises:
-        TdqError: A sample has several times. (Compiled graphs raise an error of torch.)
+        [1] or [B] float32, or [B, N] where a sample has several times. Compiled graphs, which cannot look, have [B, N]
+        of all [B, N, ...].
     """
     time = time.detach().to(torch.float32)
     if time.dim() < 2 or time.numel() == 0:
         return time.reshape(-1)
-    each = time.reshape(len(time), -1)
+    each = time.reshape(len(time), -1).contiguous()
+    if each.shape[1] == 1:
+        return each[:, 0]
     same = (each == each[:, :1]).all()
-    if torch.compiler.is_compiling():
-        torch._assert_async(same, "a sample has several times")
-    elif not bool(same):
-        raise TdqError(
-            "timestep",
-            tuple(time.shape),
-            f"a sample has several times, {each.min():g} to {each.max():g}, and quantizers one for each sample",
-            "Pass the same time for all tokens and frames of a sample, or samples of one time each",
-        )
-    return each[:, 0]
+    return each if torch.compiler.is_compiling() or not bool(same) else each[:, 0]
 
 
 def one_of_all(values: Tensor) -> Tensor | None:
@@ -264,6 +289,30 @@ def per_sample(value: Tensor, inputs: Tensor) -> Tensor:
             "Pass one time for the whole batch, or exclude this quantizer with a `quant_cfg` rule",
         )
     return value.repeat_interleave(batch // samples).reshape(batch, *(1,) * (inputs.dim() - 1))
+
+
+def matched(value: Tensor, inputs: Tensor, timestep: CurrentTimestep, reader: Reader | None, name: str) -> Tensor:
+    """One number per time, shaped to go with an activation.
+
+    Args:
+        value: [1] for one time, [B] for a time per sample, or [B, N] for one per token or frame.
+        inputs: The activation.
+        timestep: Of the call in progress.
+        reader: The layer that it goes into or comes out of, if that is known.
+        name: Of the quantizer, for errors.
+
+    Returns:
+        As :func:`per_sample`, or with a dimension of the tokens beside the batch.
+
+    Raises:
+        TdqError: They differ, and cannot be matched with the activation.
+    """
+    if value.dim() < 2:
+        return per_sample(value, inputs)
+    layout = find_layout(value.shape, inputs.shape, reader, timestep.per_frame)
+    if layout is not None:
+        return spread(value, layout, inputs.dim())
+    return per_sample(one_of_tokens(value, value, inputs.shape, reader, name), inputs)
 
 
 class _DeliveryHook(NotPickled):

@@ -15,6 +15,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.inputs import FIXED, as_real, fixed_arguments, fixed_value
 from modelopt_tdq.model.call import named_arguments, plain_leaves, tensor_leaves
 from modelopt_tdq.model.place import execution_device
+from modelopt_tdq.model.timestep import times_of_samples
 from modelopt_tdq.pipeline.guard import StandIn
 from modelopt_tdq.pipeline.outputs import assembled, output_class
 from modelopt_tdq.runtime.sessions.forward_names import by_forward_names
@@ -136,11 +137,40 @@ class EngineDenoiser(StandIn):
         parameters = inspect.signature(self.original.forward).parameters
         return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
+    def _of_samples(self, value: Tensor) -> Tensor:
+        """The times of samples, of those of their tokens or frames.
+
+        Raises:
+            TdqError: They differ in a sample.
+        """
+        if value.dim() < 2 or not any(value.stride()):
+            return value
+        times = times_of_samples(value)
+        if times.dim() > 1:
+            raise TdqError(
+                self._timestep,
+                tuple(value.shape),
+                f"a sample has several times, {times.min():g} to {times.max():g}, and the engine takes one for each",
+                "Export with sample inputs that have different times for the tokens or frames of a sample",
+            )
+        return value.reshape(len(value), -1)[:, 0]
+
+    @staticmethod
+    def _spread(value: Tensor, shape: tuple[Any, ...]) -> Tensor:
+        """The times of tokens or frames: those of their samples, where that is all there is."""
+        if value.dim() > 1:
+            return value
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        return value.reshape(-1, *(1,) * (len(shape) - 1)).expand(sizes)
+
     def _fitted(self, name: str, value: Tensor, shape: tuple[Any, ...] | None) -> Tensor:
         """The time in the shape that the graph has; anything else has to fit."""
         if shape is None:
             return value
         if name == self._timestep:
+            if len(shape) > 1:
+                return self._spread(value, shape)
+            value = self._of_samples(value)
             if not shape:
                 # an expanded tensor holds one number: no need to wait for the GPU to see it
                 if value.numel() > 1 and any(value.stride()) and not bool((value == value.flatten()[0]).all()):

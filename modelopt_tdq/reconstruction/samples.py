@@ -40,8 +40,9 @@ class SpreadReplay(Replay):
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if self._timestep.value is not None and not self._timestep.aside:
-            times = set(self._heaps) | set(self._timestep.value.tolist())
+        value = self._timestep.value
+        if value is not None and value.dim() == 1 and not self._timestep.aside:
+            times = set(self._heaps) | set(value.tolist())
             self._limit = max(1, math.ceil(self._total / len(times)))
             for heap in self._heaps.values():
                 while len(heap) > self._limit:
@@ -66,7 +67,7 @@ class SpreadReplay(Replay):
         Raises:
             TdqError: As :meth:`Replay.batches`; or nothing was recorded.
         """
-        self._require_names()
+        self.require_samples()
         times, axis = self.times, self._axis
         if axis is None and times:
             raise TdqError(

@@ -31,7 +31,7 @@ def checkpoint(model: nn.Module) -> Callable[..., Any]:
         raise TdqError("model", type(model).__name__, "it does not receive its time", "Quantize it first")
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), timestep.at(timestep.require(), timestep.intervals)
+        return nullcontext(), timestep.at(timestep.require_each(), timestep.intervals)
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=contexts)

@@ -28,9 +28,9 @@ def _bad_samples(value: Any) -> Tensor | None:
 
 
 def _times(timestep: CurrentTimestep, bad: Tensor) -> list[float]:
-    times = timestep.require().cpu()
-    if len(times) == 1 or len(bad) % len(times):
-        return sorted({float(t) for t in times})
+    times = timestep.require_each().cpu()
+    if times.dim() > 1 or len(times) == 1 or len(bad) % len(times):
+        return sorted({float(t) for t in times.flatten()})
     return sorted({float(t) for t in times.repeat_interleave(len(bad) // len(times))[bad.cpu()]})
 
 

@@ -14,6 +14,7 @@ from support.pipelines import FAMILIES
 
 import modelopt_tdq as tdq
 from modelopt_tdq.export import engine_table
+from modelopt_tdq.pipeline.engine_denoiser import EngineDenoiser
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 DIT = FAMILIES["dit"]
@@ -150,3 +151,39 @@ def test_one_time_for_the_batch_may_come_per_sample(ddim: Any) -> None:
 def test_a_file_of_an_unknown_backend_is_refused(ddim: Any) -> None:
     with pytest.raises(tdq.TdqError, match="no such session"):
         tdq.swap_denoiser(ddim, "m.onnx", backend="abacus")
+
+
+class _TokenSession(_Session):
+    """Takes a time for each of five tokens of a sample."""
+
+    shapes: ClassVar[dict[str, Any]] = {"sample": (2, 3, 8, 8), "timestep": (2, 5)}
+
+
+def _times_fed(session: Any, time: torch.Tensor) -> torch.Tensor:
+    seen: list[Any] = []
+
+    class Seeing(type(session)):  # type: ignore[misc]
+        def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            seen.append(torch.as_tensor(feeds["timestep"]))
+            return {"output": np.asarray(feeds["sample"])}
+
+    EngineDenoiser(Seeing(), SMALL_UNET.make().eval())(torch.zeros(2, 3, 8, 8), time)
+    return seen[0]
+
+
+def test_times_of_tokens_reach_an_engine_in_the_form_that_it_has() -> None:
+    different = torch.tensor([[0, 0, 900, 900, 900], [0, 300, 300, 300, 300]])
+    same = torch.tensor([[900], [300]]).expand(2, 5)
+    assert torch.equal(_times_fed(_TokenSession(), different), different)
+    assert torch.equal(_times_fed(_TokenSession(), torch.tensor([900, 300])), same)
+    assert torch.equal(_times_fed(_TokenSession(), torch.tensor(300)), torch.full((2, 5), 300))
+
+    class PerSample(_Session):
+        shapes: ClassVar[dict[str, Any]] = {"sample": (2, 3, 8, 8), "timestep": (2,)}
+
+    assert torch.equal(_times_fed(PerSample(), same.contiguous()), torch.tensor([900, 300]))
+    assert torch.equal(_times_fed(_Session(), torch.full((2, 5), 7)), torch.tensor(7))
+    for session in (PerSample(), _Session()):
+        with pytest.raises(tdq.TdqError, match="a sample has several times, 0 to 900") as error:
+            _times_fed(session, different)
+        assert error.value.field == "timestep"
