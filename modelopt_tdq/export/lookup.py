@@ -259,9 +259,9 @@ class Lookup:
         key = (value, divisor.tobytes(), rank)
         if key not in self._of_channels:
             inputs = [value, self._editor.constant(f"{quantizer}/divisor", factors)]
-            shape = [self.time.size, *factors.shape[1:]] if rank > divisor.ndim else list(factors.shape)
-            if layout.axis:
-                shape = None
+            shape = None
+            if not layout.axis:
+                shape = [self.time.size, *factors.shape[1:]] if rank > divisor.ndim else list(factors.shape)
             self._of_channels[key] = self._editor.before(
                 self.time.anchor, "Mul", inputs, f"{name}_of_channels", shape=shape
             )
