@@ -24,6 +24,7 @@ from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.errors import TdqError, TdqWarning
+from modelopt_tdq.model.caches import require_no_cache
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.multiply_adds import counted_multiply_adds, remember_multiply_adds
 from modelopt_tdq.model.place import release, require_unattended
@@ -129,6 +130,7 @@ def collect(
         raise TdqError(
             "forward_loop", None, "time-dependent scales need calibration data", "Pass a forward_loop to mtq.quantize"
         )
+    require_no_cache(model, "be calibrated")
     forget_left_out(model)
     require_unattended(model, "be calibrated")
     require_plain_parts(model)

@@ -56,7 +56,7 @@ def _count(operator: Any, args: tuple[Any, ...], output: Any) -> int:
 
 class _Counting(TorchDispatchMode):
     def __init__(self, add: Callable[[int], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._add = add
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +96,7 @@ def counted_multiply_adds(model: nn.Module) -> Iterator[dict[str, int]]:
                 return  # a part that runs by itself
             if not running:
                 mode.append(_Counting(add))
-                mode[0].__enter__()
+                mode[0].__enter__()  # type: ignore[no-untyped-call]
             running.append(name)
 
         return hook
@@ -108,7 +108,7 @@ def counted_multiply_adds(model: nn.Module) -> Iterator[dict[str, int]]:
             while running and running.pop() != name:  # what an error has left open
                 pass
             if not running:
-                mode[0].__exit__(None, None, None)
+                mode[0].__exit__(None, None, None)  # type: ignore[no-untyped-call]
                 for handle in handles:
                     handle.remove()
 
