@@ -21,6 +21,10 @@ from .analysis.analyze import analyze as analyze
 from .pipeline.quantize import quantize_pipeline as quantize_pipeline
 from .pipeline.diffusers_config import diffusers_config as diffusers_config
 
+# How much of it is quantized, and why the rest is not.
+from .layer_coverage import Coverage as Coverage
+from .layer_coverage import coverage as coverage
+
 # The scales of a quantized model, the corrections of its layers, and what to do when its weights have changed.
 from .core.table import ScaleTable as ScaleTable
 from .model.quantizer import TemporalQuantizer as TemporalQuantizer

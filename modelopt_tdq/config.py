@@ -15,6 +15,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 from modelopt_tdq.core.fake_quant import SUPPORTED_BITS, NumBits
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.high_precision import HIGH_PRECISION
+from modelopt_tdq.model.kinds import KINDS, TRANSPOSED_CONVOLUTION
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,12 +38,6 @@ __all__ = [
     "make_config",
     "recipe",
 ]
-
-#: Layers whose weights ModelOpt can quantize per channel, by its registry's names; weight axis per kind.
-_LAYERS = {f"nn.{name}": 0 for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")}
-
-#: Of transposed convolutions, which only some backends compute in low precision.
-_CONV_TRANSPOSE = {f"nn.ConvTranspose{n}d": 1 for n in (1, 2, 3)}
 
 
 class RunFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
@@ -281,7 +276,8 @@ def make_config(
         raise TdqError("method", method, "no algorithm of this package", f"Use one of {sorted(ALGORITHMS)}")
     ALGORITHMS[method](method=method, **algorithm)
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for layer, axis in {**_LAYERS, **(_CONV_TRANSPOSE if conv_transpose else {})}.items():
+    kinds = [kind for kind in KINDS if kind.by_default or (conv_transpose and kind is TRANSPOSED_CONVOLUTION)]
+    for layer, axis in [pair for kind in kinds for pair in kind.rules.items()]:
         weights = {"num_bits": weight_bits, "axis": axis}
         activations = {"num_bits": activation_bits, "axis": None}
         rules.append({"quantizer_name": "*weight_quantizer", "parent_class": layer, "cfg": weights})

@@ -9,6 +9,8 @@ The algorithms themselves are imported when they run: registering takes a fracti
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,6 +20,7 @@ from modelopt.torch.quantization.conversion import restore_quantizer_state, upda
 from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, CalibrateModeRegistry
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
+from tqdm import tqdm
 
 from modelopt_tdq.config import RunFields, TdqCalibConfig, TdqCorrectConfig
 from modelopt_tdq.model.exchanged import give_back_exchanged_functions
@@ -35,6 +38,8 @@ from modelopt_tdq.temporal_features.config import TdqTemporalConfig
 from modelopt_tdq.training.config import TdqQatConfig
 
 __all__ = ["TdqMode", "register", "saved_name"]
+
+_log = logging.getLogger(__name__)
 
 #: Key, in the metadata of a mode, of what the source of the intervals is built again from.
 _INTERVALS = "tdq_learning"
@@ -169,6 +174,19 @@ def _run(algorithm: _Algorithm, model: nn.Module, forward_loop: _ForwardLoop | N
         algorithm(model, forward_loop, **fields)
     mark_readers(model)
     refuse_fusing(model)
+    _tell_coverage(model, bool(fields.get("progress", True)))
+
+
+def _tell_coverage(model: nn.Module, progress: bool) -> None:
+    """What is quantized now: a line behind the progress bars, and all of it in the log."""
+    if not progress and not _log.isEnabledFor(logging.INFO):
+        return
+    from modelopt_tdq.layer_coverage import coverage
+
+    found = coverage(model)
+    if progress:
+        tqdm.write(f"{found.headline} print(modelopt_tdq.coverage(model)) says what is not.", file=sys.stderr)
+    _log.info("%s", found)
 
 
 class _Tdq(TdqMode):

@@ -24,6 +24,7 @@ ORDER = (
     "training",
     "reconstruction",
     "temporal_features",
+    "layer_coverage",
     "modes",
     "registration",
     "analysis",

@@ -26,6 +26,7 @@ from modelopt_tdq.config import TdqCalibConfig, make_config
 from modelopt_tdq.core.metrics import decibels
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.layer_coverage import Coverage, coverage
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.wrapped import unwrapped
 
@@ -48,6 +49,7 @@ class Analysis:
         probe_times: [T] times of the sensitivity analysis.
         sensitivity: ``{"static": [...], "temporal": [...]}``, most harmful layer first.
         proposals: Likewise, where a target was given.
+        coverage: What of the model the config quantizes.
     """
 
     times: tuple[float, ...]
@@ -58,6 +60,7 @@ class Analysis:
     probe_times: tuple[float, ...] = ()
     sensitivity: dict[str, list[LayerSensitivity]] = field(default_factory=dict)
     proposals: dict[str, Proposal] = field(default_factory=dict)
+    coverage: Coverage | None = None
 
     @property
     def gain_db(self) -> float:
@@ -157,6 +160,7 @@ def _analyzed(
     progress = settings.progress
     mtq.quantize(copied, {"quant_cfg": rules, "algorithm": None})
     calibration = collect(copied, forward_loop, settings)
+    covered = coverage(copied)
     times, quantizers = calibration.times, calibration.quantizers
     fit, judge = (
         output_curves(copied, calibration.evidence, half, times, settings.smoothing, progress)
@@ -200,4 +204,5 @@ def _analyzed(
         tuple(times[row] for row in chosen),
         found,
         proposals,
+        covered,
     )

@@ -24,7 +24,9 @@ from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.errors import TdqError, TdqWarning
+from modelopt_tdq.model.caches import require_no_cache
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.multiply_adds import counted_multiply_adds, remember_multiply_adds
 from modelopt_tdq.model.place import release, require_unattended
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.recording import counted_calls
@@ -128,6 +130,7 @@ def collect(
         raise TdqError(
             "forward_loop", None, "time-dependent scales need calibration data", "Pass a forward_loop to mtq.quantize"
         )
+    require_no_cache(model, "be calibrated")
     forget_left_out(model)
     require_unattended(model, "be calibrated")
     require_plain_parts(model)
@@ -152,7 +155,7 @@ def collect(
 
     statistics = collected(per_tensor)
     replay = Replay(model, timestep, config.replay_samples)
-    with channels.observed(model, timestep):
+    with channels.observed(model, timestep), counted_multiply_adds(model) as counts:
         called = _run(model, forward_loop, timestep, config, statistics, others, replay)
     if not called:
         raise _never_called(forward_loop, "Call the model on calibration data in it")
@@ -190,6 +193,7 @@ def collect(
     if config.statistic == "output":
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
             evidence[name] = _settled(replace(evidence[name], known=curves), config, name in follow)
+    remember_multiply_adds(model, counts)
     return Calibration(quantizers, times, evidence, replay)
 
 

@@ -29,6 +29,7 @@ from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError, TdqWarning
+from modelopt_tdq.model.caches import require_no_cache
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.held_weights import held_weights
 from modelopt_tdq.model.output_correction import (
@@ -85,6 +86,7 @@ def tdq_correct(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | Non
         )
     with restored_on_error(model), together("tdq_correct"):
         agreed("algorithm", config.model_dump(exclude={"progress", "expected_calls"}))
+        require_no_cache(model, "have its layers corrected")
         require_unattended(model, "have its layers corrected")
         _warn_of_rounded_weights(model)
         timestep = deliver_timestep(model, config.timestep_argument)

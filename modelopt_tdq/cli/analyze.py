@@ -53,6 +53,7 @@ def analyze(
     )
     console = Console()
     console.print(analysis_tables(analysis))
+    typer.echo(str(analysis.coverage))
     for line in proposal_lines(analysis.proposals):
         typer.echo(line)
     if output is not None:

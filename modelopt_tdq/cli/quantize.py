@@ -74,6 +74,7 @@ def quantize(
     table = tdq.scale_table(prepared.model)
     following = int((~table.is_static).sum())
     typer.echo(f"{folder}: {len(table.names)} quantized activations, {following} of them follow {len(table)} times")
+    typer.echo(str(tdq.coverage(prepared.model)))
     correction = tdq.layer_correction(prepared.model)
     if correction is not None:
         over_time = sum(len(gain) > 1 for gain in correction.gain.values())

@@ -25,6 +25,7 @@ from modelopt_tdq.export.markers import CORRECTION_MARKER, DOMAIN, WEIGHT_MARKER
 from modelopt_tdq.export.product import PRODUCTS, bias_of, computes_bias
 from modelopt_tdq.export.spec import CorrectionSpec, QuantizationSpec, WeightSpec
 from modelopt_tdq.export.weights import marker_name
+from modelopt_tdq.model.kinds import kind_of_operator
 from modelopt_tdq.model.token_times import Layout
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def _static(marker: ir.Node, product: ir.Node, spec: QuantizationSpec) -> _Stati
     if node is None or node.op_type != WEIGHT_MARKER or marker_name(node) != f"{correction.layer}.weight_quantizer":
         return None
     weight = spec.weights.get(marker_name(node))
-    axis = 1 if product.op_type == "ConvTranspose" else 0
+    kind = kind_of_operator(product.op_type)
+    axis = 0 if kind is None else kind.weight_axis
     if weight is None or weight.axis not in (None, axis) or weight.codes.shape[axis] != correction.gain.shape[1]:
         return None
     return _Static(marker, product, weight.name, axis)

@@ -32,6 +32,7 @@ from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
 from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, require_table_input
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights
+from modelopt_tdq.model.caches import require_no_cache
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.timestep import find_timestep, times_of_samples
 from modelopt_tdq.model.token_times import readers, tokens_of_a_frame
@@ -215,6 +216,7 @@ def marker_graph(
 ) -> MarkerGraph:
     """The first half of :func:`export_onnx`, with its arguments and errors."""
     model = unwrapped(model)
+    require_no_cache(model, "be exported")
     require_weights(model, "be exported")
     spec = read_quantization(model)
     if not spec.activations and not spec.weights and not spec.folded and spec.features is None:

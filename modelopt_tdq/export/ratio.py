@@ -42,16 +42,26 @@ from modelopt_tdq.export.product import (
 )
 from modelopt_tdq.export.rescale import Correction, plan_correction, rescale_product
 from modelopt_tdq.export.weights import marker_name
+from modelopt_tdq.model.kinds import kind_of_operator, number_format, title, without_kernel
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["lower_ratio"]
 
-_TRANSPOSED = (
-    "TensorRT-RTX has no low-precision kernel for ConvTranspose and computes it in floating point (OpenVINO has one); "
-    "to leave it out there, call mtq.disable_quantizer(model, '{layer}.*') before the export"
-)
+
+def _limited(path: Path, emitter: ActivationEmitter) -> str | None:
+    """Which backends compute a product of codes in floating point all the same, and how to leave it out."""
+    format_ = number_format(emitter.spec.num_bits)
+    kind = kind_of_operator(path.product.op_type)
+    if kind is None or kind.by_default:  # what the presets quantize is said once, in the coverage
+        return None
+    missing = without_kernel(path.product.op_type, format_)
+    able = [title(backend) for backend in ("openvino", "tensorrt_rtx", "tensorrt") if backend not in missing]
+    told = "; ".join(f"{title(backend)} {what}" for backend, what in missing.items())
+    having = f"{' and '.join(able)} {'has' if len(able) == 1 else 'have'} one" if able else "no other has one"
+    layer = emitter.spec.name.rpartition(".")[0]
+    return f"{told} ({having}); to leave it out there, call mtq.disable_quantizer(model, '{layer}.*') before the export"
 
 
 def lower_ratio(context: LoweringContext) -> None:
@@ -73,8 +83,9 @@ def lower_ratio(context: LoweringContext) -> None:
         context.quantized(spec.name)
         for path in paths:
             products[path.product][path.index] = emitter
-            if path.product.op_type == "ConvTranspose":
-                context.limited[spec.name] = _TRANSPOSED.format(layer=spec.name.rpartition(".")[0])
+            limited = _limited(path, emitter)
+            if limited is not None:
+                context.limited[spec.name] = limited
         _emit_operand(context, emitter, paths)
     for weight, lowered in context.weights.items():
         for node, _ in weight.uses():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.core.fake_quant import SUPPORTED_BITS
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.kinds import CONVOLUTION, LINEAR, TRANSPOSED_CONVOLUTION
 
 __all__ = [
     "LAYERS",
@@ -23,10 +24,10 @@ __all__ = [
 ]
 
 #: Layers whose outputs are products of their weights with what they read at one place.
-PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PRODUCTS: tuple[type[nn.Module], ...] = (*LINEAR.classes, *CONVOLUTION.classes)
 
 #: Layers whose weights the presets can quantize.
-LAYERS = (*PRODUCTS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS: tuple[type[nn.Module], ...] = (*PRODUCTS, *TRANSPOSED_CONVOLUTION.classes)
 
 
 def trailing_dimensions(layer: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from modelopt_tdq.errors import TdqWarning
 from modelopt_tdq.model.select import LAYERS
 
 __all__ = [
+    "deciding_rules",
     "folded_weights",
     "forget_left_out",
     "leave_out",
@@ -123,12 +124,33 @@ def _rules(model: nn.Module) -> list[_Rule]:
     return []
 
 
+def deciding_rules(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, bool] | None] | None:
+    """The last rule of the model's config that is about each quantizer: its pattern, and whether it enables.
+
+    Args:
+        model: The root.
+        names: Of quantizers, of layers that are there.
+
+    Returns:
+        By name, None where no rule is; None if the rules that made the quantizers are not known.
+    """
+    rules = _rules(model)
+    if not _are_current(rules, model):
+        return None
+    found: dict[str, tuple[str, bool] | None] = {}
+    for name in names:
+        rule = _deciding(rules, name, model.get_submodule(name.rpartition(".")[0]))
+        found[name] = None if rule is None else (rule.pattern, rule.enables)
+    return found
+
+
+def _deciding(rules: list[_Rule], name: str, layer: nn.Module, loosely: bool = False) -> _Rule | None:
+    return next((rule for rule in reversed(rules) if rule.holds(name, layer, loosely)), None)
+
+
 def _is_meant(rules: list[_Rule], name: str, layer: nn.Module, loosely: bool = False) -> bool:
-    meant = False
-    for rule in rules:
-        if rule.holds(name, layer, loosely):
-            meant = rule.enables
-    return meant
+    rule = _deciding(rules, name, layer, loosely)
+    return rule is not None and rule.enables
 
 
 def _are_current(rules: list[_Rule], model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from modelopt_tdq.calibration.correct import correct_layers
 from modelopt_tdq.core.distributed import broadcast, gather
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.caches import require_no_cache
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.recording import recorded_calls
 from modelopt_tdq.model.snapshot import restored_on_error
@@ -41,6 +42,7 @@ def tdq_temporal(model: nn.Module, forward_loop: Callable[[nn.Module], Any] | No
             as it was.
     """
     config = TdqTemporalConfig(**{name: v for name, v in fields.items() if name in TdqTemporalConfig.model_fields})
+    require_no_cache(model, "have its temporal block found")
     require_weights(model, "have its temporal block found")
     with restored_on_error(model), together("tdq_temporal"):
         if is_dtensor_sharded(model):

@@ -17,6 +17,7 @@ from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.core.fake_quant import NumBits
 from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.model.call import layer_input
+from modelopt_tdq.model.kinds import kind_of
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.snapshot import restored
 from modelopt_tdq.model.timestep import deliver_timestep
@@ -114,7 +115,8 @@ def switch_on(
     with torch.no_grad():
         inputs = _inputs(model, block, times, layers)
     for name, layer in layers.items():
-        axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+        kind = kind_of(layer)
+        axis = 0 if kind is None else kind.weight_axis
         for quantizer, num_bits, along in (
             (layer.weight_quantizer, bits.weight, axis),
             (layer.input_quantizer, bits.activation, None),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.model.kinds import title, without_kernel
 from modelopt_tdq.runtime.build.layers import LOW_PRECISION_TYPES, EngineLayer
 
 if TYPE_CHECKING:
@@ -120,12 +121,18 @@ def require_low_precision(report: EngineReport, names: Sequence[str] | None = No
     """
     if fallen := float_layers(report, names):
         operators = sorted({report.quantized.get(name, "?") for name in fallen})
+        hopeless = [operator for operator in operators if report.backend in without_kernel(operator)]
+        leave_out = (
+            f"leave {', '.join(hopeless)}, for which {title(report.backend)} has no low-precision kernel, out with a rule "
+            "of `quant_cfg`; "
+            if hopeless
+            else ""
+        )
         error = FloatLayersError(
             "layers",
             list(fallen),
             f"{len(fallen)} quantized layers ({', '.join(operators)}) run in float in {report.engine.name}",
-            'Export with lowering="ratio", whose quantize scales are constants; leave operators that the backend has '
-            "no low-precision kernel for (ConvTranspose on TensorRT-RTX) out with a rule of `quant_cfg`; or build "
+            f'Export with lowering="ratio", whose quantize scales are constants; {leave_out}or build '
             "with allow_float=True (--allow-float) to have the engine all the same",
         )
         error.report = report
