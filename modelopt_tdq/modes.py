@@ -18,7 +18,7 @@ from modelopt.torch.opt.mode import ConvertEntrypoint, RestoreEntrypoint, Update
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
 from modelopt.torch.quantization.conversion import restore_quantizer_state, update_quantize_metadata
 from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, CalibrateModeRegistry
-from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 from tqdm import tqdm
 
@@ -178,8 +178,8 @@ def _run(algorithm: _Algorithm, model: nn.Module, forward_loop: _ForwardLoop | N
 
 
 def _tell_coverage(model: nn.Module, progress: bool) -> None:
-    """What is quantized now: a line behind the progress bars, and all of it in the log."""
-    if not progress and not _log.isEnabledFor(logging.INFO):
+    """What is quantized now: a line behind the progress bars, and all of it in the log; nothing of a lone layer."""
+    if isinstance(model, QuantModule) or (not progress and not _log.isEnabledFor(logging.INFO)):
         return
     from modelopt_tdq.layer_coverage import coverage
 

@@ -26,7 +26,7 @@ from modelopt_tdq.core.schedule import nearest_known
 from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.model.caches import require_no_cache
 from modelopt_tdq.model.full_precision import full_precision
-from modelopt_tdq.model.multiply_adds import counted_multiply_adds, remember_multiply_adds
+from modelopt_tdq.model.multiply_adds import remember_multiply_adds
 from modelopt_tdq.model.place import release, require_unattended
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.recording import counted_calls
@@ -155,7 +155,7 @@ def collect(
 
     statistics = collected(per_tensor)
     replay = Replay(model, timestep, config.replay_samples)
-    with channels.observed(model, timestep), counted_multiply_adds(model) as counts:
+    with channels.observed(model, timestep):
         called = _run(model, forward_loop, timestep, config, statistics, others, replay)
     if not called:
         raise _never_called(forward_loop, "Call the model on calibration data in it")
@@ -193,7 +193,7 @@ def collect(
     if config.statistic == "output":
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
             evidence[name] = _settled(replace(evidence[name], known=curves), config, name in follow)
-    remember_multiply_adds(model, counts)
+    remember_multiply_adds(model, replay, times)
     return Calibration(quantizers, times, evidence, replay)
 
 

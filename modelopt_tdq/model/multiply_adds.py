@@ -1,4 +1,4 @@
-"""The multiply-adds of a model's first call, by the module in which they happen.
+"""The multiply-adds of a model's call, by the module in which they happen.
 
 They are counted where they are computed, in PyTorch's own operators, and so of any model: layers, attention, and what
 a model multiplies by itself. Kernels that other libraries bring are not seen.
@@ -6,6 +6,7 @@ a model multiplies by itself. Kernels that other libraries bring are not seen.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,13 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.core.distributed import processes
+from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.replay import Replay
 
 __all__ = ["counted_multiply_adds", "multiply_adds", "remember_multiply_adds"]
+
+_log = logging.getLogger(__name__)
 
 #: Attribute of the root: what the last calibration counted. It is not saved.
 _COUNTED = "_tdq_multiply_adds"
@@ -55,6 +60,8 @@ def _count(operator: Any, args: tuple[Any, ...], output: Any) -> int:
 
 
 class _Counting(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, add: Callable[[int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._add = add
@@ -66,7 +73,7 @@ class _Counting(TorchDispatchMode):
             if taken_apart is not NotImplemented:
                 return taken_apart
         output = func(*args, **(kwargs or {}))
-        if found := _count(func._overloadpacket, args, output):
+        if found := _count(getattr(func, "_overloadpacket", None), args, output):
             self._add(found)
         return output
 
@@ -85,14 +92,13 @@ def counted_multiply_adds(model: nn.Module) -> Iterator[dict[str, int]]:
     running: list[str] = []
     handles: list[Any] = []
     mode: list[_Counting] = []
-    timestep = find_timestep(model)
 
     def add(number: int) -> None:
         counts[running[-1]] = counts.get(running[-1], 0) + number
 
     def enter(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if not running and (name or mode or (timestep is not None and timestep.aside)):
+            if not running and (name or mode):
                 return  # a part that runs by itself
             if not running:
                 mode.append(_Counting(add))
@@ -125,9 +131,22 @@ def counted_multiply_adds(model: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def remember_multiply_adds(model: nn.Module, counts: dict[str, int]) -> None:
-    """Keep what was counted with the model; it is not saved."""
-    object.__setattr__(model, _COUNTED, dict(counts))
+def remember_multiply_adds(model: nn.Module, replay: Replay, times: list[float]) -> None:
+    """Count those of a replayed call in full precision, and keep them with the model; they are not saved.
+
+    Nothing is known where calls cannot be repeated, where several processes make them, and where the model does not run
+    with every operator watched, as some compiled and foreign ones do not.
+    """
+    object.__setattr__(model, _COUNTED, None)
+    if processes() > 1 or not replay.times:
+        return
+    try:
+        with full_precision(model), torch.no_grad(), counted_multiply_adds(model) as counts:
+            model(**next(iter(replay.batches(times[:1]))).call)
+    except Exception as error:  # whatever a model raises; the calibration does not depend on it
+        _log.info("multiply-adds are not known: %s", error)
+        return
+    object.__setattr__(model, _COUNTED, counts)
 
 
 def multiply_adds(model: nn.Module) -> dict[str, int] | None:
