@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from test_attachments import (  # isort: skip
     CALL,
     IMAGE,
     IP_CALL,
+    SAME,
     _attentive,
     _quantized,
     _require_small_noise,
@@ -119,8 +122,8 @@ def test_an_ip_adapter_that_is_loaded_after_quantization() -> None:
     assert set(left.values()) == {"added after quantization"}
 
 
-def test_the_refiner_of_sdxl() -> None:
-    """It takes an aesthetic score, and one text encoder."""
+def test_the_refiner_of_sdxl(tmp_path: Path) -> None:
+    """It takes an aesthetic score, and one text encoder; quantized, and by an engine."""
     family = FAMILIES["sdxl"]
 
     def refiner() -> Any:
@@ -130,12 +133,16 @@ def test_the_refiner_of_sdxl() -> None:
         parts["unet"] = tiny.seeded(lambda: UNet2DConditionModel.from_config(config))
         return StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True)
 
-    call = {name: value for name, value in family.tiny_call(0).items() if name not in ("height", "width")}
+    call = {name: value for name, value in family.tiny_call(1).items() if name not in ("height", "width")}
     call |= {"image": IMAGE, "strength": 0.99}
     plain, quantized = refiner(), _quantized(refiner(), call)
-    for changes in ({}, {"strength": 0.7, "aesthetic_score": 9.0}):
-        _require_small_noise(_run(quantized, **{**call, **changes}), _run(plain, **{**call, **changes}))
     assert not unquantized_layers(quantized.unet)
+    path = tdq.export_onnx(quantized.unet, tmp_path / "m.onnx", tdq.sample_inputs(quantized, **call)).path
+    swapped = tdq.swap_denoiser(copy.copy(quantized), path)
+    for changes in ({}, {"strength": 0.7, "aesthetic_score": 9.0}):
+        expected = _run(quantized, **{**call, **changes})
+        noise = _require_small_noise(expected, _run(plain, **{**call, **changes}))
+        assert rms(_run(swapped, **{**call, **changes}) - expected) < SAME * noise
 
 
 class _Session:
