@@ -87,3 +87,14 @@ def test_choices_of_the_learning_algorithm_exist() -> None:
 def test_the_matrix_of_diffusers_classes() -> None:
     results = json.loads((ROOT / "benchmarks/results/zoo.json").read_text())
     assert " ".join(summary(results["runs"]).split()) in " ".join(README.split())
+
+
+def test_the_figures_of_the_converged_model() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/converged_model.json").read_text())["rows"]
+    said = " ".join(README.split())
+    for scales, text in (("static-margin", "static scales"), ("time-margin", "scales over time")):
+        (row,) = [row for row in rows if row["scales"] == scales]
+        mean = sum(row["sqnr_db"]) / len(row["sqnr_db"])
+        assert f"{text} {mean:.1f} / {min(row['sqnr_db']):.1f} dB" in said
+        assert f"{row['psnr_db']:.1f}" in said
+        assert row["quantized"] == 255 - 8
