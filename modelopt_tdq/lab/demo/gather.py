@@ -142,8 +142,8 @@ def _notes(
         notes.append(
             "Codes below 8 bits travel in INT8 tensors: those rows have the accuracy of their bits, and the kernels "
             "and speed of W8A8. Weights are rounded by what the layers read, and outputs of layers are corrected: by "
-            "one gain and bias per channel in the static row, by those of each step in the TDQ row, where that predicts "
-            "better; the latter then are most of its table."
+            "one gain and bias per channel in the static row, by those of each step in the TDQ row, where that "
+            "predicts better; the latter then are most of its table."
         )
     if settings.maintenance != "none":
         notes.append(
