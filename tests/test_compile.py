@@ -69,6 +69,7 @@ def test_inside_a_larger_compiled_function(folded: nn.Module) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_diffusers_unet() -> None:
     from diffusers import UNet2DModel
 

@@ -31,7 +31,9 @@ ENDS = {
 }
 
 
-@pytest.fixture(scope="module", params=slow_but(FAMILIES, *(name for name in FAMILIES if name != "flux")))
+@pytest.fixture(
+    scope="module", params=slow_but(FAMILIES, *(name for name in FAMILIES if name not in ("flux", "unet_condition")))
+)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -220,6 +220,7 @@ def in_process(rank: int) -> Any:
     return found.gain, found.bias, found.timesteps, {name: model.get_submodule(name).weight for name in QUANTIZED}
 
 
+@pytest.mark.slow
 def test_several_processes_round_and_fit_as_one_does(tmp_path: Path) -> None:
     gain, bias, timesteps, weights = in_process(-1)
     one = tdq.LayerCorrection(timesteps, gain, bias)

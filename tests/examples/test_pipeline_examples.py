@@ -49,7 +49,7 @@ class Done:
         return load(self.family, parse(self.family, None, ["run", *self.arguments]), quantized=True)
 
 
-@pytest.fixture(scope="module", params=slow_but(FAMILIES, "dit", "stable_diffusion"))
+@pytest.fixture(scope="module", params=slow_but(FAMILIES, "dit"))
 def done(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

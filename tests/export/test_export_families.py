@@ -29,7 +29,7 @@ class Exported:
         return {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
 
 
-@pytest.fixture(scope="module", params=slow_but(("unet_condition", "dit", "sd3", "flux"), "unet_condition", "dit"))
+@pytest.fixture(scope="module", params=slow_but(("unet_condition", "dit", "sd3", "flux"), "dit"))
 def exported(request: pytest.FixtureRequest) -> Exported:
     import modelopt.torch.quantization as mtq
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import oracle
 from support.export import LOWERINGS, lowered, set_table, trace
+from support.slow import slow_but
 from support.token_models import (
     TIMES,
     VIDEOS,
@@ -149,7 +150,9 @@ def test_outputs_are_those_of_the_torch_model(
         assert float((error > 1e-4 * expected.abs().max()).float().mean()) < 0.02
 
 
-@pytest.mark.parametrize("name", ["WanTransformer3DModel", "SkyReelsV2Transformer3DModel"])
+@pytest.mark.parametrize(
+    "name", slow_but(["WanTransformer3DModel", "SkyReelsV2Transformer3DModel"], "WanTransformer3DModel")
+)
 def test_videos_whose_first_frame_is_given(name: str) -> None:
     model = quantized_video(name)
     _corrected(model, only="attn1.to_q")

@@ -64,6 +64,7 @@ def full(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
         return model(**inputs(*size, batch=3)).sample  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_names_and_ranges_in_the_engine(model: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     path = tdq.export_onnx(model, tmp_path / "m.onnx", inputs(), dynamic_axes=AXES).path

@@ -607,7 +607,7 @@ def test_learning_afterwards_leaves_the_temporal_layers_alone(name: str) -> None
     assert equal(outputs(restored(both)), outputs(both))
 
 
-@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("name", slow_but(LEARNING, "qat"))
 def test_after_learning_without_calibrating_again_the_scales_stay(name: str) -> None:
     learning = {**FAST, **LEARNING[name]}
     alone = listed(learning)

@@ -33,6 +33,9 @@ from modelopt_tdq.lab.model_folder import load_model
 from modelopt_tdq.lab.trajectories import load_scheduler
 from modelopt_tdq.temporal_features.runtime import feature_table, has_features
 
+#: A bench of training runs in small: its rows are made by what other tests take apart.
+pytestmark = pytest.mark.slow
+
 diffusers = pytest.importorskip("diffusers")
 
 _SMOKE = temporal_budget("smoke")
