@@ -201,14 +201,14 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
     def _add(self, time: float, x: Tensor) -> None:
         x = x.detach().to(torch.float32)
         lows, highs = torch.stack(torch.aminmax(x.reshape(len(x) if x.dim() > 1 else 1, -1), dim=1)).tolist()
-        low, high = min(lows), max(highs)
-        if not (math.isfinite(low) and math.isfinite(high)):
+        if not all(map(math.isfinite, (*lows, *highs))):
             raise TdqError(
                 "forward_loop",
                 self._name,
                 f"the input of this quantizer held NaN or infinity at time {time:g}",
                 "Calibrate on inputs for which the full-precision model is finite",
             )
+        low, high = min(lows), max(highs)
         magnitude = max(abs(low), abs(high))
         # frexp: magnitude < 2^exponent, strictly
         exponent = max(math.frexp(magnitude)[1], _SMALLEST) if magnitude > 0 else _SMALLEST

@@ -146,6 +146,17 @@ def test_values_that_are_not_finite(value: float) -> None:
         collector.collect(torch.tensor([1.0, value]))
 
 
+@pytest.mark.parametrize("sample", [0, 1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_sample_of_a_batch_that_is_not_finite(value: float, sample: int) -> None:
+    collector, timestep = _collector()
+    timestep.begin(torch.tensor([40.0]))
+    batch = torch.randn(3, 4)
+    batch[sample, 1] = value
+    with pytest.raises(TdqError, match=r"held NaN or infinity at time 40"):
+        collector.collect(batch)
+
+
 def test_more_times_than_allowed() -> None:
     collector, timestep = _collector(max_steps=2)
     for time in (1.0, 2.0, 1.0):
