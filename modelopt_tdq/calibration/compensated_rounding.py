@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,11 +30,11 @@ from modelopt_tdq.core.compensated import compensated, output_error
 from modelopt_tdq.core.distributed import gather, union
 from modelopt_tdq.core.fake_quant import symmetric_scale
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.held_weights import HeldWeight
+from modelopt_tdq.model.held_weights import HeldWeight, own_weights
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.replay import Replay
-from modelopt_tdq.model.select import PRODUCTS, shared_parameters
-from modelopt_tdq.model.weight_fit import is_learned, plain_weights, remember_weight
+from modelopt_tdq.model.select import PRODUCTS
+from modelopt_tdq.model.weight_fit import remember_weight
 
 __all__ = ["compensated_rounding"]
 
@@ -49,17 +49,12 @@ _KEPT = 1 << 28
 
 def _layers(model: nn.Module) -> dict[str, QuantModule]:
     """Those whose weights have integer codes or FP8, a scale per output channel or one, and no other user."""
-    shared = shared_parameters(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    found = {}
-    for _, layer, weight, quantizer in plain_weights(model):
-        own = layer._parameters.get("weight")
-        if not isinstance(layer, PRODUCTS) or own is not weight or id(weight) in shared or is_learned(quantizer):
-            continue
-        amax = quantizer.amax
-        if type(quantizer) is TensorQuantizer and (amax.numel() == 1 or amax.numel() == weight.shape[0]):
-            found[names[id(layer)]] = layer
-    return found
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        names[layer]: layer
+        for layer, (weight, quantizer) in own_weights(model).items()
+        if isinstance(layer, PRODUCTS) and quantizer.amax.numel() in (1, weight.shape[0])
+    }
 
 
 def _layers_to_round(model: nn.Module, replay: Replay, config: CalibrationFields) -> dict[str, QuantModule]:

@@ -17,7 +17,7 @@ from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.select import shared_parameters
 from modelopt_tdq.model.weight_fit import is_learned, plain_weights
 
-__all__ = ["HeldWeight", "held_weights"]
+__all__ = ["HeldWeight", "held_weights", "own_weights"]
 
 #: Bytes of quantized weights that are held; the others are quantized in every call.
 _MOST = 4 << 30
@@ -51,7 +51,7 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     held: list[HeldWeight] = []
     try:
         left = _MOST
-        for weight, quantizer in _constant(model):
+        for weight, quantizer in _constant(model).values():
             left -= weight.nbytes
             if left >= 0:
                 with torch.no_grad():
@@ -63,18 +63,23 @@ def held_weights(model: nn.Module) -> Iterator[None]:
             quantizer.release()
 
 
-def _constant(model: nn.Module) -> list[tuple[Tensor, TensorQuantizer]]:
-    """Weights of one layer each, and their quantizers, where neither learns and hooks bring no other tensors."""
+def _constant(model: nn.Module) -> dict[nn.Module, tuple[Tensor, TensorQuantizer]]:
+    """What :func:`own_weights` gives, where hooks bring no other tensors."""
     try:
         require_weights(model, "hold its weights")
     except TdqError:
-        return []
+        return {}
+    return own_weights(model)
+
+
+def own_weights(model: nn.Module) -> dict[nn.Module, tuple[Tensor, TensorQuantizer]]:
+    """By layer, the weight that no other layer has and its quantizer of ModelOpt, where neither learns."""
     shared = shared_parameters(model)
-    return [
-        (weight, quantizer)
+    return {
+        layer: (weight, quantizer)
         for _, layer, weight, quantizer in plain_weights(model)
         if type(quantizer) is TensorQuantizer
         and layer._parameters.get("weight") is weight
         and id(weight) not in shared
         and not is_learned(quantizer)
-    ]
+    }

@@ -21,7 +21,7 @@ from modelopt_tdq.core.distributed import processes
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay import Replay
 
-__all__ = ["counted_multiply_adds", "multiply_adds", "remember_multiply_adds"]
+__all__ = ["count_multiply_adds", "counted_multiply_adds", "multiply_adds", "remember_multiply_adds"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
     return query.numel() * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]
 
 
-def _count(operator: Any, args: tuple[Any, ...], output: Any) -> int:
+def count_multiply_adds(function: Any, args: tuple[Any, ...], output: Any) -> int:
+    """Those of one operator of ATen; none of an operator that takes functions, as flex_attention does."""
+    operator = getattr(function, "_overloadpacket", None)
     if operator in (_aten.mm, _aten.bmm, _aten.mv, _aten.dot):
         return _matrix(*args)
     if operator in (_aten.addmm, _aten.baddbmm, _aten.addmv):
@@ -73,7 +75,7 @@ class _Counting(TorchDispatchMode):
             if taken_apart is not NotImplemented:
                 return taken_apart
         output = func(*args, **(kwargs or {}))
-        if found := _count(getattr(func, "_overloadpacket", None), args, output):
+        if found := count_multiply_adds(func, args, output):
             self._add(found)
         return output
 
@@ -115,8 +117,6 @@ def counted_multiply_adds(model: nn.Module) -> Iterator[dict[str, int]]:
                 pass
             if not running:
                 mode[0].__exit__(None, None, None)  # type: ignore[no-untyped-call]
-                for handle in handles:
-                    handle.remove()
 
         return hook
 

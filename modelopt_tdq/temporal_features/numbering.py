@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from modelopt_tdq.temporal_features.tape import Parameter, Slot
-from modelopt_tdq.temporal_features.trace import Leave, Operation, Run
+from modelopt_tdq.temporal_features.trace import Leave, Operation, Run, has_schema
 
 __all__ = ["Number", "numbered"]
 
@@ -73,7 +73,7 @@ class _Numbering:
 
     def _operation(self, event: Operation) -> Number:
         exact, alike = [str(event.function)], [str(event.function)]
-        if not hasattr(event.function, "_schema"):  # it takes functions: nobody knows what they compute
+        if not has_schema(event.function):  # it takes functions: nobody knows what they compute
             return _both(_digest(*exact, str(id(event))))
         arguments = event.function._schema.arguments
         given = {argument.name: value for argument, value in zip(arguments, event.args, strict=False)}

@@ -6,7 +6,6 @@ play no part. What depends on what is worked out afterwards, by :mod:`modelopt_t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,27 +20,38 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from modelopt_tdq.model.full_precision import full_precision
+from modelopt_tdq.model.multiply_adds import count_multiply_adds
 from modelopt_tdq.temporal_features.tape import Parameter, Slot
 
-__all__ = ["Enter", "Event", "Inner", "Leave", "Operation", "Read", "Recorder", "Run", "layers_with_parameters"]
+__all__ = [
+    "Enter",
+    "Event",
+    "Inner",
+    "Leave",
+    "Operation",
+    "Read",
+    "Recorder",
+    "Run",
+    "has_schema",
+    "layers_with_parameters",
+]
 
 #: Operators, and methods that are none, that hand values of a tensor to Python.
 _READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
 _READING_METHODS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
-def _has_schema(func: Any) -> bool:
+def has_schema(func: Any) -> bool:
     """Operators that take functions, such as flex_attention, have none: they are taken to change and view nothing."""
     return not isinstance(func, HigherOrderOperator)
 
 
 def _reads_values(func: Any) -> bool:
     """Whether an operator hands values of its operands to Python, be it as the shape of its result."""
-    if not _has_schema(func):
+    if not has_schema(func):
         return False
     return func._schema.name in _READS or torch.Tag.dynamic_output_shape in func.tags
 
@@ -61,7 +71,7 @@ class _ReadingMethods(TorchFunctionMode):
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether an operator draws random numbers: an attention draws none without dropout."""
-    if not _has_schema(func) or torch.Tag.nondeterministic_seeded not in func.tags:
+    if not has_schema(func) or torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":
@@ -76,29 +86,14 @@ def _tensors(value: Any) -> list[Tensor]:
 def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, written: bool) -> list[Tensor]:
     """The operands that an operator changes in place, or else those that its result may be a view of."""
     found: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments if _has_schema(func) else ()):
+    for position, argument in enumerate(func._schema.arguments if has_schema(func) else ()):
         if argument.alias_info is not None and (argument.alias_info.is_write or not written):
             found += _tensors(args[position] if position < len(args) else kwargs.get(argument.name))
     return found
 
 
 def _makes_views(func: Any) -> bool:
-    return _has_schema(func) and any(returned.alias_info is not None for returned in func._schema.returns)
-
-
-@contextmanager
-def _uncompiled_flex_attention() -> Iterator[None]:
-    """Torch's flex_attention compiles itself, which it cannot under a mode that sees every operator."""
-    module, switch = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
-    before = getattr(module, switch, None)
-    if before is None:
-        yield
-        return
-    setattr(module, switch, True)
-    try:
-        yield
-    finally:
-        setattr(module, switch, before)
+    return has_schema(func) and any(returned.alias_info is not None for returned in func._schema.returns)
 
 
 def layers_with_parameters(model: nn.Module) -> dict[str, nn.Module]:
@@ -260,8 +255,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = tuple((name, self._slot(tensor)) for name, tensor in labels)
         run = Run(self._slot(time), time.dtype, tuple(time.shape), named, held)
         self._events, self._layer = run.events, None
-        watched = self._watched(), _uncompiled_flex_attention()
-        with full_precision(self._model), torch.no_grad(), watched[0], watched[1], self, _ReadingMethods(self._read):
+        with full_precision(self._model), torch.no_grad(), self._watched(), self, _ReadingMethods(self._read):
             output = call()
         run.outputs = self._keys(_tensors(output))
         return run
@@ -351,9 +345,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
         self._one_storage(func, args, kwargs, results)
         products = 0
-        packet = func.overloadpacket if _has_schema(func) else func
-        if self._layer is not None and packet in flop_registry:
-            products = int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
+        if self._layer is not None:
+            products = count_multiply_adds(func, args, result)
         slots = tuple(self._slot(leaf) if isinstance(leaf, Tensor) else None for leaf in outputs)
         self._events.append(
             Operation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -63,7 +64,7 @@ class VariedCalls:
             Exception: Whatever the model raises; nothing is recorded then.
         """
         before = ModelState(self._model)
-        with self._mode or nullcontext(), _quiet():
+        with self._mode or nullcontext(), _quiet(), _uncompiled_flex_attention():
             arguments = with_changes(pytree.tree_map(self._own, self._arguments), changes)
             run = self._recorder.run(
                 lambda: self._model(**arguments), _labels(arguments), arguments[self._timestep], before.tensors()
@@ -148,6 +149,21 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _uncompiled_flex_attention() -> Iterator[None]:
+    """Torch's flex_attention compiles itself, which it cannot under a mode that sees every operator."""
+    module, switch = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(module, switch, None)
+    if before is None:
+        yield
+        return
+    setattr(module, switch, True)
+    try:
+        yield
+    finally:
+        setattr(module, switch, before)
 
 
 def _labels(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

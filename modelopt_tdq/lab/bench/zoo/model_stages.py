@@ -177,8 +177,9 @@ def temporal(case: Case) -> Cell:
     }
     if all(torch.equal(value, found[name]) for name, value in expected.items()):
         return cell | {"by": "bit for bit"}
-    cell["db"] = json_number(lowest(noise(expected, found)))
-    if lowest(noise(expected, found)) < _ROUNDING_DB:
-        reason = f"{cell['db']:.1f} dB from the layers, quantization noise {lowest(case.noise_db):.1f} dB"
+    decibels = lowest(noise(expected, found))
+    cell["db"] = json_number(decibels)
+    if not decibels >= _ROUNDING_DB:  # nor NaN
+        reason = f"{decibels:.1f} dB from the layers, quantization noise {lowest(case.noise_db):.1f} dB"
         return cell | {"verdict": WRONG, "reason": reason}
     return cell
