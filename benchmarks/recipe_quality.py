@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """The recipes as they are shipped: quality over the number of calibration trajectories, and how long they take.
 
-SQNR of the prediction, mean and worst over the steps, and PSNR of the images, on trajectories of two other seeds. Time:
-of the whole calibration, and of scales alone, relative to one run of the same data through the model in full precision.
+SQNR of the prediction, mean and worst over the steps, and PSNR of the images, on trajectories of two other seeds; and
+what the corrections change in the mean and in the step that gains least, against the same recipe without them. Time: of
+the whole calibration, of that without corrections, and of scales alone, relative to one run of the same data through
+the model in full precision.
 usage: python recipe_quality.py [--models unet,dit] [--recipes int8,w4a8,w4a4] [--samples 8,16,64] [--append]
 """
 
@@ -48,9 +50,18 @@ class Row:
     trajectories: int
     sqnr_db: list[list[float]]
     psnr_db: list[float]
+    uncorrected_sqnr_db: list[list[float]]
+    uncorrected_psnr_db: list[float]
     run_s: float
     scales_s: float
+    uncorrected_s: float
     calibration_s: float
+
+    @property
+    def gains_db(self) -> list[float]:
+        """Of the SQNR by corrections, step by step, of all seeds."""
+        pairs = zip(self.sqnr_db, self.uncorrected_sqnr_db, strict=True)
+        return [new - old for one in pairs for new, old in zip(*one, strict=True)]
 
 
 def measured(name: str, recipe: str, samples: int, held_out: int) -> Row:
@@ -65,35 +76,45 @@ def measured(name: str, recipe: str, samples: int, held_out: int) -> Row:
 
     config = tdq.recipe(recipe)
     config["algorithm"] |= {"progress": False}
-    alone = {**config, "algorithm": {**config["algorithm"], **SCALES_ALONE}}
+    references = [reference(model, scheduler, held_out, steps, seed, lambda: None) for seed in SEEDS]
+
+    def calibrated(**fields: Any) -> tuple[float, list[list[float]], list[float]]:
+        """Seconds; SQNR in dB per seed and step; PSNR in dB per seed."""
+        quantized = copy.deepcopy(model)
+        changed = {**config, "algorithm": {**config["algorithm"], **fields}}
+        seconds = timed(lambda: mtq.quantize(quantized, changed, forward_loop))
+        found = [judge(quantized, scheduler, each, lambda: None) for each in references]
+        return seconds, [one.sqnr_db for one in found], [one.psnr_db for one in found]
+
     run = timed(lambda: forward_loop(model))
+    alone = {**config, "algorithm": {**config["algorithm"], **SCALES_ALONE}}
     scales = timed(lambda: mtq.quantize(copy.deepcopy(model), alone, forward_loop))
-    quantized = copy.deepcopy(model)
-    whole = timed(lambda: mtq.quantize(quantized, config, forward_loop))
-    found = [
-        judge(quantized, scheduler, reference(model, scheduler, held_out, steps, seed, lambda: None), lambda: None)
-        for seed in SEEDS
-    ]
-    return Row(
-        name, recipe, samples, [one.sqnr_db for one in found], [one.psnr_db for one in found], run, scales, whole
-    )
+    whole, sqnr, psnr = calibrated()
+    without, plain_sqnr, plain_psnr = calibrated(correction="none")
+    return Row(name, recipe, samples, sqnr, psnr, plain_sqnr, plain_psnr, run, scales, without, whole)
 
 
 def _table(rows: list[Row]) -> str:
     lines = [
-        "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on, of two seeds. Time: of "
-        "the whole calibration, and of scales alone, relative to one run of the data through the model in full "
-        "precision.",
+        "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on, of two seeds. "
+        "Corrections: what they change, mean of all steps and the step that gains least, of both seeds, and PSNR. "
+        "Time: of the whole calibration, of that without corrections, and of scales alone, relative to one run of the "
+        "data through the model in full precision.",
         "",
-        "| model | recipe | trajectories | SQNR | PSNR | SQNR | PSNR | time | scales alone |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| model | recipe | trajectories | SQNR | PSNR | SQNR | PSNR | corrections: mean, least | PSNR "
+        "| time | uncorrected | scales alone |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(rows, key=lambda row: (row.model != "unet", row.model, row.recipe, row.trajectories)):
         pairs = zip(row.sqnr_db, row.psnr_db, strict=True)
         judged = " | ".join(f"{statistics.fmean(s):.2f} / {min(s):.2f} | {psnr:.2f}" for s, psnr in pairs)
+        gains = row.gains_db
+        images = statistics.fmean(row.psnr_db) - statistics.fmean(row.uncorrected_psnr_db)
         lines.append(
             f"| {row.model} | {row.recipe} | {row.trajectories} | {judged} "
-            f"| {row.calibration_s / row.run_s:.1f} | {row.scales_s / row.run_s:.1f} |"
+            f"| {statistics.fmean(gains):+.2f}, {min(gains):+.2f} | {images:+.2f} "
+            f"| {row.calibration_s / row.run_s:.1f} | {row.uncorrected_s / row.run_s:.1f} "
+            f"| {row.scales_s / row.run_s:.1f} |"
         )
     return "\n".join(lines)
 

@@ -53,6 +53,7 @@ ORDER = [
     "time",
     "offsets",
     "smoothing",
+    "margin",
     "rounding",
     "corrections",
     "reconstruction",
@@ -68,6 +69,7 @@ OWN_WEIGHTS = (
     "mse",
     "nvidia-smoothquant",
     "smoothing",
+    "margin",
     "rounding",
     "corrections",
     "static-all",
@@ -320,19 +322,20 @@ def test_our_stages_add_one_thing_each(models: dict[str, nn.Module]) -> None:
 
 
 def test_our_stages_are_asked_for_one_thing_more_each(settings: dict[str, Setting]) -> None:
-    asked = ("bins", "asymmetric", "channel_smoothing", "rounding", "correction")
+    asked = ("bins", "asymmetric", "channel_smoothing", "margin", "rounding", "correction")
 
     class Told(Setting):
         def quantize(self, rules: list[dict[str, Any]], algorithm: Any) -> Any:
             return {name: algorithm.get(name) for name in asked}
 
     setting = Told(**{field.name: getattr(settings["W8A8"], field.name) for field in fields(Setting)})
-    assert tuple(made(ROWS["static"], setting).values()) == (1, False, "none", "nearest", "none")
-    added = dict(zip(asked, (None, False, "none", "nearest", "none"), strict=True))
+    assert tuple(made(ROWS["static"], setting).values()) == (1, False, "none", None, "nearest", "none")
+    added = dict(zip(asked, (None, False, "none", None, "nearest", "none"), strict=True))
     assert made(ROWS["time"], setting) == added
     stages = {
         "offsets": "asymmetric",
         "smoothing": "channel_smoothing",
+        "margin": "margin",
         "rounding": "rounding",
         "corrections": "correction",
     }

@@ -13,14 +13,29 @@ from modelopt_tdq.lab.bench.budget import budget
 from modelopt_tdq.lab.bench.qat_run import QatRun, train_qat
 from modelopt_tdq.lab.bench.rivals.setting import Setting, is_linear
 
-__all__ = ["PLAIN", "qat", "reconstructed", "stage", "static_with_everything", "time_linear"]
+__all__ = [
+    "EVERYTHING",
+    "MARGIN",
+    "OFFSETS",
+    "PLAIN",
+    "ROUNDING",
+    "SMOOTHING",
+    "qat",
+    "reconstructed",
+    "stage",
+    "static_with_everything",
+    "time_linear",
+]
 
 #: Scales alone.
 PLAIN: dict[str, Any] = {"asymmetric": False, "channel_smoothing": "none", "rounding": "nearest", "correction": "none"}
 
 #: What goes together with scales, over time or not.
-_OFFSETS: dict[str, Any] = {"asymmetric": "auto"}
-_SMOOTHING: dict[str, Any] = {"channel_smoothing": "auto"}
+OFFSETS: dict[str, Any] = {"asymmetric": "auto"}
+SMOOTHING: dict[str, Any] = {"channel_smoothing": "auto"}
+MARGIN: dict[str, Any] = {"margin": "auto"}
+ROUNDING: dict[str, Any] = {"rounding": "auto"}
+EVERYTHING: dict[str, Any] = {**OFFSETS, **SMOOTHING, **MARGIN, **ROUNDING, "correction": "auto"}
 
 
 def stage(**fields: Any) -> Callable[[Setting], nn.Module]:
@@ -40,15 +55,13 @@ def time_linear(setting: Setting) -> nn.Module:
 
 
 def static_with_everything(setting: Setting) -> nn.Module:
-    """One scale per quantizer; offsets, smoothing, rounding and corrections as over time, the latter static."""
-    return stage(bins=1, **_OFFSETS, **_SMOOTHING, rounding="auto", correction="auto")(setting)
+    """One scale per quantizer; offsets, smoothing, margin, rounding and corrections as over time, these static."""
+    return stage(bins=1, **EVERYTHING)(setting)
 
 
 def reconstructed(setting: Setting) -> nn.Module:
     """Rounding and intervals learned block by block, behind offsets and smoothing; then corrections."""
-    config = setting.config(
-        "tdq_reconstruct", **_OFFSETS, **_SMOOTHING, correction="auto", iterations=setting.iterations
-    )
+    config = setting.config("tdq_reconstruct", **OFFSETS, **SMOOTHING, correction="auto", iterations=setting.iterations)
     return setting.quantize(config["quant_cfg"], config["algorithm"])
 
 
@@ -69,5 +82,5 @@ def qat(setting: Setting) -> nn.Module:
     weights, activations = setting.bits.weights, setting.bits.activations
     if not isinstance(weights, int) or not isinstance(activations, int):
         raise TdqError("formats", setting.bits.name, "the bench trains integers", "Use W4A4")
-    run = QatRun(weights, activations, options={**_SMOOTHING})
+    run = QatRun(weights, activations, options={**SMOOTHING})
     return train_qat(setting.model, setting.scheduler, setting.images, run, cost).eval()

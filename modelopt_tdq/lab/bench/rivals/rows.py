@@ -204,7 +204,7 @@ _ALL = (
     Row(
         "static-all",
         "static, with everything else ours",
-        "as static, with offsets, smoothing over channels, rounding by the inputs and static corrections",
+        "as static, with offsets, smoothing over channels, a margin, rounding by the inputs and static corrections",
         _CONSTANT,
         "static",
         ours.static_with_everything,
@@ -226,7 +226,7 @@ _ALL = (
         "and an offset, where it pays",
         _LOOKUP,
         "ours",
-        ours.stage(asymmetric="auto"),
+        ours.stage(**ours.OFFSETS),
     ),
     Row(
         "smoothing",
@@ -234,7 +234,15 @@ _ALL = (
         "and inputs divided by a vector of channels, which is part of the division by the scale",
         _LOOKUP,
         "ours",
-        ours.stage(asymmetric="auto", channel_smoothing="auto"),
+        ours.stage(**ours.OFFSETS, **ours.SMOOTHING),
+    ),
+    Row(
+        "margin",
+        "+ margin",
+        "and room above the ranges that calibration saw, by how they grew with its samples",
+        _LOOKUP,
+        "ours",
+        ours.stage(**ours.OFFSETS, **ours.SMOOTHING, **ours.MARGIN),
     ),
     Row(
         "rounding",
@@ -242,7 +250,7 @@ _ALL = (
         "and weights rounded by what their layers read (GPTQ), convolutions among them",
         _LOOKUP,
         "ours",
-        ours.stage(asymmetric="auto", channel_smoothing="auto", rounding="auto"),
+        ours.stage(**ours.OFFSETS, **ours.SMOOTHING, **ours.MARGIN, **ours.ROUNDING),
     ),
     Row(
         "corrections",
@@ -250,7 +258,7 @@ _ALL = (
         "and gains and biases of output channels over time, in the factor and the bias behind each product",
         _LOOKUP,
         "ours",
-        ours.stage(asymmetric="auto", channel_smoothing="auto", rounding="auto", correction="auto"),
+        ours.stage(**ours.EVERYTHING),
     ),
     Row(
         "reconstruction",
