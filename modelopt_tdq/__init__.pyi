@@ -76,6 +76,7 @@ from .runtime.sessions.open_session import open_session as open_session
 from .pipeline.engine_denoiser import EngineDenoiser as EngineDenoiser
 from .pipeline.swap import swap_denoiser as swap_denoiser
 from .pipeline.swap import restore_denoiser as restore_denoiser
+from .pipeline.by_time import time_boundary as time_boundary
 
 # Errors that a user can mend, and warnings.
 from .errors import MissingExtraError as MissingExtraError

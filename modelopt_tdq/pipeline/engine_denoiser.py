@@ -45,6 +45,9 @@ class EngineDenoiser(StandIn):
         self.session = by_forward_names(session)
         self.table = dict(table or {})
         self._timestep = timestep
+        self._keep_place(original)
+
+    def _keep_place(self, original: nn.Module) -> None:
         device = execution_device(original)
         # follows the pipeline to another device or dtype, as weights would
         self.register_buffer("_place", torch.empty(0, dtype=getattr(original, "dtype", None), device=device), False)
