@@ -33,6 +33,7 @@ def swap_denoiser(
     table: Mapping[str, Any] | None = None,
     boundary: float | None = None,
     free: bool = False,
+    **options: Any,
 ) -> Any:
     """Put a session where the denoiser of a pipeline was, so that ``pipeline(prompt)`` runs on it.
 
@@ -52,6 +53,7 @@ def swap_denoiser(
         boundary: With two engines: the least time of ``high``, in the model's own units (what its forward is given).
             :func:`~modelopt_tdq.time_boundary` finds one from a comparison.
         free: Drop the weights of the torch denoiser; what the pipeline asks it for is kept.
+        **options: Of the session's class, where ``engine`` is a file: ``providers=["tensorrt_rtx"]`` of ONNX Runtime.
 
     Returns:
         ``pipeline``.
@@ -65,11 +67,11 @@ def swap_denoiser(
     if isinstance(original, EngineDenoiser):
         original = original.original
     if isinstance(engine, Mapping):
-        swapped: EngineDenoiser = _by_time(engine, original, timestep, backend, table, boundary, free)
+        swapped: EngineDenoiser = _by_time(engine, original, timestep, backend, table, boundary, free, options)
     elif boundary is not None:
         raise TdqError("boundary", boundary, "there is one engine", 'Pass two: {"high": engine, "low": other}')
     else:
-        swapped = _swapped(engine, original, timestep, backend, table)
+        swapped = _swapped(engine, original, timestep, backend, table, options)
     if free:
         original.to("meta")
     put_denoiser(pipeline, name, swapped)
@@ -107,11 +109,20 @@ def restore_denoiser(pipeline: Any, *, component: str | None = None, timestep: s
 
 
 def _swapped(
-    engine: Any, original: nn.Module, timestep: str, backend: str, table: Mapping[str, Any] | None
+    engine: Any,
+    original: nn.Module,
+    timestep: str,
+    backend: str,
+    table: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
 ) -> EngineDenoiser:
     """One engine in the place of ``original``."""
     is_file = isinstance(engine, (str, os.PathLike))
-    session = _session(engine, backend, table) if is_file else engine
+    if options and not is_file:
+        raise TdqError(
+            "engine", type(engine).__name__, f"it is open already, without {', '.join(options)}", "Pass a file"
+        )
+    session = _session(engine, backend, table, options) if is_file else engine
     if table is not None and hasattr(session, "set_table"):  # it holds its table itself, on its device
         if not is_file:
             session.set_table(table)
@@ -136,6 +147,7 @@ def _by_time(
     table: Mapping[str, Any] | None,
     boundary: float | None,
     free: bool,
+    options: Mapping[str, Any],
 ) -> EnginesByTime:
     """Two engines in the place of ``original``."""
     if set(engines) != set(SIDES):
@@ -149,7 +161,7 @@ def _by_time(
     known = scale_table(original).timesteps.tolist() if temporal_quantizers(original) else []
     least = require_boundary(boundary, known)
     sides = {
-        side: original if engine is None else _swapped(engine, original, timestep, backend, table)
+        side: original if engine is None else _swapped(engine, original, timestep, backend, table, options)
         for side, engine in engines.items()
     }
     return EnginesByTime(sides, least, original, timestep)
@@ -167,6 +179,9 @@ def _table(engine: Any, original: nn.Module) -> Mapping[str, Any]:
     )
 
 
-def _session(file: str | os.PathLike[str], backend: str, table: Mapping[str, Any] | None) -> Any:
+def _session(
+    file: str | os.PathLike[str], backend: str, table: Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> Any:
     # an engine holds its table itself, on its device
-    return open_session(file, backend, table=table) if backend in BUILDERS else open_session(file, backend)
+    table_too = {"table": table} if backend in BUILDERS else {}
+    return open_session(file, backend, **table_too, **options)

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the numeric yardstick."""
+"""ONNX Runtime: on the CPU the numeric yardstick, with other providers a way to deploy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.runtime.sessions.feeds import as_feeds
+from modelopt_tdq.runtime.sessions.providers import add_providers
 
 if TYPE_CHECKING:
     import onnx
@@ -60,9 +61,13 @@ class OnnxRuntimeSession:
             level, up to rounding: from "extended" on, products are multiplied as integers where both operands are
             codes. (Processors of x86 without VNNI saturate sums of two such products at 16 bits, which ONNX Runtime
             documents; use "basic" there.)
+        providers: What computes, in order: names of :data:`~modelopt_tdq.runtime.sessions.providers.PROVIDERS`
+            (``cpu``, ``cuda``, ``tensorrt``, ``tensorrt_rtx``) or of ONNX Runtime, or pairs of such a name and options.
+            Without ``cpu`` in the list, the session is refused where a node would be left to the CPU.
+        dynamic_sizes: Ranges of open sizes for providers that build engines, as of :func:`~modelopt_tdq.build_engine`.
 
     Raises:
-        TdqError: The file is missing, or ONNX Runtime cannot load the graph.
+        TdqError: The file is missing, ONNX Runtime cannot load the graph, or a provider is not there.
         MissingExtraError: The extra ``onnx`` is not installed.
     """
 
@@ -73,6 +78,8 @@ class OnnxRuntimeSession:
         codes: bool = False,
         num_threads: int | None = None,
         optimization: Literal["none", "basic", "extended", "all"] = "none",
+        providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("cpu",),
+        dynamic_sizes: Mapping[str, tuple[int, int, int]] | None = None,
     ) -> None:
         ort = require("onnxruntime", "onnx")
         if optimization not in _LEVELS:
@@ -90,20 +97,26 @@ class OnnxRuntimeSession:
             source = with_codes(require("onnx", "onnx").load(model)).SerializeToString() if codes else os.fspath(model)
         else:
             source = (with_codes(model) if codes else model).SerializeToString()
+        file = Path(model) if isinstance(model, (str, os.PathLike)) else None
+        inside = add_providers(ort, options, providers, file, dynamic_sizes)
         try:
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(source, options, providers=inside or None)
         except Exception as error:
             cure = "Export it with modelopt_tdq"
             if optimization != "none":
                 cure += '; if it did, use optimization="none"'
             if "float8" in str(error):
                 cure = 'Use optimization="basic", or ONNX Runtime 1.32 or later, whose optimizer takes FP8'
+            elif "fallback to the CPU EP has been explicitly disabled" in str(error):
+                cure = 'Add "cpu" to the providers, which then computes what the others cannot'
             elif "NOT_IMPLEMENTED" in str(error):
                 cure = "It has no kernel for this operator and type: use another version of it, or another backend"
             raise TdqError("model", str(model)[:80], f"ONNX Runtime cannot load it ({error})", cure) from error
         self.inputs = {v.name: _numpy_dtype(v.type) for v in self._session.get_inputs()}
         self.shapes = {v.name: tuple(v.shape) for v in self._session.get_inputs()}
         self.outputs = [v.name for v in self._session.get_outputs()]
+        #: Those that compute some of the graph, as ONNX Runtime calls them.
+        self.providers: list[str] = self._session.get_providers()
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
