@@ -16,6 +16,7 @@ from tqdm import tqdm
 from modelopt_tdq.calibration.channel_smoothing import Channels, smooth_channels, undo_channel_smoothing
 from modelopt_tdq.calibration.choose import Evidence, own_curves
 from modelopt_tdq.calibration.columns import worth_an_offset
+from modelopt_tdq.calibration.growth import common_growth
 from modelopt_tdq.calibration.others import load_amax
 from modelopt_tdq.calibration.output_error import output_curves
 from modelopt_tdq.calibration.statistics import ActivationStatistics, StepStatistics, too_many_times
@@ -65,6 +66,11 @@ class Calibration:
     times: list[float]
     evidence: dict[str, Evidence]
     replay: Replay
+
+    @property
+    def growth(self) -> dict[str, float]:
+        """By quantizer name: see :func:`~modelopt_tdq.calibration.growth.common_growth`."""
+        return common_growth({name: evidence.statistics.growth for name, evidence in self.evidence.items()})
 
 
 def _run(

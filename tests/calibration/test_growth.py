@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.models import calls, quantized
 
 from modelopt_tdq.calibration.columns import columns
-from modelopt_tdq.calibration.growth import LargestSamples, mean_growth
+from modelopt_tdq.calibration.growth import LargestSamples, common_growth, mean_growth
 from modelopt_tdq.calibration.statistics import StepStatistics
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.core.fake_quant import fake_quantize
@@ -91,7 +91,8 @@ def test_auto_makes_room_where_few_samples_tell_the_range_and_none_where_all_tel
 
     def scales(x: torch.Tensor) -> list[float]:
         evidence = Evidence(_observed([x]), 8, False)
-        return [float(columns(evidence, config[margin], True)[0][0]) for margin in (0.0, "auto")]
+        growth = common_growth({"x": evidence.statistics.growth})["x"]
+        return [float(columns(evidence, config[margin], True, growth)[0][0]) for margin in (0.0, "auto")]
 
     plain, wide = scales(varied[:4])
     assert 1.1 < wide / plain < 2.0
@@ -104,15 +105,23 @@ def test_auto_makes_room_where_few_samples_tell_the_range_and_none_where_all_tel
     assert wide == plain
 
 
-def test_the_table_has_the_margin_of_each_quantizer() -> None:
+def test_what_grows_is_taken_to_grow_as_the_mean_and_what_does_not_as_itself() -> None:
+    found = common_growth({"a": 0.02, "b": 0.1, "c": 0.3, "embedding": 0.0, "almost": 1e-6})
+    assert found == pytest.approx({"a": 0.14, "b": 0.14, "c": 0.14, "embedding": 0.0, "almost": 1e-6})
+    assert common_growth({}) == {}
+    assert common_growth({"embedding": 0.0}) == {"embedding": 0.0}
+
+
+def test_the_table_has_one_margin_which_a_time_embedding_does_not_need() -> None:
     """Four samples per time: the largest two of four tell."""
     import modelopt_tdq as tdq
 
     plain, wide = (tdq.scale_table(quantized(data=calls(4), margin=margin)) for margin in (0.0, "auto"))
     ratio = wide.scale / plain.scale
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0.0)
-    assert bool((ratio >= 1.0).all())
-    assert len({round(float(value), 4) for value in ratio[0]}) > 1
+    grown = ratio[0][ratio[0] > 1.001]
+    assert len(grown) > 1
+    torch.testing.assert_close(grown, grown[:1].expand_as(grown), rtol=1e-5, atol=0.0)
 
 
 def test_another_word_is_refused() -> None:

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
 import torch
+
 import modelopt_tdq
 from modelopt_tdq.core.files import replacing
-from modelopt_tdq.errors import TdqError
-from modelopt_tdq.runtime.build.options import (AOT_PLUGIN, BUILDERS, DEFAULT_COMPUTE_CAPABILITIES, HARDWARE_COMPATIBILITY, OLDEST_TENSORRT, BuildOptions)
-from modelopt_tdq.runtime.build.report import EngineReport, parse_layers, sha256
-from modelopt_tdq.runtime.build.onnx_model import OnnxFacts, read_onnx
-from modelopt_tdq.runtime.build.precision import FloatLayersError, render_precision, require_low_precision
-from modelopt_tdq.runtime.build.shape_profile import DEFAULT_BATCH, DEFAULT_ROWS, shape_profile
-import json
-import signal
-import subprocess
-import sys
-from typing import Any
-from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import MissingExtraError, TdqError
-from modelopt_tdq.runtime.build.options import BUILDERS
+from modelopt_tdq.runtime.build.onnx_model import OnnxFacts, read_onnx
+from modelopt_tdq.runtime.build.options import (
+    AOT_PLUGIN,
+    BUILDERS,
+    DEFAULT_COMPUTE_CAPABILITIES,
+    HARDWARE_COMPATIBILITY,
+    OLDEST_TENSORRT,
+    BuildOptions,
+)
+from modelopt_tdq.runtime.build.precision import FloatLayersError, render_precision, require_low_precision
+from modelopt_tdq.runtime.build.report import EngineReport, parse_layers, sha256
+from modelopt_tdq.runtime.build.shape_profile import DEFAULT_BATCH, DEFAULT_ROWS, shape_profile
 
+__all__ = ["BUILDERS", "DEFAULT_BATCH", "DEFAULT_COMPUTE_CAPABILITIES", "DEFAULT_ROWS", "build_engine", "run_builder"]
 
-__all__ = ['BUILDERS', 'DEFAULT_BATCH', 'DEFAULT_COMPUTE_CAPABILITIES', 'DEFAULT_ROWS', 'build_engine', 'run_builder']
 
 def build_engine(
     onnx_path: str | os.PathLike[str],

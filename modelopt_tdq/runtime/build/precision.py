@@ -123,8 +123,8 @@ def require_low_precision(report: EngineReport, names: Sequence[str] | None = No
         operators = sorted({report.quantized.get(name, "?") for name in fallen})
         hopeless = [operator for operator in operators if report.backend in without_kernel(operator)]
         leave_out = (
-            f"leave {', '.join(hopeless)}, for which {title(report.backend)} has no low-precision kernel, out with a rule "
-            "of `quant_cfg`; "
+            f"leave {', '.join(hopeless)}, for which {title(report.backend)} has no low-precision kernel, out with a "
+            "rule of `quant_cfg`; "
             if hopeless
             else ""
         )

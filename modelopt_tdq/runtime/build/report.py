@@ -14,7 +14,13 @@ from modelopt_tdq.core.files import write_text
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.build.layers import LOW_PRECISION_TYPES, EngineLayer, parse_layers
 from modelopt_tdq.runtime.build.onnx_model import PluginNode
-from modelopt_tdq.runtime.build.precision import (FloatLayersError, LayerPrecision, float_layers, layer_precisions, require_low_precision)
+from modelopt_tdq.runtime.build.precision import (
+    FloatLayersError,
+    LayerPrecision,
+    float_layers,
+    layer_precisions,
+    require_low_precision,
+)
 
 __all__ = [
     "LOW_PRECISION_TYPES",

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.runtime.build.options import AOT_PLUGIN, DEFAULT_COMPUTE_CAPABILITIES, BuildOptions
 from modelopt_tdq.runtime.build.onnx_model import read_onnx
+from modelopt_tdq.runtime.build.options import AOT_PLUGIN, DEFAULT_COMPUTE_CAPABILITIES, BuildOptions
 from modelopt_tdq.runtime.build.shape_profile import shape_profile
 
 __all__ = ["trtexec_command"]
