@@ -125,8 +125,8 @@ class CalibrationFields(RunFields):
         description=(
             "Scales, and offsets with them, are larger by this fraction: values beyond those of the calibration data "
             "are not clipped, for 20 log10(1 + margin) dB of rounding noise at most. auto, which the recipes take: as "
-            "far as ranges would grow with four times as many samples, as told by how they grew with those seen, the mean "
-            "of all activations (of one that depends on time alone, and is the same in all samples, its own). The "
+            "far as ranges would grow with four times as many samples, as told by how they grew with those seen, the "
+            "mean of all activations (of one that depends on time alone, and is the same in all samples, its own). The "
             "fewer the trajectories, the more it is worth: on a converged U-Net calibrated on four, with eight of its "
             "255 layers in high precision, 5 dB on others; on a DiT calibrated on sixteen 1 dB "
             "at 8 bits and 0.5 dB at 4."
