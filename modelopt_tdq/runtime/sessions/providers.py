@@ -55,7 +55,7 @@ PROVIDERS: Mapping[str, Provider] = {
     ),
     "tensorrt_rtx": Provider(
         "NvTensorRTRTXExecutionProvider",
-        "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        "pip install 'modelopt-tdq[onnxruntime-rtx]'",
         package="onnxruntime_ep_nv_tensorrt_rtx",
         profile="nv_profile",
     ),
