@@ -146,7 +146,8 @@ def _observed(
 ) -> dict[str, list[Inputs]]:
     """What each layer reads, over all samples or each half of them."""
     times = union(set(replay.times))
-    samples = len(times) * max(gather(max((len(replay.samples(time)) for time in replay.times), default=0)))
+    numbers = gather({time: len(replay.samples(time)) for time in replay.times})
+    samples = len(times) * max(sum(own.get(time, 0) for own in numbers) for time in times)
     probes = {name: InputCovariance(layer, samples, halves) for name, layer in layers.items()}
     run_probes(model, [(layers[name], probe) for name, probe in probes.items()], replay, times, "inputs", progress)
     return {name: list(probe.sums()) for name, probe in probes.items()}

@@ -119,6 +119,15 @@ def _smoothed(rank: int) -> dict[str, Any]:
     return {**_columns(model), "pre_quant_scale": model.mix.input_quantizer.pre_quant_scale}
 
 
+def _rounded(rank: int, **fields: Any) -> dict[str, Any]:
+    """Weights rounded by what all processes' layers read."""
+    everything = calls(samples=6, batch=1)
+    data = everything if rank < 0 else everything[rank::2]
+    model = quantized(data=data, weight_bits=4, rounding="compensated", **fields)
+    weights = {name: layer.weight.detach() for name, layer in model.named_modules() if hasattr(layer, "weight_quantizer")}
+    return {**_columns(model), **weights}
+
+
 def _channels(rank: int, **fields: Any) -> dict[str, Any]:
     model = quantized(data=_share(rank), **fields)
     found = {name: q.channel_divisor for name, q in tdq.temporal_quantizers(model).items()}
@@ -238,6 +247,8 @@ _SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "quantizers of ModelOpt": _others,
     "smoothquant": _smoothed,
     "channels": functools.partial(_channels, channel_smoothing=0.5),
+    "rounding": _rounded,
+    "rounding, few bits": functools.partial(_rounded, activation_bits=4),
     "a layer in one only": _layer_in_second,
     "no data in one": _without_data,
     "two sizes": _two_sizes,
