@@ -38,10 +38,10 @@ from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import all_reduce, gather, union
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import writes
-from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import PRODUCTS, shared_parameters, trailing_dimensions
+from modelopt_tdq.model.stored_weight import at_rest, sharded_layers
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["Channels", "smooth_channels", "undo_channel_smoothing"]
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer], automatic: bool) -> list[SmoothedLayer]:
     """Those whose input quantizer is one of ``quantizers``, and whose weight is theirs alone."""
-    shared = shared_parameters(model)
+    shared, sharded = shared_parameters(model), sharded_layers(model)
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, QuantModule) or not isinstance(module, PRODUCTS):
@@ -61,7 +61,7 @@ def _layers(model: nn.Module, quantizers: dict[str, TensorQuantizer], automatic:
             continue
         if weight.dim() != 2 + trailing_dimensions(module):
             continue  # compressed
-        if isinstance(weight, DTensor):
+        if isinstance(weight, DTensor) and module not in sharded:
             if automatic:
                 continue
             raise TdqError(
@@ -83,7 +83,6 @@ def _require_plain(model: nn.Module, config: CalibrationFields) -> None:
             'it changes the weights, and "weights": "keep" says that their scales stay',
             'Use "weights": "max" or "mse", or "channel_smoothing": "none"',
         )
-    require_weights(model, "have its channels smoothed")
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and getattr(module, "pre_quant_scale", None) is not None:
             raise TdqError(
@@ -143,8 +142,8 @@ class Channels:
         config: Its ``channel_smoothing`` is the strength a, ``auto``, or ``none``.
 
     Raises:
-        TdqError: The weights' scales are to be kept, or weights are spread over processes or elsewhere; or a quantizer
-            has a ``pre_quant_scale`` of ModelOpt's. Where ``auto`` is to choose, it chooses not to smooth.
+        TdqError: The weights' scales are to be kept, or tensor parallelism spreads weights over processes; or a
+            quantizer has a ``pre_quant_scale`` of ModelOpt's. Where ``auto`` is to choose, it chooses not to smooth.
     """
 
     def __init__(self, model: nn.Module, quantizers: dict[str, TensorQuantizer], config: CalibrationFields) -> None:
@@ -160,6 +159,7 @@ class Channels:
                 raise
             _log.info("no channels smoothed: %s", error)
             return
+        at_rest(model)
         self._layers = _layers(model, quantizers, automatic)
         self._readers = _Readers(len(self._layers))
 
@@ -251,5 +251,5 @@ def undo_channel_smoothing(model: nn.Module) -> None:
         divisor = quantizer.channel_divisor
         if divisor is not None:
             layer = SmoothedLayer(name, module)
-            layer.weight.data = layer.multiplied(1.0 / divisor.flatten())
+            layer.replace(layer.multiplied(1.0 / divisor.flatten()))
             quantizer.set_channel_divisor(None)

@@ -42,6 +42,7 @@ from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields, CorrectionFields
 from modelopt_tdq.core.distributed import all_reduce, union
 from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, quantize
+from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay import Replay
@@ -75,6 +76,27 @@ _LOOKED_AT = 1 << 13
 _CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
 
 
+class _OfAll:
+    """What the samples of one call are like at one part of the model, over all processes."""
+
+    def __init__(self, turns: Turns, part: Any) -> None:
+        self._turns, self._part = turns, part
+
+    def extent(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest values, of any shape."""
+        found = self._given((low, high))
+        lows, highs = (torch.stack([pair[number] for pair in found]) for number in (0, 1))
+        return lows.amin(0).to(low.device), highs.amax(0).to(low.device)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Of ``values``."""
+        return torch.stack([value for (value,) in self._given((values,))]).sum(0).to(values.device)
+
+    def _given(self, value: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        given = self._turns.exchange(self._part, value if self._turns.own else None)
+        return [each for each in given if each is not None] or [value]
+
+
 class _Trial:
     """Forward hook on one layer: the error of its output, quantized with each vector, against what it is.
 
@@ -83,8 +105,15 @@ class _Trial:
     """
 
     def __init__(
-        self, layer: SmoothedLayer, vectors: list[Tensor], settings: _Settings, temporal: bool, rows: int
+        self,
+        layer: SmoothedLayer,
+        vectors: list[Tensor],
+        settings: _Settings,
+        temporal: bool,
+        rows: int,
+        turns: Turns,
     ) -> None:
+        self._of_all = _OfAll(turns, layer.module)
         self.layer, self.vectors, self.settings = layer, vectors, settings
         self.static = not temporal
         self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
@@ -92,25 +121,35 @@ class _Trial:
         self.row = 0
         self.places: tuple[int, ...] = ()
         self.weights = [_rounded_weight(layer, vector, settings.weight_clips) for vector in vectors]
+        # processes bring their parts together while all are here
+        spread = layer.is_spread and None in self.weights
+        self._plain = [layer.multiplied(vector) if spread else None for vector in vectors]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self.places:
-            return
         layer, num_bits = self.layer, self.layer.quantizer.num_bits
         x, y = layer_input(args, kwargs), first_output(output)
-        self.ranges.see(x, self.row)
+        if self.places:
+            self.ranges.see(x, self.row)
+        low, high = self._of_all.extent(*torch.aminmax(layer.by_channel(x), dim=1))
         found = [y.float().square().sum()]
-        for vector, rounded in zip(self.vectors, self.weights, strict=True):
-            divided = x.float() / layer.divisor(vector).to(x.device)
+        for vector, rounded, plain in zip(self.vectors, self.weights, self._plain, strict=True):
+            divisor = layer.divisor(vector).to(x.device)
+            divided, flat = x.float() / divisor, divisor.flatten()
+            extent = (low.float() / flat).min(), (high.float() / flat).max()
             bound = (layer.largest / vector.to(layer.largest.device)).max()
-            quantized = self.settings.rounded(divided, num_bits, bound if self.static else None)
+            bound = bound if self.static else None
+            quantized = self.settings.rounded(divided, num_bits, bound, extent, self._of_all)
+            if not self.places:
+                continue
             if rounded is None:
-                weight = layer.multiplied(vector)
+                weight = layer.multiplied(vector) if plain is None else plain
             else:
-                weight = (rounded[0].float() * rounded[1]).to(layer.weight.dtype)
+                codes, scale = (part.to(x.device) for part in rounded)
+                weight = (codes.float() * scale).to(layer.weight.dtype)
             tried = layer.compute(quantized.to(x.dtype), weight)
             found.append(self._error(tried.float(), y.float()))
-        self.squares[self.row] += torch.stack([*found[1:], found[0]]).double().cpu()
+        if self.places:
+            self.squares[self.row] += torch.stack([*found[1:], found[0]]).double().cpu()
 
     def _error(self, tried: Tensor, y: Tensor) -> Tensor:
         """[] squared, without what a gain and a bias of each channel of ``tried`` take back if there will be some."""
@@ -157,7 +196,12 @@ class _Settings:
     corrected: bool
 
     def rounded(
-        self, x: Tensor, num_bits: NumBits, bound: Tensor | None = None, extent: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        num_bits: NumBits,
+        bound: Tensor | None,
+        extent: tuple[Tensor, Tensor] | None,
+        of_all: _OfAll,
     ) -> Tensor:
         """An activation, fake-quantized with that of a few scales which has the least squared error on a part of it.
 
@@ -165,10 +209,12 @@ class _Settings:
             x: Of any shape.
             num_bits: Its number format.
             bound: Largest magnitude; None: that of the smallest and the largest value.
-            extent: Its smallest and largest value; None: its own.
+            extent: Its smallest and largest value; None: its own, of all processes.
+            of_all: What it is like in all processes.
         """
         smallest, largest = code_range(num_bits)
-        low, high = torch.aminmax(x) if extent is None else (value.to(x.device) for value in extent)
+        extent = of_all.extent(*torch.aminmax(x)) if extent is None else extent
+        low, high = (value.to(x.device) for value in extent)
         low, high = low.clamp(max=0), high.clamp(min=0)
         amax = (torch.maximum(-low, high) if bound is None else bound.to(x.device)).clamp(min=1e-30)
         clips = _clips_of(num_bits, self.clips)
@@ -181,7 +227,7 @@ class _Settings:
             flat = x.flatten()
             part = flat[:: max(1, flat.numel() // _LOOKED_AT)]
             errors = [(fake_quantize(part, *option, num_bits) - part).square().sum() for option in options]
-            options = [options[int(torch.stack(errors).argmin())]]
+            options = [options[int(of_all.sum(torch.stack(errors)).argmin())]]
         return fake_quantize(x, *options[0], num_bits)
 
 
@@ -230,9 +276,10 @@ def _least_layer_error(
         vectors.append([torch.ones_like(tried[0]), *tried])
         for layer in group:
             temporal = not static(f"{layer.name}.input_quantizer")
-            trials[id(layer)] = _Trial(layer, vectors[-1], settings, temporal, len(times))
+            trials[id(layer)] = _Trial(layer, vectors[-1], settings, temporal, len(times), replay.turns)
     probes = [(trial.layer.module, trial) for trial in trials.values()]
-    run_probes(model, probes, replay, times, "smoothing", progress)
+    with replay.turns.used():
+        run_probes(model, probes, replay, times, "smoothing", progress)
     found: list[Formula | None] = []
     for group in groups:
         errors = torch.stack([trials[id(layer)].error() for layer in group]).sum(0)
@@ -279,7 +326,8 @@ class _Judge:
                 return output
             known = self._ranges.get(id(quantizer))
             extent = None if known is None else known.divided(self._row(output.device))
-            return self._settings.rounded(output.float(), quantizer.num_bits, extent=extent).to(output.dtype)
+            of_all = _OfAll(self._replay.turns, quantizer)
+            return self._settings.rounded(output.float(), quantizer.num_bits, None, extent, of_all).to(output.dtype)
 
         handles = [quantizer.register_forward_hook(hook) for quantizer in self._activations]
         for quantizer in self._weights:
@@ -310,7 +358,7 @@ class _Judge:
         """Mean over the times of the error of the model as it is now, in dB."""
         model = self._model
         calibrate_weights(model, self._method, remember=False)
-        with full_precision(model):
+        with full_precision(model), self._replay.turns.used():
             if self._corrected:
                 with self._rounding():
                     found = corrected_prediction_error(model, self._corrected, self._replay, self._times, self._exact)
@@ -352,8 +400,7 @@ def chosen_vectors(
     a weight is the same for all samples and times, and adds up through the layers: the best for each layer may not be
     the best for all.
 
-    Where samples are spread over several processes, or over other batches, scales of a call differ a little, and so may
-    the choice; all processes make the same one.
+    Where samples are spread over several processes, the scales of a call are those of all its samples.
     """
     times = _spread(replay)
     halves = _halves(replay)

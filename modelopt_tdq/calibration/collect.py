@@ -33,6 +33,7 @@ from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.recording import counted_calls
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import activation_quantizers, temporal_names
+from modelopt_tdq.model.stored_weight import at_rest
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
 from modelopt_tdq.model.token_times import readers
 from modelopt_tdq.model.unquantized import forget_left_out, leave_out
@@ -105,6 +106,7 @@ def _run(
                 quantizer.disable_calib()
             for name, quantizer in quantizers.items():
                 quantizer._calibrator = calibrators[name]
+    at_rest(model)
     if not any(gather(calls())):
         return False
     load_amax(model, others)

@@ -31,9 +31,10 @@ from modelopt_tdq.core.distributed import gather, union
 from modelopt_tdq.core.fake_quant import symmetric_scale
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.held_weights import HeldWeight, own_weights
-from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import PRODUCTS
+from modelopt_tdq.model.stored_weight import like_kept, replace_weight, stored
 from modelopt_tdq.model.weight_fit import remember_weight
 
 __all__ = ["compensated_rounding"]
@@ -52,7 +53,7 @@ def _layers(model: nn.Module) -> dict[str, QuantModule]:
     names = {module: name for name, module in model.named_modules()}
     return {
         names[layer]: layer
-        for layer, (weight, quantizer) in own_weights(model).items()
+        for layer, (weight, quantizer) in own_weights(model, elsewhere=True).items()
         if isinstance(layer, PRODUCTS) and quantizer.amax.numel() in (1, weight.shape[0])
     }
 
@@ -67,7 +68,7 @@ def _layers_to_round(model: nn.Module, replay: Replay, config: CalibrationFields
     if config.rounding == "nearest" or (automatic and config.weights == "keep"):
         return {}
     layers = _layers(model)
-    reason = _unfit(model, replay) if layers else None
+    reason = _unfit(replay) if layers else None
     if reason is None:
         return layers
     if not automatic:
@@ -76,12 +77,8 @@ def _layers_to_round(model: nn.Module, replay: Replay, config: CalibrationFields
     return {}
 
 
-def _unfit(model: nn.Module, replay: Replay) -> str | None:
+def _unfit(replay: Replay) -> str | None:
     """Why no weights can be rounded so; None if they can."""
-    try:
-        require_weights(model, "have its weights rounded by their inputs")
-    except TdqError as error:
-        return str(error)
     if not union(set(replay.times)):
         return "the model's calls cannot be repeated"
     if not all(gather(replay.takes_part)):
@@ -96,7 +93,8 @@ class _Rounding:
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
-        weight, quantizer = layer._parameters["weight"].detach(), layer.weight_quantizer
+        weight, quantizer = stored(layer, "weight"), layer.weight_quantizer
+        weight = weight.detach().to(execution_device(layer))
         groups = int(getattr(layer, "groups", 1))
         self._shape, self._dtype = weight.shape, weight.dtype
         self._weight = weight.float().reshape(groups, -1, weight[0].numel())
@@ -148,8 +146,10 @@ def _observed(
     times = union(set(replay.times))
     numbers = gather({time: len(replay.samples(time)) for time in replay.times})
     samples = len(times) * max(sum(own.get(time, 0) for own in numbers) for time in times)
-    probes = {name: InputCovariance(layer, samples, halves) for name, layer in layers.items()}
-    run_probes(model, [(layers[name], probe) for name, probe in probes.items()], replay, times, "inputs", progress)
+    probes = {name: InputCovariance(layer, samples, halves, replay.turns) for name, layer in layers.items()}
+    pairs = [(layers[name], probe) for name, probe in probes.items()]
+    with replay.turns.used():
+        run_probes(model, pairs, replay, times, "inputs", progress)
     return {name: list(probe.sums()) for name, probe in probes.items()}
 
 
@@ -180,7 +180,7 @@ def _rounded(
             for name, layer in portion.items():
                 values = _best(_Rounding(layer), observed.pop(name))
                 if values is not None:
-                    found[name] = values
+                    found[name] = like_kept(layer, values)
                 bar.update()
     _log.info("%d of %d weights rounded by their inputs", len(found), len(layers))
     return found
@@ -212,8 +212,8 @@ def compensated_rounding(model: nn.Module, replay: Replay, config: CalibrationFi
         config: Its ``rounding``.
 
     Raises:
-        TdqError: It is to be done and cannot be: calls that cannot be repeated, weights that are elsewhere, samples
-            that several processes compute together. The caller restores the model.
+        TdqError: It is to be done and cannot be: calls that cannot be repeated, samples that several processes compute
+            together. The caller restores the model.
     """
     layers = _layers_to_round(model, replay, config)
     values = _rounded(model, layers, replay, config) if layers else {}
@@ -221,6 +221,6 @@ def compensated_rounding(model: nn.Module, replay: Replay, config: CalibrationFi
         HeldWeight.from_tensor_quantizer(layers[name].weight_quantizer, rounded)
     yield
     for name in values:
-        weight, quantizer = layers[name]._parameters["weight"], layers[name].weight_quantizer
-        weight.data = quantizer.release()
-        remember_weight(weight, quantizer)
+        layer, quantizer = layers[name], layers[name].weight_quantizer
+        replace_weight(layer, quantizer.release())
+        remember_weight(layer._parameters["weight"], quantizer)

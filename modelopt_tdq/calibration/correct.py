@@ -42,6 +42,7 @@ from modelopt_tdq.model.place import require_unattended
 from modelopt_tdq.model.recording import counted_calls
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.snapshot import restored_on_error
+from modelopt_tdq.model.stored_weight import sharded_layers
 from modelopt_tdq.model.timestep import CurrentTimestep, deliver_timestep
 from modelopt_tdq.model.unquantized import folded_weights
 from modelopt_tdq.model.weight_fit import rounded_weights
@@ -145,7 +146,12 @@ def layers_to_correct(model: nn.Module, config: CorrectionFields) -> dict[str, n
             "the weights of these layers are folded or compressed: what they were in full precision is not known",
             "Correct layers before mtq.fold_weight and mtq.compress",
         )
-    spread = [name for name, layer in layers.items() if isinstance(layer._parameters.get("weight"), DTensor)]
+    sharded = sharded_layers(model)
+    spread = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer._parameters.get("weight"), DTensor) and layer not in sharded
+    ]
     if spread and config.correction != "auto":
         raise TdqError(
             "correction",

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from modelopt_tdq.core.distributed import all_reduce, gather
 from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.schedule import nearest_known
+from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.output_correction import correctable_layers
@@ -153,7 +154,8 @@ class _Twice:
 class _Fit:
     """Gain and bias of one layer at each time."""
 
-    def __init__(self, layer: nn.Module, rows: int) -> None:
+    def __init__(self, layer: nn.Module, rows: int, turns: Turns) -> None:
+        self._layer, self._turns = layer, turns
         self.trailing = trailing_dimensions(layer)
         self.rows: list[tuple[Tensor, Tensor] | None] = [None] * rows
         self._seen: list[list[Tensor]] = [[] for _ in range(rows)]
@@ -165,18 +167,21 @@ class _Fit:
         own = self.samples if self.samples and y.shape[0] % self.samples == 0 else 0
         channels = y.shape[y.dim() - 1 - self.trailing]
         part = _moments(y, z, own, self.trailing) if own else torch.zeros(0, _MOMENTS, channels, dtype=torch.float64)
-        positions = y[: y.shape[0] // own].numel() // channels if own else 0
-        found = gather((part, positions))
+        self._turns.exchange(self._layer, (part, y[: y.shape[0] // own].numel() // channels if own else 0))
+        known = self.rows[self.row]
+        if known is None:
+            return y
+        shape = (-1, *(1,) * self.trailing)
+        gain, bias = (value.to(y.device).reshape(shape) for value in known)
+        return (y.float() * gain + bias).to(y.dtype)
+
+    def heard(self, found: list[tuple[Tensor, int]]) -> None:
+        """Take into account what the layer made of the samples of each process: moments, and positions of a sample."""
         # a layer may run several times in a call, and a time have several calls: what is known grows
         self._seen[self.row] += [moments for moments, count in found if count]
-        positions = max(count for _, count in found)
-        if not self._seen[self.row]:
-            return y
-        gain, bias = _fitted(torch.cat(self._seen[self.row]), positions)
-        self.rows[self.row] = gain, bias
-        shape = (-1, *(1,) * self.trailing)
-        gain, bias = (value.to(y.device).reshape(shape) for value in (gain, bias))
-        return (y.float() * gain + bias).to(y.dtype)
+        if self._seen[self.row]:
+            positions = max(count for _, count in found)
+            self.rows[self.row] = _fitted(torch.cat(self._seen[self.row]), positions)
 
 
 def _split(quantizer: TensorQuantizer, args: tuple[Any, ...], output: Any) -> Any:
@@ -296,6 +301,13 @@ def halves_differ(model: nn.Module, replay: Replay, time: float) -> bool:
     return any(gather(differ))
 
 
+def _listening(
+    replay: Replay, layers: Mapping[str, nn.Module], fits: Mapping[str, _Fit]
+) -> AbstractContextManager[None]:
+    """Meanwhile, each fit hears what its layer makes of the samples of all processes."""
+    return replay.turns.used({layer: fits[name].heard for name, layer in layers.items()})
+
+
 def fit_corrections(
     model: nn.Module,
     layers: dict[str, nn.Module],
@@ -316,8 +328,9 @@ def fit_corrections(
         At these times; of the layers that ran. A time at which a layer did not run has the row of the nearest at which
         it did.
     """
-    fits = {name: _Fit(layer, len(times)) for name, layer in layers.items()}
-    deque(_run_twice(model, replay, times, fits, "corrections", progress), maxlen=0)
+    fits = {name: _Fit(layer, len(times), replay.turns) for name, layer in layers.items()}
+    with _listening(replay, layers, fits):
+        deque(_run_twice(model, replay, times, fits, "corrections", progress), maxlen=0)
     gain: dict[str, Tensor] = {}
     bias: dict[str, Tensor] = {}
     for name, fit in fits.items():
@@ -344,13 +357,14 @@ def corrected_prediction_error(
     Returns:
         As :func:`modelopt_tdq.calibration.protect.prediction_error`.
     """
-    fits = {name: _Fit(layer, len(times)) for name, layer in layers.items()}
+    fits = {name: _Fit(layer, len(times), replay.turns) for name, layer in layers.items()}
     found: dict[int, list[tuple[Sequence[float], Tensor]]] = defaultdict(list)
-    for batch, output in _run_twice(model, replay, times, fits, "", False, exact):
-        reference, rounded = first_output(output).float().chunk(2)
-        if batch.counts:
-            powers = [value.flatten(1).double().square().sum(1) for value in (rounded - reference, reference)]
-            found[batch.row].append((batch.order, torch.stack(powers, 1)))
+    with _listening(replay, layers, fits):
+        for batch, output in _run_twice(model, replay, times, fits, "", False, exact):
+            reference, rounded = first_output(output).float().chunk(2)
+            if batch.counts:
+                powers = [value.flatten(1).double().square().sum(1) for value in (rounded - reference, reference)]
+                found[batch.row].append((batch.order, torch.stack(powers, 1)))
     return all_samples(found)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.model.call import layer_input
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.select import has_batch, trailing_dimensions
@@ -140,14 +141,15 @@ class InputCovariance:
         layer: Linear, or a convolution; calibrated.
         samples: Of all times and processes together, about.
         halves: Keep two sums, of one half of the samples each.
+        turns: Of the replayed calls; None where there is but one process.
 
     Attributes:
         row: Of the time of the call.
         places: Of this process's samples among all of the call.
     """
 
-    def __init__(self, layer: QuantModule, samples: int, halves: bool) -> None:
-        self._layer, self._blocks = layer, input_blocks(layer)
+    def __init__(self, layer: QuantModule, samples: int, halves: bool, turns: Turns | None = None) -> None:
+        self._layer, self._blocks, self._turns = layer, input_blocks(layer), turns
         shapes, device = _shapes(layer), execution_device(layer)
         self._wanted = max(1, math.ceil(_ROWS * max(shapes)[1] / max(samples, 1)))
 
@@ -186,9 +188,10 @@ class InputCovariance:
         rows = _patches(self._layer, x, self._wanted, self.row).float()
         if not self.places:
             rows = rows[:0]
-        counted = all_reduce(torch.tensor([len(rows), len(self.places)], dtype=torch.float64), "sum")
-        total, samples = counted.clamp(min=1.0).tolist()
-        mean = all_reduce(rows.sum(0), "sum") / total  # [G, n]
+        own = len(rows), len(self.places), rows.sum(0)
+        given = [own] if self._turns is None else self._turns.exchange(self._layer, own)
+        total, samples = (max(1.0, sum(each[number] for each in given)) for number in (0, 1))
+        mean = torch.stack([each[2].to(rows.device) for each in given]).sum(0) / total  # [G, n]
         taken: Tensor = (1 - math.sqrt(_MEANS + (1 - _MEANS) / samples)) * mean
         return rows - taken
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.select import trailing_dimensions
+from modelopt_tdq.model.stored_weight import kept, replace_weight, stored, whole
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["ChannelRanges", "Formula", "SmoothedLayer", "balanced", "shared_vector", "smooth", "smoothing_vector"]
@@ -85,17 +89,28 @@ class SmoothedLayer:
         name: As in ``model.named_modules()``.
         module: The layer.
         largest: [C] float32, max|x_j| so far.
-        original: The memory of its weight as it is, [O, C / groups, ...].
     """
 
     name: str
     module: Any
     largest: Tensor = field(init=False, repr=False)
-    original: Tensor = field(init=False, repr=False)
+    _kept: Tensor = field(init=False, repr=False)
+    _bias: Tensor | None = field(init=False, repr=False)
+    _copied: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
-        self.original = self.weight.data
-        self.largest = torch.zeros(self.weight.shape[1] * self.groups, device=self.weight.device)
+        self._kept, self._bias = kept(self.module), stored(self.module, "bias")
+        self.largest = torch.zeros(self.weight.shape[1] * self.groups, device=self._kept.device)
+
+    @property
+    def original(self) -> Tensor:
+        """The whole weight as it was, [O, C / groups, ...]; where processes have parts of it, a collective."""
+        return whole(self._kept)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether processes have parts of the weight."""
+        return isinstance(self._kept, DTensor)
 
     @property
     def quantizer(self) -> TensorQuantizer:
@@ -104,7 +119,7 @@ class SmoothedLayer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """[O, C / groups, ...] as stored, not quantized."""
+        """[O, C / groups, ...] of the module: ``meta`` where it is offloaded, a DTensor where processes have parts."""
         weight: nn.Parameter = self.module._parameters["weight"]
         return weight
 
@@ -127,6 +142,7 @@ class SmoothedLayer:
         largest = self.by_channel(x).abs().amax(1).float()
         self.largest = torch.maximum(self.largest, largest.to(self.largest.device))
 
+    @cached_property
     def weight_magnitude(self) -> Tensor:
         """[C] float32, the largest magnitude of the weights that each channel is multiplied with."""
         weight = self.original
@@ -146,7 +162,7 @@ class SmoothedLayer:
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer makes of ``x`` with another weight, both as they are."""
-        bias = self.module._parameters["bias"]
+        weight, bias = weight.to(x.device), None if self._bias is None else self._bias.to(x.device)
         if self.trailing:
             output: Tensor = self.module._conv_forward(x, weight, bias)
             return output
@@ -159,8 +175,15 @@ class SmoothedLayer:
         (:func:`modelopt_tdq.model.snapshot.restored_on_error`).
         """
         quantizer = TemporalQuantizer.from_tensor_quantizer(self.quantizer, timestep, f"{self.name}.input_quantizer")
-        self.weight.data = self.original if vector is None else self.multiplied(vector)
-        quantizer.set_channel_divisor(None if vector is None else self.divisor(vector).to(self.original.device))
+        self.replace(self.original if vector is None else self.multiplied(vector))
+        device = execution_device(self.module)
+        quantizer.set_channel_divisor(None if vector is None else self.divisor(vector).to(device))
+
+    def replace(self, weight: Tensor) -> None:
+        """Put another weight in the place of the original."""
+        if isinstance(self._kept, DTensor) and not self._copied:
+            self._kept, self._copied = self._kept.clone(), True  # parts are written into
+        replace_weight(self.module, weight)
 
 
 class ChannelRanges:
@@ -205,9 +228,9 @@ def shared_vector(group: list[SmoothedLayer], formula: Formula, largest: list[Te
         formula: Of it.
         largest: [C] max|x_j| of each; None: what it has seen.
     """
-    device = group[0].weight.device
+    device = group[0].largest.device
     seen = [layer.largest for layer in group] if largest is None else largest
-    weights = torch.stack([layer.weight_magnitude().to(device) for layer in group]).amax(0)
+    weights = torch.stack([layer.weight_magnitude.to(device) for layer in group]).amax(0)
     return formula(torch.stack([each.to(device) for each in seen]).amax(0), weights)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.select import shared_parameters
+from modelopt_tdq.model.stored_weight import whole
 from modelopt_tdq.model.weight_fit import is_learned, plain_weights
 
 __all__ = ["HeldWeight", "held_weights", "own_weights"]
@@ -42,7 +43,7 @@ class HeldWeight(TensorQuantizer):  # type: ignore[misc]
         return values
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:
-        return self._values
+        return whole(self._values).to(inputs.device)
 
 
 @contextmanager
@@ -72,12 +73,18 @@ def _constant(model: nn.Module) -> dict[nn.Module, tuple[Tensor, TensorQuantizer
     return own_weights(model)
 
 
-def own_weights(model: nn.Module) -> dict[nn.Module, tuple[Tensor, TensorQuantizer]]:
-    """By layer, the weight that no other layer has and its quantizer of ModelOpt, where neither learns."""
+def own_weights(model: nn.Module, elsewhere: bool = False) -> dict[nn.Module, tuple[Tensor, TensorQuantizer]]:
+    """By layer, the weight that no other layer has and its quantizer of ModelOpt, where neither learns.
+
+    Args:
+        model: Quantized.
+        elsewhere: Those that accelerate or ``fully_shard`` keeps elsewhere, too; see
+            :mod:`modelopt_tdq.model.stored_weight`.
+    """
     shared = shared_parameters(model)
     return {
         layer: (weight, quantizer)
-        for _, layer, weight, quantizer in plain_weights(model)
+        for _, layer, weight, quantizer in plain_weights(model, elsewhere)
         if type(quantizer) is TensorQuantizer
         and layer._parameters.get("weight") is weight
         and id(weight) not in shared

@@ -26,6 +26,7 @@ from modelopt_tdq.errors import TdqError
 __all__ = [
     "drop_bound_forward",
     "execution_device",
+    "offloading_hook",
     "place_of_new_parts",
     "put_hooks_around_quantizers",
     "readable_for_modelopt",
@@ -45,7 +46,7 @@ def _accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
-def _offloading_hook(module: nn.Module) -> Any | None:
+def offloading_hook(module: nn.Module) -> Any | None:
     """The hook of accelerate that keeps tensors of ``module`` elsewhere, if one does."""
     return next((hook for hook in _accelerate_hooks(module) if getattr(hook, "offload", False)), None)
 
@@ -126,7 +127,7 @@ def release(module: nn.Module) -> None:
     Its tensors come back with the values that they had. Harmless if nobody keeps them.
     """
     for part in module.modules():
-        if _offloading_hook(part) is None:
+        if offloading_hook(part) is None:
             continue
         from accelerate.hooks import remove_hook_from_module
 
@@ -193,7 +194,7 @@ _CAST = _Keeper(
 
 
 def _keeper(module: nn.Module) -> _Keeper | None:
-    hook = _offloading_hook(module)
+    hook = offloading_hook(module)
     if hook is not None:
         return _PRELOAD if getattr(hook, "place_submodules", False) else _OFFLOAD
     if _diffusers_hook(module, _CASTING) is not None:
@@ -284,7 +285,7 @@ def readable_for_modelopt(model: nn.Module) -> Iterator[None]:
     from disk.
     """
     replaced = []
-    for hook in filter(None, map(_offloading_hook, model.modules())):
+    for hook in filter(None, map(offloading_hook, model.modules())):
         kept = hook.weights_map
         if hasattr(kept, "dataset"):
             replaced.append((kept, kept.dataset))

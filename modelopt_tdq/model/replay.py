@@ -22,10 +22,12 @@ from torch import nn
 
 from modelopt_tdq.core.distributed import gather, rank
 from modelopt_tdq.core.together import check
+from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.batch_axis import BatchAxis, find_batch_axis
 from modelopt_tdq.model.call import cloned, named_arguments, tensor_leaves
 from modelopt_tdq.model.replay_ranks import Batch, at_time, largest_group
+from modelopt_tdq.model.stored_weight import at_rest
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["Replay"]
@@ -50,7 +52,9 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, timestep: CurrentTimestep, samples: int) -> None:
-        self._timestep, self._limit = timestep, samples
+        self._model, self._timestep, self._limit = model, timestep, samples
+        #: What processes tell each other in the calls of :meth:`batches`.
+        self.turns = Turns(model.modules())
         parameters = inspect.signature(model.forward).parameters
         self._heaps: dict[float, list[_Sample]] = defaultdict(list)
         self._order = itertools.count()
@@ -251,11 +255,15 @@ class Replay:
                 if own < len(calls[row]):
                     samples = calls[row][own]
                     call = self._together([sample for _, _, sample in samples] * (1 + twice))
+                    self.turns.own = True
                     yield Batch(row, call, tuple(item[0] for item in samples), self._first)
                 elif self._spare:
                     nearest = min(self._spare, key=lambda other: abs(other - times[row]))
                     call = self._together([self._spare[nearest]] * (1 + twice))
+                    self.turns.own = False
                     yield Batch(row, at_time(call, self._timestep.argument, times[row]), (), self._first)
+                self.turns.over()
+        at_rest(self._model)
 
     def _together(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return samples[0] if self._axis is None or len(samples) == 1 else self._axis.together(samples)

@@ -13,6 +13,7 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from modelopt_tdq.model.stored_weight import at_rest, put_back
 from modelopt_tdq.model.timestep import find_timestep
 
 __all__ = ["restored", "restored_on_error"]
@@ -98,6 +99,7 @@ _State = _Attributes | _Calibrator | _Buffers | _Weights
 
 
 def _remembered(model: nn.Module) -> list[_State]:
+    at_rest(model)
     states: list[_State] = []
     for module in model.modules():
         states.append(_Attributes(module))
@@ -117,12 +119,13 @@ def _remembered(model: nn.Module) -> list[_State]:
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """If the body raises, give every module its attributes, submodules and hooks, and every quantizer its values, back.
 
-    Weights are not copied: calibration reads them, or puts others in their place (``weight.data = ...``), which is
-    undone.
+    Weights are not copied: calibration reads them, or puts others in their place (``weight.data = ...``, or
+    :func:`modelopt_tdq.model.stored_weight.replace_weight`), which is undone.
     """
     states = _remembered(model)
     try:
-        yield
+        with put_back():
+            yield
     except BaseException:
         for state in states:
             state.restore()
@@ -134,7 +137,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     """Likewise, whether the body raises or not: for trying something out."""
     states = _remembered(model)
     try:
-        yield
+        with put_back(always=True):
+            yield
     finally:
         for state in states:
             state.restore()

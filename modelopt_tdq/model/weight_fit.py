@@ -23,7 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, symmetric_scale
 from modelopt_tdq.errors import TdqError, TdqWarning
+from modelopt_tdq.model.place import offloading_hook
 from modelopt_tdq.model.quantizer import TemporalQuantizer
+from modelopt_tdq.model.stored_weight import sharded_layers
 
 __all__ = [
     "WeightChange",
@@ -140,17 +142,22 @@ def _is_smoothed(layer: nn.Module) -> bool:
     return isinstance(quantizer, TemporalQuantizer) and quantizer.channel_divisor is not None
 
 
-def plain_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, TensorQuantizer]]:
+def plain_weights(
+    model: nn.Module, elsewhere: bool = False
+) -> Iterator[tuple[str, nn.Module, Tensor, TensorQuantizer]]:
     """The weights that have a scale per tensor or per channel, each as (name of quantizer, layer, weight, quantizer).
 
-    Weights whose values are elsewhere (on ``meta``, spread over processes as a DTensor, or compressed) are left out.
+    Weights whose values are elsewhere (on ``meta``, spread over processes as a DTensor, or compressed) are left out;
+    with ``elsewhere``, compressed ones alone, and those that tensor parallelism spreads.
     """
+    sharded = sharded_layers(model) if elsewhere else set()
     names = {id(module): name for name, module in model.named_modules()}
     for layer in model.modules():
         if not isinstance(layer, QuantModule):
             continue
         for weight, quantizer in layer.iter_weights_for_calibration():
-            if _is_plain(quantizer) and _is_here(weight) and _is_per_channel(quantizer.amax, weight):
+            known = _is_here(weight) or layer in sharded or (elsewhere and offloading_hook(layer) is not None)
+            if _is_plain(quantizer) and known and _is_per_channel(quantizer.amax, weight):
                 yield names[id(quantizer)], layer, weight, quantizer
 
 
@@ -203,7 +210,7 @@ def _own_range(weight: Tensor, amax: Tensor) -> Tensor:
 
 @torch.no_grad()
 def remember_weight(weight: Tensor, quantizer: TensorQuantizer, method: str = "keep", size: bool = True) -> None:
-    """Keep what :func:`weight_change` compares with.
+    """Keep what :func:`weight_change` compares with; nothing if the values are elsewhere.
 
     Args:
         weight: As it is now.
@@ -211,6 +218,8 @@ def remember_weight(weight: Tensor, quantizer: TensorQuantizer, method: str = "k
         method: How: ``max`` or ``mse``; ``keep`` says nothing new.
         size: Whether the activations behind it were calibrated with it; else their size stays that of before.
     """
+    if not _is_here(weight):
+        return
     before: dict[str, Any] = vars(quantizer).get(_CALIBRATED) or {}
     energy, noise, _ = _energy_and_noise(weight, quantizer.amax, quantizer)
     own_size = math.sqrt(energy / weight.numel())

@@ -27,6 +27,7 @@ from modelopt_tdq.calibration.chosen_smoothing import _Settings, _Trial
 from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, balanced, smoothing_vector
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.core.metrics import sqnr_db
+from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 from modelopt_tdq.reconstruction.learn import _learning
@@ -245,7 +246,7 @@ def test_what_corrections_take_back_does_not_count(kind: Any) -> None:
         y, tried = y.movedim(1, -1), tried.movedim(1, -1)
     for corrected, wanted in ((True, expected), (False, float((tried - y).square().sum()))):
         told = _Settings((1.0,), (1.0,), shifted=False, corrected=corrected)
-        trial = _Trial(SmoothedLayer("layer", layer), [], told, temporal=True, rows=1)
+        trial = _Trial(SmoothedLayer("layer", layer), [], told, temporal=True, rows=1, turns=Turns([layer]))
         assert float(trial._error(tried, y)) == pytest.approx(wanted, rel=1e-4)
 
 
@@ -325,8 +326,8 @@ def test_a_layer_computes_the_same(kind: Any, groups: int, width: int, padding_m
     )
     layer = SmoothedLayer("layer", module)
     layer.see(x)
-    assert layer.largest.shape == layer.weight_magnitude().shape == (groups * width,)
-    vector = smoothing_vector(layer.largest * torch.rand(groups * width) * 10, layer.weight_magnitude(), 0.5)
+    assert layer.largest.shape == layer.weight_magnitude.shape == (groups * width,)
+    vector = smoothing_vector(layer.largest * torch.rand(groups * width) * 10, layer.weight_magnitude, 0.5)
     found = layer.compute(x / layer.divisor(vector), layer.multiplied(vector))
     torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-5)
 

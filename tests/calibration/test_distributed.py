@@ -124,7 +124,9 @@ def _rounded(rank: int, **fields: Any) -> dict[str, Any]:
     everything = calls(samples=6, batch=1)
     data = everything if rank < 0 else everything[rank::2]
     model = quantized(data=data, weight_bits=4, rounding="compensated", **fields)
-    weights = {name: layer.weight.detach() for name, layer in model.named_modules() if hasattr(layer, "weight_quantizer")}
+    weights = {
+        name: layer.weight.detach() for name, layer in model.named_modules() if hasattr(layer, "weight_quantizer")
+    }
     return {**_columns(model), **weights}
 
 

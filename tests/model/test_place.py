@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.calibration.protect import install
+from modelopt_tdq.errors import TdqWarning
 from modelopt_tdq.model.place import drop_bound_forward, execution_device, release
 
 _Place = Callable[[nn.Module], None]
@@ -100,6 +101,52 @@ def test_calibration_gives_the_same_wherever_the_weights_are(plain: nn.Module, p
     _same_table(model, plain)
     _same_outputs(model, plain)
     _same_table(model, plain)
+
+
+@pytest.fixture(scope="module")
+def by_recipe() -> nn.Module:
+    model = _quantized(config=_recipe())
+    assert any(q.channel_divisor is not None for q in tdq.temporal_quantizers(model).values())
+    assert tdq.layer_correction(model) is not None
+    return model
+
+
+def _recipe() -> dict[str, Any]:
+    """All that changes weights: smoothing over channels, rounding by the inputs; and what comes behind."""
+    config = tdq.recipe("w4a4")
+    config["algorithm"] |= {"progress": False, "replay_samples": 2, "channel_smoothing": 0.5}
+    config["algorithm"] |= {"rounding": "compensated", "correction": "per_step"}
+    return config
+
+
+@every_place
+@pytest.mark.filterwarnings("ignore:weights that accelerate keeps on disk change")
+def test_a_recipe_gives_the_same_wherever_the_weights_are(by_recipe: nn.Module, place: _Place) -> None:
+    model = _quantized(place, _recipe())
+    _same_table(model, by_recipe)
+    _same_outputs(model, by_recipe)
+    back(model)  # with the weights that were changed
+    _same_outputs(model, by_recipe)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), by_recipe.parameters(), strict=True))
+
+
+@some_places
+@pytest.mark.filterwarnings("ignore:weights that accelerate keeps on disk change")
+def test_a_failure_gives_the_weights_back(place: _Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("tired")
+
+    model, expected = _model(place), _model()
+    monkeypatch.setattr("modelopt_tdq.calibration.calibrate.correct_layers", fails)  # all weights are smoothed by then
+    with pytest.raises(ValueError, match="tired"):
+        mtq.quantize(model, _recipe(), loop(calls()))
+    back(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_weights_that_leave_the_disk_are_told_of() -> None:
+    with pytest.warns(TdqWarning, match="new ones stay in the CPU's memory"):
+        _quantized(OFFLOADED["disk"], _recipe())
 
 
 @every_place
