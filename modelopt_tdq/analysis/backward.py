@@ -34,6 +34,9 @@ _VECTORS = 4
 #: By the name of a quantizer, over the probed times: its numbers, [vectors, n], where n is of samples, or 1 for all.
 Effects = dict[str, list[Tensor]]
 
+#: By variant and quantizer, and by row, the numbers of each call of this process: [vectors, n].
+_Parts = dict[tuple[str, str], dict[int, list[Tensor]]]
+
 
 def noise_of(*quantizers: list[Tensor]) -> Tensor:
     """[T] float64, the squared error of the output that these quantizers make together, by their numbers."""
@@ -136,12 +139,33 @@ def effects(
         By variant, for the quantizers that gradients reached; and those that read one tensor, in groups.
 
     Raises:
-        RuntimeError: The model has no backward pass, or it does not fit into memory.
+        RuntimeError: The model has no backward pass, or it does not fit into memory; in all processes if in one.
     """
+    parts: _Parts = {}
+    together: dict[str, list[str]] = {}
+    failed = None
+    try:
+        parts, together = _own_effects(probe, quantizers, variants, progress)
+    except RuntimeError as error:
+        failed = str(error)
+    failures = [message for message in gather(failed) if message is not None]
+    if failures:
+        raise RuntimeError(failures[0])
+    read = {first: names for groups in gather(together) for first, names in groups.items()}
+    return _gathered(parts, probe.rows, variants), [group for group in read.values() if len(group) > 1]
+
+
+def _own_effects(
+    probe: Probe,
+    quantizers: Mapping[str, TensorQuantizer],
+    variants: Mapping[str, Callable[[str], None]],
+    progress: bool,
+) -> tuple[_Parts, dict[str, list[str]]]:
+    """What this process's samples tell, and which quantizers read one tensor, by the first of them."""
     hooks = _Hooks(quantizers, variants)
     probe.model.requires_grad_(False)
     make_attention_trainable(probe.model)
-    parts: dict[tuple[str, str], dict[int, list[Tensor]]] = {}
+    parts: _Parts = {}
     together: dict[str, list[str]] = {}
     with full_precision(probe.model), hooks.installed(), torch.enable_grad():
         for batch in tqdm(probe.batches, "sensitivity", disable=not progress, unit="step"):
@@ -160,12 +184,10 @@ def effects(
             if batch.counts:
                 for key, numbers in found.items():
                     parts.setdefault(key, {}).setdefault(batch.row, []).append(torch.stack(numbers))
-    return _gathered(parts, probe.rows, variants), [group for group in together.values() if len(group) > 1]
+    return parts, together
 
 
-def _gathered(
-    parts: Mapping[tuple[str, str], Mapping[int, list[Tensor]]], rows: list[int], variants: Mapping[str, Any]
-) -> dict[str, Effects]:
+def _gathered(parts: _Parts, rows: list[int], variants: Mapping[str, Any]) -> dict[str, Effects]:
     """Of all processes."""
     everywhere = gather(parts)
     result: dict[str, Effects] = {variant: {} for variant in variants}

@@ -136,8 +136,8 @@ class _Trial:
             divisor = layer.divisor(vector).to(x.device)
             divided, flat = x.float() / divisor, divisor.flatten()
             extent = (low.float() / flat).min(), (high.float() / flat).max()
-            bound = (layer.largest / vector.to(layer.largest.device)).max()
-            bound = bound if self.static else None
+            largest = layer.largest / vector.to(layer.largest.device)
+            bound = largest.max() if self.static else None
             quantized = self.settings.rounded(divided, num_bits, bound, extent, self._of_all)
             if not self.places:
                 continue

@@ -34,7 +34,7 @@ from modelopt_tdq.model.held_weights import HeldWeight, own_weights
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import PRODUCTS
-from modelopt_tdq.model.stored_weight import like_kept, replace_weight, stored
+from modelopt_tdq.model.stored_weight import kept, like_kept, replace_weight, whole
 from modelopt_tdq.model.weight_fit import remember_weight
 
 __all__ = ["compensated_rounding"]
@@ -93,8 +93,7 @@ class _Rounding:
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
-        weight, quantizer = stored(layer, "weight"), layer.weight_quantizer
-        weight = weight.detach().to(execution_device(layer))
+        weight, quantizer = whole(kept(layer)).to(execution_device(layer)), layer.weight_quantizer
         groups = int(getattr(layer, "groups", 1))
         self._shape, self._dtype = weight.shape, weight.dtype
         self._weight = weight.float().reshape(groups, -1, weight[0].numel())

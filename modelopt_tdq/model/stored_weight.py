@@ -104,7 +104,7 @@ def replace_weight(layer: nn.Module, value: Tensor) -> None:
         part = value if isinstance(value, DTensor) else like_kept(layer, value)
         own = parameter.to_local()
         _first(layer, lambda: _copying(own))
-        own.copy_(part.to_local())  # type: ignore[attr-defined]
+        own.copy_(part.to_local())
     elif parameter is not None:
         _first(layer, lambda: _pointing(parameter))
         parameter.data = value

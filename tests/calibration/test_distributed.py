@@ -171,6 +171,25 @@ def _analyzed(rank: int) -> dict[str, Any]:
     }
 
 
+class NoWayBack(TinyDenoiser):
+    """Its backward pass fails in the second process, as where memory is short."""
+
+    fails = False
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+        if self.fails and torch.is_grad_enabled():
+            raise RuntimeError("out of memory")
+        return super().forward(sample, timestep)
+
+
+def _analyzed_one_by_one(rank: int) -> dict[str, bool]:
+    torch.manual_seed(0)
+    model = NoWayBack().eval()
+    model.fails = rank == 1
+    found = tdq.analyze(model, loop(_in_step(rank)), fast_config(), probes=1, progress=False)
+    return {layer.name: layer.estimated for layer in found.sensitivity["temporal"]}
+
+
 def _two_sizes(rank: int) -> dict[str, Any]:
     """The first process has more samples of one size, both together have more of the other."""
     small, large = calls(samples=3, batch=1), calls(samples=5, batch=1)
@@ -326,11 +345,14 @@ def _refused_when_sharded() -> dict[str, str]:
     return found
 
 
+_ALL = {**_SCENARIOS, "analysis": _analyzed, "auto": _auto, "no way back": _analyzed_one_by_one}
+
+
 def _two(rank: int) -> dict[str, Any]:
     output_error._PROBE_ELEMENTS = 1 << 11  # several calls of a layer for all its candidates, as in large models
     found: dict[str, Any] = {"failures": _failures(rank)}  # and all that follows works
     found["refused"] = _refused_when_sharded()
-    return found | {name: run(rank) for name, run in {**_SCENARIOS, "analysis": _analyzed, "auto": _auto}.items()}
+    return found | {name: run(rank) for name, run in _ALL.items()}
 
 
 @pytest.fixture(scope="module")
@@ -378,6 +400,13 @@ def test_analysis_agrees_with_one(processes: list[dict[str, Any]]) -> None:
     for part in ("headroom", "sensitivity"):
         for name, value in expected[part].items():
             torch.testing.assert_close(first[part][name], value, rtol=0, atol=1e-3)
+
+
+def test_without_backward_passes_in_one_there_are_none_in_any(processes: list[dict[str, Any]]) -> None:
+    first, second = (found["no way back"] for found in processes)
+    assert first == second
+    assert first
+    assert not any(first.values())
 
 
 _REASONS = {
