@@ -96,11 +96,11 @@ class _AtLayer(Protocol):
 
     Attributes:
         row: Of the time of the call.
-        samples: Of this process in the call; 0 if it only stands in.
+        order: Of this process's samples in the call, as in :class:`modelopt_tdq.model.replay_ranks.Batch`.
     """
 
     row: int
-    samples: int
+    order: tuple[float, ...]
 
     def __call__(self, y: Tensor, z: Tensor) -> Tensor:
         """See the quantized and the full-precision output; gives what goes on in place of y."""
@@ -160,14 +160,15 @@ class _Fit:
         self.rows: list[tuple[Tensor, Tensor] | None] = [None] * rows
         self._seen: list[list[Tensor]] = [[] for _ in range(rows)]
         self.row = 0
-        self.samples = 0  # of this process in the call
+        self.order: tuple[float, ...] = ()
 
     def __call__(self, y: Tensor, z: Tensor) -> Tensor:
         """The corrected y."""
-        own = self.samples if self.samples and y.shape[0] % self.samples == 0 else 0
+        own = len(self.order) if self.order and y.shape[0] % len(self.order) == 0 else 0
         channels = y.shape[y.dim() - 1 - self.trailing]
         part = _moments(y, z, own, self.trailing) if own else torch.zeros(0, _MOMENTS, channels, dtype=torch.float64)
-        self._turns.exchange(self._layer, (part, y[: y.shape[0] // own].numel() // channels if own else 0))
+        positions = y[: y.shape[0] // own].numel() // channels if own else 0
+        self._turns.exchange(self._layer, (self.order[:own], part, positions))
         known = self.rows[self.row]
         if known is None:
             return y
@@ -175,12 +176,13 @@ class _Fit:
         gain, bias = (value.to(y.device).reshape(shape) for value in known)
         return (y.float() * gain + bias).to(y.dtype)
 
-    def heard(self, found: list[tuple[Tensor, int]]) -> None:
-        """Take into account what the layer made of the samples of each process: moments, and positions of a sample."""
+    def heard(self, found: list[tuple[tuple[float, ...], Tensor, int]]) -> None:
+        """Take into account what the layer made of each process's samples: order, moments, positions of a sample."""
+        samples = [pair for order, moments, _ in found for pair in zip(order, moments.unsqueeze(1), strict=True)]
         # a layer may run several times in a call, and a time have several calls: what is known grows
-        self._seen[self.row] += [moments for moments, count in found if count]
+        self._seen[self.row] += [moments for _, moments in sorted(samples, key=lambda sample: -sample[0])]
         if self._seen[self.row]:
-            positions = max(count for _, count in found)
+            positions = max(count for _, _, count in found)
             self.rows[self.row] = _fitted(torch.cat(self._seen[self.row]), positions)
 
 
@@ -219,7 +221,8 @@ class _Errors:
         self._rows = gain, bias
         self._shape = (-1, *(1,) * trailing_dimensions(layer))
         self.squares = torch.zeros(len(gain), 4, dtype=torch.float64)  # of the three, and of what is right
-        self.row = self.samples = 0
+        self.row = 0
+        self.order: tuple[float, ...] = ()
 
     def __call__(self, y: Tensor, z: Tensor) -> Tensor:
         """y, corrected as at this time."""
@@ -228,7 +231,7 @@ class _Errors:
             rows = (rows.mean(0) if number is None else rows[number] for rows in self._rows)
             gain, bias = (value.to(y.device).reshape(self._shape) for value in rows)
             tried.append(tried[0] * gain + bias)
-        if self.samples:
+        if self.order:
             exact = z.float()
             errors = [(value - exact).square().sum() for value in tried]
             self.squares[self.row] += torch.stack([*errors, exact.square().sum()]).double().cpu()
@@ -255,7 +258,7 @@ def _run_twice(
     with _twice(model, replay.timestep, at_layers, exact), torch.no_grad():
         for batch in bar:
             for at_layer in at_layers.values():
-                at_layer.row, at_layer.samples = batch.row, len(batch.order)
+                at_layer.row, at_layer.order = batch.row, batch.order
             yield batch, model(**batch.call)
 
 
