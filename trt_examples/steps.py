@@ -17,25 +17,36 @@ from trt_examples.family import Family
 from trt_examples.images import Images, compared
 from trt_examples.loading import calls, denoiser_folder, load
 from trt_examples.options import parse
+from trt_examples.processes import gathered, is_first, join, shard
 
 
 def quantize(family: Family, options: argparse.Namespace) -> tdq.ScaleTable:
-    """Calibrate on the pipeline's own sampling; save as diffusers and ModelOpt do, and the table of scales."""
+    """Calibrate on the pipeline's own sampling; save as diffusers and ModelOpt do, and the table of scales.
+
+    Under torchrun and accelerate launch, the processes share the prompts.
+    """
     pipeline = load(family, options)
     every = calls(family, options)
+    if options.shard:
+        shard(getattr(pipeline, family.denoiser))
     tdq.quantize_pipeline(
         pipeline,
         tdq.recipe(options.recipe),
         calls=every,
         steps=options.calibration_steps,
         component=family.denoiser,
+        share_calls=True,
+        progress=is_first(),
     )
     denoiser = getattr(pipeline, family.denoiser)
-    denoiser.save_pretrained(denoiser_folder(options))
     table = tdq.scale_table(denoiser)
-    table.save(options.output / "scale_table")
-    following = int((~table.is_static).sum())
-    print(f"{denoiser_folder(options)}: {len(table.names)} quantizers, {following} follow {len(table)} times")
+    if options.shard:
+        denoiser = gathered(denoiser, lambda: getattr(load(family, options), family.denoiser))
+    if is_first():
+        denoiser.save_pretrained(denoiser_folder(options))
+        table.save(options.output / "scale_table")
+        following = int((~table.is_static).sum())
+        print(f"{denoiser_folder(options)}: {len(table.names)} quantizers, {following} follow {len(table)} times")
     return table
 
 
@@ -139,6 +150,7 @@ def main(family: Family, description: str | None = None, arguments: list[str] | 
         TdqError: An option cannot be used, a step before is missing, or one fails.
     """
     options = parse(family, description, arguments)
+    join(options)
     mto.enable_huggingface_checkpointing()  # save_pretrained and from_pretrained keep the quantizers
     options.output.mkdir(parents=True, exist_ok=True)
     return {step: _STEPS[step](family, options) for step in options.step}

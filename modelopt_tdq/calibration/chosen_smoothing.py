@@ -16,12 +16,11 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,12 +37,10 @@ from modelopt_tdq.calibration.smoothed_layer import (
     smooth,
     smoothing_vector,
 )
+from modelopt_tdq.calibration.smoothing_trial import CLIPS, OfAll, Settings, Trial
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields, CorrectionFields
-from modelopt_tdq.core.distributed import all_reduce, union
-from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, quantize
-from modelopt_tdq.core.turns import Turns
-from modelopt_tdq.model.call import first_output, layer_input
+from modelopt_tdq.core.distributed import union
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.rows import TimesKey, current_rows
@@ -69,104 +66,6 @@ _CLEAR = 0.1
 #: ``auto`` smooths where it lowers the error of the outputs below this fraction of what it is without.
 _WORTH = 0.98
 
-#: About so many elements of an activation tell which scale is best.
-_LOOKED_AT = 1 << 13
-
-#: Multiples of the largest magnitude at which ``auto`` tries to clip activations and weights, below 8 bits.
-_CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
-
-
-class _OfAll:
-    """What the samples of one call are like at one part of the model, over all processes."""
-
-    def __init__(self, turns: Turns, part: Any) -> None:
-        self._turns, self._part = turns, part
-
-    def extent(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest values, of any shape."""
-        found = self._given((low, high))
-        lows, highs = (torch.stack([pair[number] for pair in found]) for number in (0, 1))
-        return lows.amin(0).to(low.device), highs.amax(0).to(low.device)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Of ``values``."""
-        return torch.stack([value for (value,) in self._given((values,))]).sum(0).to(values.device)
-
-    def _given(self, value: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        given = self._turns.exchange(self._part, value if self._turns.own else None)
-        return [each for each in given if each is not None] or [value]
-
-
-class _Trial:
-    """Forward hook on one layer: the error of its output, quantized with each vector, against what it is.
-
-    Weights and activations have their bits, activations a scale for each call, as close to the final one as the
-    samples of one time allow.
-    """
-
-    def __init__(
-        self,
-        layer: SmoothedLayer,
-        vectors: list[Tensor],
-        settings: _Settings,
-        temporal: bool,
-        rows: int,
-        turns: Turns,
-    ) -> None:
-        self._of_all = _OfAll(turns, layer.module)
-        self.layer, self.vectors, self.settings = layer, vectors, settings
-        self.static = not temporal
-        self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
-        self.ranges = ChannelRanges(layer, rows)
-        self.row = 0
-        self.places: tuple[int, ...] = ()
-        self.weights = [_rounded_weight(layer, vector, settings.weight_clips) for vector in vectors]
-        # processes bring their parts together while all are here
-        spread = layer.is_spread and None in self.weights
-        self._plain = [layer.multiplied(vector) if spread else None for vector in vectors]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        layer, num_bits = self.layer, self.layer.quantizer.num_bits
-        x, y = layer_input(args, kwargs), first_output(output)
-        if self.places:
-            self.ranges.see(x, self.row)
-        low, high = self._of_all.extent(*torch.aminmax(layer.by_channel(x), dim=1))
-        found = [y.float().square().sum()]
-        for vector, rounded, plain in zip(self.vectors, self.weights, self._plain, strict=True):
-            divisor = layer.divisor(vector).to(x.device)
-            divided, flat = x.float() / divisor, divisor.flatten()
-            extent = (low.float() / flat).min(), (high.float() / flat).max()
-            largest = layer.largest / vector.to(layer.largest.device)
-            bound = largest.max() if self.static else None
-            quantized = self.settings.rounded(divided, num_bits, bound, extent, self._of_all)
-            if not self.places:
-                continue
-            if rounded is None:
-                weight = layer.multiplied(vector) if plain is None else plain
-            else:
-                codes, scale = (part.to(x.device) for part in rounded)
-                weight = (codes.float() * scale).to(layer.weight.dtype)
-            tried = layer.compute(quantized.to(x.dtype), weight)
-            found.append(self._error(tried.float(), y.float()))
-        if self.places:
-            self.squares[self.row] += torch.stack([*found[1:], found[0]]).double().cpu()
-
-    def _error(self, tried: Tensor, y: Tensor) -> Tensor:
-        """[] squared, without what a gain and a bias of each channel of ``tried`` take back if there will be some."""
-        error = y - tried
-        if not self.settings.corrected:
-            return error.square().sum()
-        dims = [d for d in range(y.dim()) if d != y.dim() - 1 - self.layer.trailing]
-        error = error - error.mean(dims, keepdim=True)
-        tried = tried - tried.mean(dims, keepdim=True)
-        taken = (tried * error).sum(dims).square() / tried.square().sum(dims).clamp(min=1e-30)
-        return (error.square().sum() - taken.sum()).clamp(min=0.0)
-
-    def error(self) -> Tensor:
-        """[number of vectors] of each, relative to the output, summed over the times; over all processes."""
-        squares = all_reduce(self.squares, "sum")
-        return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30)).sum(0)
-
 
 def _spread(replay: Replay) -> list[float]:
     """Some of the times of all processes, evenly."""
@@ -176,84 +75,7 @@ def _spread(replay: Replay) -> list[float]:
 
 
 def _clips(method: str) -> tuple[float, ...]:
-    return (1.0,) if method == "max" else _CLIPS
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What rounding will be like.
-
-    Attributes:
-        clips: Multiples of the largest magnitude of an activation that are tried, below 8 bits.
-        weight_clips: Of a weight.
-        shifted: Whether activations may have offsets.
-        corrected: Whether the layers' outputs are corrected.
-    """
-
-    clips: tuple[float, ...]
-    weight_clips: tuple[float, ...]
-    shifted: bool
-    corrected: bool
-
-    def rounded(
-        self,
-        x: Tensor,
-        num_bits: NumBits,
-        bound: Tensor | None,
-        extent: tuple[Tensor, Tensor] | None,
-        of_all: _OfAll,
-    ) -> Tensor:
-        """An activation, fake-quantized with that of a few scales which has the least squared error on a part of it.
-
-        Args:
-            x: Of any shape.
-            num_bits: Its number format.
-            bound: Largest magnitude; None: that of the smallest and the largest value.
-            extent: Its smallest and largest value; None: its own, of all processes.
-            of_all: What it is like in all processes.
-        """
-        smallest, largest = code_range(num_bits)
-        extent = of_all.extent(*torch.aminmax(x)) if extent is None else extent
-        low, high = (value.to(x.device) for value in extent)
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        amax = (torch.maximum(-low, high) if bound is None else bound.to(x.device)).clamp(min=1e-30)
-        clips = _clips_of(num_bits, self.clips)
-        options: list[tuple[Tensor, Tensor | None]] = [(amax * clip / largest, None) for clip in clips]
-        if self.shifted and isinstance(num_bits, int):
-            for clip in clips:
-                scale = ((high * clip - low) / (largest - smallest)).clamp(min=1e-30)
-                options.append((scale, scale * torch.round(low / scale - smallest)))
-        if len(options) > 1:
-            flat = x.flatten()
-            part = flat[:: max(1, flat.numel() // _LOOKED_AT)]
-            errors = [(fake_quantize(part, *option, num_bits) - part).square().sum() for option in options]
-            options = [options[int(of_all.sum(torch.stack(errors)).argmin())]]
-        return fake_quantize(x, *options[0], num_bits)
-
-
-def _clips_of(num_bits: NumBits, clips: tuple[float, ...]) -> tuple[float, ...]:
-    return clips if isinstance(num_bits, int) and num_bits < 8 else clips[:1]
-
-
-def _rounded_weight(layer: SmoothedLayer, vector: Tensor, clips: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
-    """Codes and scales [O, 1, ...] of the multiplied weight, for each output channel; None if it stays in float."""
-    quantizer = layer.module.weight_quantizer
-    plain = isinstance(quantizer, TensorQuantizer) and not isinstance(quantizer, SequentialQuantizer)
-    if not plain or not quantizer.is_enabled or quantizer.num_bits not in SUPPORTED_BITS:
-        return None
-    num_bits: NumBits = quantizer.num_bits
-    weight = layer.multiplied(vector).float()
-    kept = () if quantizer.axis is None else (0,)
-    amax = weight.abs().amax([d for d in range(weight.dim()) if d not in kept], keepdim=True).clamp(min=1e-30)
-    best = torch.full_like(amax, float("inf"))
-    scale = amax / code_range(num_bits)[1]
-    for clip in _clips_of(num_bits, clips):
-        tried = amax * clip / code_range(num_bits)[1]
-        error = (fake_quantize(weight, tried, None, num_bits) - weight).square()
-        error = error.sum([d for d in range(weight.dim()) if d not in kept], keepdim=True)
-        scale, best = torch.where(error < best, tried, scale), torch.minimum(error, best)
-    codes = quantize(weight, scale, None, num_bits)
-    return codes.to(torch.float8_e4m3fn if num_bits == FP8_E4M3 else torch.int8), scale
+    return (1.0,) if method == "max" else CLIPS
 
 
 def _least_layer_error(
@@ -261,7 +83,7 @@ def _least_layer_error(
     groups: list[list[SmoothedLayer]],
     replay: Replay,
     times: list[float],
-    settings: _Settings,
+    settings: Settings,
     static: Callable[[str], bool],
     progress: bool,
 ) -> tuple[list[Formula | None], dict[int, ChannelRanges]]:
@@ -270,13 +92,13 @@ def _least_layer_error(
     And the ranges of their inputs, by the quantizer's id.
     """
     vectors = []
-    trials: dict[int, _Trial] = {}
+    trials: dict[int, Trial] = {}
     for group in groups:
         tried = [shared_vector(group, formula) for formula in _FORMULAS]
         vectors.append([torch.ones_like(tried[0]), *tried])
         for layer in group:
             temporal = not static(f"{layer.name}.input_quantizer")
-            trials[id(layer)] = _Trial(layer, vectors[-1], settings, temporal, len(times), replay.turns)
+            trials[id(layer)] = Trial(layer, vectors[-1], settings, temporal, len(times), replay.turns)
     probes = [(trial.layer.module, trial) for trial in trials.values()]
     with replay.turns.used():
         run_probes(model, probes, replay, times, "smoothing", progress)
@@ -305,7 +127,7 @@ class _Judge:
         quantizers: dict[str, TensorQuantizer],
         replay: Replay,
         times: list[float],
-        settings: _Settings,
+        settings: Settings,
         method: str,
         corrected: dict[str, nn.Module],
         ranges: dict[int, ChannelRanges],
@@ -326,8 +148,8 @@ class _Judge:
                 return output
             known = self._ranges.get(id(quantizer))
             extent = None if known is None else known.divided(self._row(output.device))
-            of_all = _OfAll(self._replay.turns, quantizer)
-            return self._settings.rounded(output.float(), quantizer.num_bits, None, extent, of_all).to(output.dtype)
+            of_all = OfAll(self._replay.turns, quantizer)
+            return self._settings.rounded(output.float(), quantizer.num_bits, extent, of_all).to(output.dtype)
 
         handles = [quantizer.register_forward_hook(hook) for quantizer in self._activations]
         for quantizer in self._weights:
@@ -409,7 +231,7 @@ def chosen_vectors(
         return [None] * len(groups)
     known, judged = halves
     corrected = _corrected_layers(model, judged, times, config)
-    settings = _Settings(_clips(config.statistic), _clips(config.weights), bool(config.asymmetric), bool(corrected))
+    settings = Settings(_clips(config.statistic), _clips(config.weights), bool(config.asymmetric), bool(corrected))
     follow = temporal_names(config.temporal, list(quantizers))
     own, ranges = _least_layer_error(
         model, groups, known, times, settings, lambda name: config.bins == 1 or name not in follow, config.progress

@@ -23,6 +23,7 @@ Listener = Callable[[list[Any]], None]
 
 
 def _on_cpu(value: Any) -> Any:
+    """Of nested tuples."""
     if isinstance(value, tuple):
         return tuple(map(_on_cpu, value))
     return value.cpu() if isinstance(value, Tensor) else value
@@ -35,15 +36,16 @@ class Turns:
         parts: All that may have a turn, in the same order in all processes.
 
     Attributes:
-        own: Whether what this process computes in the present call is evidence; see
-            :class:`modelopt_tdq.model.replay_ranks.Batch`.
+        samples: Of this process in the present call; 0 if it stands in, and is no evidence
+            (:class:`modelopt_tdq.model.replay_ranks.Batch`).
+        all_samples: Of all processes in it.
     """
 
     def __init__(self, parts: Iterable[Any]) -> None:
         self._numbers = {id(part): number for number, part in enumerate(parts)}
         self._listeners: dict[int, Listener] = {}
         self._users = 0
-        self.own = True
+        self.samples = self.all_samples = 1
 
     @contextmanager
     def used(self, listeners: Mapping[Any, Listener] | None = None) -> Iterator[None]:

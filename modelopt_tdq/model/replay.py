@@ -249,18 +249,19 @@ class Replay:
             else:
                 group = [] if name is None else groups[row].get(name, [])
                 calls.append([group] if group else [])
-        for row, number in enumerate(map(max, zip(*gather([len(own) for own in calls]), strict=True))):
-            for own in range(number):
+        for row, sizes in enumerate(zip(*gather([[len(call) for call in own] for own in calls]), strict=True)):
+            for own in range(max(map(len, sizes))):
                 check()
+                self.turns.all_samples = sum(size[own] for size in sizes if own < len(size))
                 if own < len(calls[row]):
                     samples = calls[row][own]
                     call = self._together([sample for _, _, sample in samples] * (1 + twice))
-                    self.turns.own = True
+                    self.turns.samples = len(samples)
                     yield Batch(row, call, tuple(item[0] for item in samples), self._first)
                 elif self._spare:
                     nearest = min(self._spare, key=lambda other: abs(other - times[row]))
                     call = self._together([self._spare[nearest]] * (1 + twice))
-                    self.turns.own = False
+                    self.turns.samples = 0
                     yield Batch(row, at_time(call, self._timestep.argument, times[row]), (), self._first)
                 self.turns.over()
         at_rest(self._model)

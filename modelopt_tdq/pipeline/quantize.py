@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from modelopt_tdq.core.distributed import processes, rank
+from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.wrapped import eager
 from modelopt_tdq.pipeline.calls import call_arguments, quiet
 from modelopt_tdq.pipeline.component import denoiser, denoiser_name
@@ -24,6 +27,7 @@ def quantize_pipeline(
     steps: int = 20,
     seed: int = 0,
     component: str | Sequence[str] | None = None,
+    share_calls: bool = False,
     progress: bool = True,
 ) -> Any:
     """Quantize the denoiser of a diffusers pipeline, in place, calibrated on whole sampling trajectories.
@@ -47,23 +51,31 @@ def quantize_pipeline(
             ``controlnet.nets.0`` of several ControlNets. Several names, as
             ``("transformer", "transformer_2")`` of Wan 2.2, are quantized one after the other: each has a table of
             its own, over the times at which the pipeline calls it.
+        share_calls: The processes of torch.distributed have all passed the same calls, and each makes its share of
+            them: call i is made by that of rank i modulo their number. Else each makes all that it was given. Either
+            way, all get the scales of one process that makes all calls.
         progress: Show a bar over the calls, with the time left.
 
     Returns:
         ``pipeline``.
 
     Raises:
-        TdqError: There is nothing to call it with, no denoiser, or as calibration. The denoiser that it concerns is
-            left as it was.
+        TdqError: There is nothing to call it with, no denoiser, or as calibration; or the calls cannot be shared by so
+            many processes. The denoiser that it concerns is left as it was.
     """
     import modelopt.torch.quantization as mtq
 
     wanted = [component] if component is None or isinstance(component, str) else list(component)
     names = [denoiser_name(pipeline, name, _timestep_argument(config)) for name in wanted]
-    list(call_arguments(pipeline, prompts, calls, steps, seed))  # what cannot be called is refused before any work
+    number = len(list(call_arguments(pipeline, prompts, calls, steps, seed)))  # what cannot be called is refused first
+    own = slice(rank(), None, processes()) if share_calls else slice(None)
+    if share_calls:
+        _require_shares(
+            number, any(isinstance(m, FSDPModule) for name in names for m in denoiser(pipeline, name).modules())
+        )
 
     def forward_loop(model: nn.Module) -> None:
-        every = list(call_arguments(pipeline, prompts, calls, steps, seed))  # with generators that start anew
+        every = list(call_arguments(pipeline, prompts, calls, steps, seed))[own]  # with generators that start anew
         for arguments in tqdm(every, "sample", unit="image", disable=not progress):
             pipeline(**arguments)
 
@@ -71,6 +83,22 @@ def quantize_pipeline(
         for name in names:
             mtq.quantize(denoiser(pipeline, name), dict(config), forward_loop)
     return pipeline
+
+
+def _require_shares(calls: int, communicates: bool) -> None:
+    """Raise if so many calls cannot be shared by the processes."""
+    several = processes()
+    if calls < several:
+        raise TdqError(
+            "calls", calls, f"fewer than the {several} processes that share them", "Pass more, or start fewer processes"
+        )
+    if communicates and calls % several:
+        raise TdqError(
+            "calls",
+            calls,
+            f"a denoiser that is spread by `fully_shard` has to make as many calls in each of the {several} processes",
+            f"Pass {calls - calls % several} or {calls + several - calls % several}",
+        )
 
 
 def _timestep_argument(config: Mapping[str, Any]) -> str:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.calibration.channel_smoothing import undo_channel_smoothing
-from modelopt_tdq.calibration.chosen_smoothing import _Settings, _Trial
 from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, balanced, smoothing_vector
+from modelopt_tdq.calibration.smoothing_trial import Settings, Trial
 from modelopt_tdq.config import TdqCalibConfig
 from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.core.turns import Turns
@@ -245,8 +245,8 @@ def test_what_corrections_take_back_does_not_count(kind: Any) -> None:
     if not spatial:
         y, tried = y.movedim(1, -1), tried.movedim(1, -1)
     for corrected, wanted in ((True, expected), (False, float((tried - y).square().sum()))):
-        told = _Settings((1.0,), (1.0,), shifted=False, corrected=corrected)
-        trial = _Trial(SmoothedLayer("layer", layer), [], told, temporal=True, rows=1, turns=Turns([layer]))
+        told = Settings((1.0,), (1.0,), shifted=False, corrected=corrected)
+        trial = Trial(SmoothedLayer("layer", layer), [], told, temporal=True, rows=1, turns=Turns([layer]))
         assert float(trial._error(tried, y)) == pytest.approx(wanted, rel=1e-4)
 
 

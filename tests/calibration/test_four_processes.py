@@ -17,12 +17,12 @@ from support.models import TinyDenoiser, loop, noise
 from support.places import back
 from support.processes import results
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
-from modelopt_tdq.model.stored_weight import at_rest, kept, whole
+from modelopt_tdq.model.stored_weight import kept, whole
 
 _TIMES = (900.0, 20.0)
 
@@ -58,7 +58,9 @@ def _state(model: nn.Module, called: nn.Module) -> dict[str, Any]:
     with torch.no_grad():
         outputs = [called(noise(2, 3, 8, 8, seed=7), torch.tensor(time)) for time in (20.0, 450.0)]
     back(model)
-    at_rest(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     table, correction = tdq.scale_table(model), tdq.layer_correction(model)
     assert correction is not None
     return {

@@ -1,0 +1,259 @@
+"""What smoothing by some vectors does to the output of one layer, on replayed samples.
+
+See :mod:`modelopt_tdq.calibration.chosen_smoothing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from torch import Tensor, nn
+
+from modelopt_tdq.calibration.smoothed_layer import ChannelRanges, SmoothedLayer
+from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, quantize
+from modelopt_tdq.core.turns import Turns
+from modelopt_tdq.model.call import first_output, layer_input
+
+__all__ = ["CLIPS", "OfAll", "Settings", "Trial"]
+
+#: About so many elements of an activation tell which scale is best.
+_LOOKED_AT = 1 << 13
+
+#: Multiples of the largest magnitude at which ``auto`` tries to clip activations and weights, below 8 bits.
+CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
+
+
+class OfAll:
+    """What the samples of one call are like at one part of the model, over all processes."""
+
+    def __init__(self, turns: Turns, part: Any) -> None:
+        self._turns, self._part = turns, part
+
+    def extent(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest values, of any shape."""
+        found = self.given((low, high))
+        lows, highs = (torch.stack([pair[number] for pair in found]) for number in (0, 1))
+        return lows.amin(0).to(low.device), highs.amax(0).to(low.device)
+
+    def part(self, x: Tensor, elements: int) -> Tensor:
+        """[n] some of the values of each sample; over all samples, about so many as ``elements``."""
+        own = self._turns.samples
+        rows = x.reshape(own if own and x.dim() and x.shape[0] % own == 0 else 1, -1)
+        step = (
+            rows[0].numel() * max(self._turns.all_samples, 1) // elements if len(rows) == own else x.numel() // elements
+        )
+        return rows[:, :: max(1, step)].flatten()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Of ``values``."""
+        return torch.stack([value for (value,) in self.given((values,))]).sum(0).to(values.device)
+
+    def given(self, value: Any) -> list[Any]:
+        """``value`` of each process that has samples in the call."""
+        given = self._turns.exchange(self._part, value if self._turns.samples else None)
+        return [each for each in given if each is not None] or [value]
+
+
+#: Scale and offset of an activation.
+_Scale = tuple[Tensor, "Tensor | None"]
+
+#: Of an output [N, ..., C, ...] and its error, in one process: values per channel []; means of error and output [C];
+#: about these, the square of the error [], and the sums [C] of output times error and of the output's square.
+_Moments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _left(parts: list[_Moments]) -> Tensor:
+    """[] the squared error that is left when a gain and a bias of each channel have been fitted to all parts."""
+    counts, errors, outputs, squares, products, powers = (torch.stack(values) for values in zip(*parts, strict=True))
+    if len(parts) > 1:
+        share = (counts / counts.sum()).unsqueeze(1)
+        errors, outputs = (means - (share * means).sum(0) for means in (errors, outputs))
+        weights = counts.unsqueeze(1)
+        squares = squares + (weights * errors.square()).sum(1)
+        products, powers = products + weights * outputs * errors, powers + weights * outputs.square()
+    taken = products.sum(0).square() / powers.sum(0).clamp(min=1e-30)
+    return (squares.sum(0) - taken.sum()).clamp(min=0.0)
+
+
+class Trial:
+    """Forward hook on one layer: the error of its output, quantized with each vector, against what it is.
+
+    Weights and activations have their bits, activations a scale for each call, as close to the final one as the
+    samples of one time allow.
+    """
+
+    def __init__(
+        self,
+        layer: SmoothedLayer,
+        vectors: list[Tensor],
+        settings: Settings,
+        temporal: bool,
+        rows: int,
+        turns: Turns,
+    ) -> None:
+        self._of_all = OfAll(turns, layer.module)
+        self.layer, self.vectors, self.settings = layer, vectors, settings
+        self.static = not temporal
+        self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
+        self.ranges = ChannelRanges(layer, rows)
+        self.row = 0
+        self.places: tuple[int, ...] = ()
+        self.weights = [_rounded_weight(layer, vector, settings.weight_clips) for vector in vectors]
+        # processes bring their parts together while all are here
+        spread = layer.is_spread and None in self.weights
+        self._plain = [layer.multiplied(vector) if spread else None for vector in vectors]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """See the layer's input and output, and what it would make of each vector."""
+        layer, num_bits = self.layer, self.layer.quantizer.num_bits
+        x, y = layer_input(args, kwargs), first_output(output)
+        if self.places:
+            self.ranges.see(x, self.row)
+        chosen = self._scales(x)
+        found = []
+        for vector, rounded, plain, scale in zip(self.vectors, self.weights, self._plain, chosen, strict=True):
+            if not self.places:
+                continue
+            if rounded is None:
+                weight = layer.multiplied(vector) if plain is None else plain
+            else:
+                codes, steps = (part.to(x.device) for part in rounded)
+                weight = (codes.float() * steps).to(layer.weight.dtype)
+            quantized = fake_quantize(self._divided(x, vector), *scale, num_bits)
+            tried = layer.compute(quantized.to(x.dtype), weight)
+            found.append(self._moments(tried.float(), y.float()))
+        errors = self._errors(found)
+        if self.places:
+            self.squares[self.row] += torch.stack([*errors, y.float().square().sum()]).double().cpu()
+
+    def _divided(self, x: Tensor, vector: Tensor) -> Tensor:
+        return x.float() / self.layer.divisor(vector).to(x.device)
+
+    def _scales(self, x: Tensor) -> list[_Scale]:
+        """For each vector, the scale and the offset of the divided input."""
+        layer, settings, num_bits = self.layer, self.settings, self.layer.quantizer.num_bits
+        low, high = self._of_all.extent(*torch.aminmax(layer.by_channel(x), dim=1))
+        options, errors = [], []
+        for vector in self.vectors:
+            divisor, largest = vector.to(x.device), layer.largest / vector.to(layer.largest.device)
+            extent = (low.float() / divisor).min(), (high.float() / divisor).max()
+            options.append(settings.options(extent, num_bits, largest.max() if self.static else None))
+            if len(options[-1]) > 1:
+                part = self._of_all.part(self._divided(x, vector), _LOOKED_AT)
+                errors.append(settings.errors(part, options[-1], num_bits))
+        best = self._of_all.sum(torch.stack(errors)).argmin(1).tolist() if errors else [0] * len(options)
+        return [some[number] for some, number in zip(options, best, strict=True)]
+
+    def _moments(self, tried: Tensor, y: Tensor) -> _Moments:
+        """Of one vector's output, and of its error; about their means where a gain and a bias will be fitted."""
+        error = y - tried
+        if not self.settings.corrected:
+            nothing = torch.zeros(0, device=y.device)
+            return torch.ones((), device=y.device), nothing, nothing, error.square().sum(), nothing, nothing
+        dims = [d for d in range(y.dim()) if d != y.dim() - 1 - self.layer.trailing]
+        means = error.mean(dims), tried.mean(dims)
+        error = error - error.mean(dims, keepdim=True)
+        tried = tried - tried.mean(dims, keepdim=True)
+        count = torch.tensor(float(y.numel() // means[0].numel()), device=y.device)
+        return count, *means, error.square().sum(), (tried * error).sum(dims), tried.square().sum(dims)
+
+    def _errors(self, found: list[_Moments]) -> list[Tensor]:
+        """[] squared, of each vector, this process's share of it; see :meth:`_error`."""
+        if not self.settings.corrected:
+            return [error for _, _, _, error, _, _ in found]
+        parts = self._of_all.given(tuple(found))
+        return [_left([part[number] for part in parts]) / len(parts) for number in range(len(found))]
+
+    def _error(self, tried: Tensor, y: Tensor) -> Tensor:
+        """[] squared, without what a gain and a bias of each channel of ``tried`` take back if there will be some."""
+        return self._errors([self._moments(tried, y)])[0]
+
+    def error(self) -> Tensor:
+        """[number of vectors] of each, relative to the output, summed over the times; over all processes."""
+        squares = all_reduce(self.squares, "sum")
+        return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30)).sum(0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What rounding will be like.
+
+    Attributes:
+        clips: Multiples of the largest magnitude of an activation that are tried, below 8 bits.
+        weight_clips: Of a weight.
+        shifted: Whether activations may have offsets.
+        corrected: Whether the layers' outputs are corrected.
+    """
+
+    clips: tuple[float, ...]
+    weight_clips: tuple[float, ...]
+    shifted: bool
+    corrected: bool
+
+    def options(self, extent: tuple[Tensor, Tensor], num_bits: NumBits, bound: Tensor | None = None) -> list[_Scale]:
+        """Scales that are tried for an activation.
+
+        Args:
+            extent: Its smallest and largest value.
+            num_bits: Its number format.
+            bound: Largest magnitude; None: that of the smallest and the largest value.
+        """
+        smallest, largest = code_range(num_bits)
+        low, high = extent[0].clamp(max=0), extent[1].clamp(min=0)
+        amax = (torch.maximum(-low, high) if bound is None else bound.to(low.device)).clamp(min=1e-30)
+        clips = _clips_of(num_bits, self.clips)
+        options: list[_Scale] = [(amax * clip / largest, None) for clip in clips]
+        if self.shifted and isinstance(num_bits, int):
+            for clip in clips:
+                scale = ((high * clip - low) / (largest - smallest)).clamp(min=1e-30)
+                options.append((scale, scale * torch.round(low / scale - smallest)))
+        return options
+
+    def errors(self, part: Tensor, options: list[_Scale], num_bits: NumBits) -> Tensor:
+        """[number of options] squared, of a part of the activation."""
+        return torch.stack([(fake_quantize(part, *option, num_bits) - part).square().sum() for option in options])
+
+    def rounded(self, x: Tensor, num_bits: NumBits, extent: tuple[Tensor, Tensor] | None, of_all: OfAll) -> Tensor:
+        """An activation, fake-quantized with that of :meth:`options` which has the least squared error on a part of it.
+
+        Args:
+            x: Of any shape.
+            num_bits: Its number format.
+            extent: Its smallest and largest value; None: those of the samples of all processes.
+            of_all: What these have.
+        """
+        low, high = of_all.extent(*torch.aminmax(x)) if extent is None else extent
+        options = self.options((low.to(x.device), high.to(x.device)), num_bits)
+        best = 0
+        if len(options) > 1:
+            best = int(of_all.sum(self.errors(of_all.part(x, _LOOKED_AT), options, num_bits)).argmin())
+        return fake_quantize(x, *options[best], num_bits)
+
+
+def _clips_of(num_bits: NumBits, clips: tuple[float, ...]) -> tuple[float, ...]:
+    return clips if isinstance(num_bits, int) and num_bits < 8 else clips[:1]
+
+
+def _rounded_weight(layer: SmoothedLayer, vector: Tensor, clips: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
+    """Codes and scales [O, 1, ...] of the multiplied weight, for each output channel; None if it stays in float."""
+    quantizer = layer.module.weight_quantizer
+    plain = isinstance(quantizer, TensorQuantizer) and not isinstance(quantizer, SequentialQuantizer)
+    if not plain or not quantizer.is_enabled or quantizer.num_bits not in SUPPORTED_BITS:
+        return None
+    num_bits: NumBits = quantizer.num_bits
+    weight = layer.multiplied(vector).float()
+    kept = () if quantizer.axis is None else (0,)
+    amax = weight.abs().amax([d for d in range(weight.dim()) if d not in kept], keepdim=True).clamp(min=1e-30)
+    best = torch.full_like(amax, float("inf"))
+    scale = amax / code_range(num_bits)[1]
+    for clip in _clips_of(num_bits, clips):
+        tried = amax * clip / code_range(num_bits)[1]
+        error = (fake_quantize(weight, tried, None, num_bits) - weight).square()
+        error = error.sum([d for d in range(weight.dim()) if d not in kept], keepdim=True)
+        scale, best = torch.where(error < best, tried, scale), torch.minimum(error, best)
+    codes = quantize(weight, scale, None, num_bits)
+    return codes.to(torch.float8_e4m3fn if num_bits == FP8_E4M3 else torch.int8), scale
