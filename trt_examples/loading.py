@@ -61,8 +61,12 @@ def load(family: Family, options: argparse.Namespace, *, quantized: bool = False
             raise TdqError(
                 "model", options.model, f"it cannot be loaded ({error})", "Name a hub id or a folder, or use --tiny"
             ) from error
-    if options.offload:
+    if options.offload == "model":
         pipeline.enable_model_cpu_offload(device=options.device)
+    elif options.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=options.device)
+    elif options.offload == "group":
+        pipeline.enable_group_offload(torch.device(options.device), offload_type="block_level", num_blocks_per_group=1)
     else:
         pipeline.to(options.device)
     return pipeline

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import torch
 
+from modelopt_tdq.lab.placement import DTYPES, OFFLOADS, Placement
 from modelopt_tdq.runtime.build.build import DEFAULT_COMPUTE_CAPABILITIES
 from trt_examples.family import Family
+
+#: What torch calls the types, which users may write as well.
+_TORCH_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 STEPS = ("quantize", "export", "build", "compare", "run")
 
 
 def parse(family: Family, description: str | None, arguments: list[str] | None) -> argparse.Namespace:
     """The options of one run; ``step`` is the list of steps to take, in their order."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("step", nargs="+", choices=[*STEPS, "all"], help="what to do; each step reads what the former ones wrote")
@@ -30,9 +33,16 @@ def parse(family: Family, description: str | None, arguments: list[str] | None) 
     if family.sized:
         add("--height", type=int, help="the model's own unless given")
         add("--width", type=int)
-    add("--device", default=device, help="(%(default)s)")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
-    add("--offload", action="store_true", help="keep only the part that runs on the GPU (less memory, slower)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU, if there is one")
+    add("--dtype", choices=[*DTYPES, *_TORCH_NAMES], help="fp32 on a CPU, else fp16")
+    add(
+        "--offload",
+        nargs="?",
+        const="model",
+        default="none",
+        choices=OFFLOADS,
+        help="what waits in CPU memory until it is needed: each model of the pipeline (--offload alone), layer, or block",
+    )
     add("--shard", action="store_true", help="quantize: spread the denoiser over the processes (fully_shard)")
     export = parser.add_argument_group("export, build")
     export.add_argument("--dynamic-batch", action="store_true", help="leave the batch size open")
@@ -49,7 +59,9 @@ def parse(family: Family, description: str | None, arguments: list[str] | None) 
     )
     options = parser.parse_args(arguments)
     options.step = [step for step in STEPS if step in options.step or "all" in options.step]
-    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "float16")
+    chosen = Placement.of(options.device, _TORCH_NAMES.get(options.dtype, options.dtype or "fp32"), options.offload)
+    options.device = str(chosen.device)
+    options.dtype = str(chosen.dtype if options.dtype or options.device == "cpu" else torch.float16)[len("torch.") :]
     options.output = options.output or Path(f"tdq-{family.name}" + ("-tiny" if options.tiny else ""))
     options.compute_capability = tuple(options.compute_capability or DEFAULT_COMPUTE_CAPABILITIES)
     return options

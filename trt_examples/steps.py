@@ -8,6 +8,7 @@ from typing import Any
 
 import modelopt.torch.opt as mto
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from rich.console import Console
 
 import modelopt_tdq as tdq
@@ -40,6 +41,8 @@ def quantize(family: Family, options: argparse.Namespace) -> tdq.ScaleTable:
     )
     denoiser = getattr(pipeline, family.denoiser)
     table = tdq.scale_table(denoiser)
+    if options.offload != "none":
+        remove_hook_from_submodules(denoiser)  # with its weights in place, it can be saved
     if options.shard:
         denoiser = gathered(denoiser, lambda: getattr(load(family, options), family.denoiser))
     if is_first():

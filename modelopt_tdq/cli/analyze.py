@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from modelopt_tdq.cli.options import CalibrationScript, Model, Recipe, Samples, Seed, Steps, Subfolder
+from modelopt_tdq.cli.options import (
+    CalibrationScript,
+    Device,
+    Dtype,
+    Model,
+    Recipe,
+    Samples,
+    Seed,
+    Steps,
+    Subfolder,
+    check_folder,
+)
 
 __all__ = ["analyze"]
 
@@ -33,12 +44,19 @@ def analyze(
     samples: Samples = None,
     steps: Steps = None,
     seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
 ) -> None:
     """Say, before you invest, whether scales over time will help a model, and which layers are delicate.
 
     Headroom: what the best single scale of a layer loses against the best scale per step. Sensitivity: what
     quantizing one layer alone does to the model's output, estimated for all layers at once by backward passes.
     """
+    from modelopt_tdq.lab.placement import Placement
+
+    placement = Placement.of(device, dtype)  # before all that takes seconds to import
+    if output is not None:
+        check_folder(output)
     from modelopt_tdq.analysis import analyze as run_analysis
     from modelopt_tdq.cli.calibration import prepare
     from modelopt_tdq.config import recipe as recipe_config
@@ -46,7 +64,7 @@ def analyze(
     from modelopt_tdq.lab.report.analysis import analysis_tables, draw_analysis, proposal_lines
 
     config = recipe_config(recipe)
-    prepared = prepare(model, subfolder, calibration_script, samples, steps, seed, most_samples=8)
+    prepared = prepare(model, subfolder, calibration_script, samples, steps, seed, 8, placement)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
     analysis = run_analysis(
         prepared.model, prepared.forward_loop, config, target=target, probes=probes, one_by_one=one_by_one

@@ -14,6 +14,10 @@ from modelopt_tdq.version import __version__
 __all__ = ["app"]
 
 
+#: Commands that go on where they stopped.
+_RESUMED = ("demo",)
+
+
 class _Group(TyperGroup):
     """Shows an error that the user can mend as one line, exit status 2."""
 
@@ -24,6 +28,10 @@ class _Group(TyperGroup):
         except TdqError as error:
             typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            if ctx.invoked_subcommand in _RESUMED:
+                typer.echo("Interrupted: run the same command again to resume.", err=True)
+            raise
 
 
 app = typer.Typer(

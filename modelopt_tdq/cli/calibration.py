@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.lab.placement import Placement
 from modelopt_tdq.lab.reference_models import model_of
 from modelopt_tdq.lab.trajectories import is_unconditional, noise, sample, sample_shape
 
@@ -69,6 +70,7 @@ def prepare(
     steps: int | None,
     seed: int,
     most_samples: int | None = None,
+    placement: Placement | None = None,
 ) -> Calibrated:
     """Load the model and choose its calibration: the user's script, or the model's own sampling trajectories.
 
@@ -80,6 +82,7 @@ def prepare(
         steps: Of each; by default as many as suit the model.
         seed: Of their noise.
         most_samples: That a default may be.
+        placement: Of the model; by default as it is loaded.
 
     Raises:
         TdqError: Something cannot be loaded; the model takes more than a sample and a time, and there is no script.
@@ -89,17 +92,21 @@ def prepare(
     steps = steps or chosen.calibration_steps
     samples = samples or min(chosen.calibration_samples, most_samples or chosen.calibration_samples)
     loaded = chosen.load_model()
-    if function is not None:
-        return Calibrated(loaded, chosen.name, function, None, steps, {"script": script})
-    if not is_unconditional(loaded):
+    if function is None and not is_unconditional(loaded):
         raise TdqError(
             "calibration_script",
             None,
             f"{type(loaded).__name__} takes more than a sample and a time, so it cannot be sampled from noise alone",
             "Pass --calibration-script file.py:function, which gets the model and samples with it",
         )
+    if placement is not None:
+        placement.place(loaded)
+    if function is not None:
+        return Calibrated(loaded, chosen.name, function, None, steps, {"script": script})
     scheduler = chosen.load_scheduler()
     start = noise(samples, sample_shape(loaded), seed)
+    if placement is not None:
+        start = placement.moved(start)
 
     def forward_loop(model: nn.Module) -> None:
         sample(model, scheduler, start, steps)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from modelopt_tdq.cli.options import Folder
+from modelopt_tdq.cli.options import Device, Folder, check_file
 from modelopt_tdq.errors import TdqError, TdqWarning
 
 __all__ = ["export"]
@@ -104,12 +104,20 @@ def export(
             "OpenVINO; direct: those of matrix products two to a byte, for TensorRT, at a kernel more per layer."
         ),
     ] = Packing.NONE,
+    device: Device = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the graph. Default: as it was quantized.", metavar="fp32|bf16|fp16")
+    ] = None,
 ) -> None:
     """Export a quantized model to ONNX; standard operators only, but for the node of --lowering plugin.
 
     The inputs have the names and shapes that calibration used. Calibrate with one time per sample to get an
     ONNX file that takes one time per sample.
     """
+    from modelopt_tdq.lab.placement import Placement
+
+    Placement.of(device, dtype or "fp32")  # before all that takes seconds to import
+    check_file(output)
     import logging
     import warnings
 
@@ -122,7 +130,9 @@ def export(
     warnings.simplefilter("default", TdqWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     found = load_quantized(folder)
-    inputs = make_inputs(found.inputs, batch)
+    placement = Placement.of(device, dtype or found.description.get("dtype", "fp32"))
+    placement.place(found.model)
+    inputs = placement.moved(make_inputs(found.inputs, batch))
     report = export_onnx(
         found.model,
         output,

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import modelopt_tdq as tdq
-from modelopt_tdq.cli.options import CalibrationScript, Maintenance, Model, Recipe, Samples, Seed, Steps, Subfolder
+from modelopt_tdq.cli.options import (
+    CalibrationScript,
+    Device,
+    Dtype,
+    Maintenance,
+    Model,
+    Offload,
+    Recipe,
+    Samples,
+    Seed,
+    Steps,
+    Subfolder,
+)
 
 if TYPE_CHECKING:
     from modelopt_tdq.cli.calibration import Calibrated
@@ -30,6 +42,9 @@ def quantize(
     steps: Steps = None,
     seed: Seed = 0,
     maintenance: Maintenance = "none",
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
+    offload: Offload = "none",
 ) -> None:
     """Quantize a diffusers model: weights per channel, activations with a scale per time step.
 
@@ -37,6 +52,9 @@ def quantize(
     --maintenance, the temporal features are in the model's state, and their table lies beside the scales.
     An unconditional model is calibrated on its own sampling trajectories, with the scheduler beside it.
     """
+    from modelopt_tdq.lab.placement import Placement
+
+    placement = Placement.of(device, dtype, offload)  # before all that takes seconds to import
     import modelopt.torch.quantization as mtq
 
     from modelopt_tdq.cli.calibration import prepare
@@ -46,7 +64,7 @@ def quantize(
 
     check_output(output)
     config = with_maintenance(tdq.recipe(recipe), maintenance)
-    prepared = prepare(model, subfolder, calibration_script, samples, steps, seed)
+    prepared = prepare(model, subfolder, calibration_script, samples, steps, seed, placement=placement)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
     if maintenance not in ("none", "naive"):
         _announce(prepared, config)
@@ -61,12 +79,14 @@ def quantize(
         mtq.quantize(prepared.model, config, prepared.forward_loop)
     finally:
         handle.remove()
+    placement.take_back(prepared.model)
     done = {
         "source": {"model": prepared.source, "subfolder": subfolder},
         "recipe": recipe,
         "maintenance": maintenance,
         "config": config,
         "calibration": prepared.done,
+        "dtype": dtype,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "modelopt_tdq": tdq.__version__,
     }

@@ -30,6 +30,7 @@ __all__ = [
     "QuantizedFolder",
     "check_output",
     "describe_inputs",
+    "is_path",
     "load_model",
     "load_quantized",
     "make_inputs",
@@ -66,6 +67,10 @@ def load_model(source: str | os.PathLike[str], subfolder: str | None = None) -> 
 
 
 def _load(source: str | os.PathLike[str], subfolder: str | None) -> nn.Module:
+    if is_path(source) and not Path(source).is_dir():
+        raise TdqError(
+            "model", str(source), "no such folder", "Name a folder of a diffusers model; or a hub id, owner/name"
+        )
     diffusers = require("diffusers", "diffusers")
     folder = Path(source) / (subfolder or "")
     if Path(source).is_dir() and not (folder / "config.json").is_file():
@@ -75,12 +80,19 @@ def _load(source: str | os.PathLike[str], subfolder: str | None) -> nn.Module:
         kind = _OWN_CLASSES.get(str(name)) or getattr(diffusers, str(name), None)
         if kind is None:
             raise TdqError("_class_name", name, "diffusers has no such model", "Upgrade diffusers")
-        model: nn.Module = kind.from_pretrained(str(source), subfolder=subfolder)
+        local = {"local_files_only": True} if Path(source).is_dir() else {}
+        model: nn.Module = kind.from_pretrained(str(source), subfolder=subfolder, **local)
     except (OSError, ValueError) as error:
         raise TdqError(
             "model", str(source), f"it cannot be loaded ({error})", "Name a folder of a diffusers model, or a hub id"
         ) from error
     return model.eval()
+
+
+def is_path(source: str | os.PathLike[str]) -> bool:
+    """Whether this can only be a local path, which is never looked up on the hub."""
+    text = str(source)
+    return not isinstance(source, str) or text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
 
 
 def describe_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
