@@ -41,7 +41,7 @@ def parse(family: Family, description: str | None, arguments: list[str] | None) 
         const="model",
         default="none",
         choices=OFFLOADS,
-        help="what waits in CPU memory until it is needed: each model of the pipeline (--offload alone), layer, or block",
+        help="what waits in CPU memory until it is needed: each model of the pipeline (default), layer, or block",
     )
     add("--shard", action="store_true", help="quantize: spread the denoiser over the processes (fully_shard)")
     export = parser.add_argument_group("export, build")

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,55 @@ def test_inputs_are_remembered_by_shape() -> None:
     assert made["extra"]["time_ids"].dtype == torch.int64
     assert made["extra"]["scale"].shape == (1,)
     assert made["flag"] is False
+
+
+@pytest.mark.parametrize("offload", ["sequential", "group"])
+def test_offloaded_models_are_quantized_alike(quantized: Path, pipeline: Path, tmp_path: Path, offload: str) -> None:
+    arguments = ("--model", pipeline, "--subfolder", "unet", "--samples", 2, "--steps", 3, "--offload", offload)
+    result = run("quantize", *arguments, "--device", "cpu", "--output", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            load_quantized(tmp_path / "q").model.state_dict().values(),
+            load_quantized(quantized).model.state_dict().values(),
+            strict=True,
+        )
+    )
+
+
+def test_a_model_in_bfloat16(pipeline: Path, tmp_path: Path) -> None:
+    arguments = ("--model", pipeline, "--subfolder", "unet", "--samples", 2, "--steps", 3, "--dtype", "bf16")
+    assert run("quantize", *arguments, "--output", tmp_path / "q").exit_code == 0
+    inputs = json.loads((tmp_path / "q" / "quantization.json").read_text())["inputs"]
+    assert inputs["sample"]["dtype"] == "bfloat16"
+    assert run("export", tmp_path / "q", "--output", tmp_path / "m.onnx").exit_code == 0
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "--output", "q", "--device", "cuda"), "device = 'cuda': .*Use --device cpu"),
+        (
+            ("quantize", "--output", "q", "--device", "tpu"),
+            "device = 'tpu': no such device.*Use cpu, cuda, cuda:1 or auto",
+        ),
+        (("quantize", "--output", "q", "--dtype", "float8"), "dtype = 'float8': no such type.*Use fp32, bf16, fp16"),
+        (("quantize", "--output", "q", "--offload", "disk"), "offload = 'disk': no such offload"),
+        (("quantize", "--output", "q", "--model", "./q"), "model = './q': no such folder"),
+        (("quantize", "--output", "q", "--model", "a/b/c"), "model = 'a/b/c': no such folder"),
+        (("analyze", "--device", "cuda:3"), "device = 'cuda:3': "),
+        (("analyze", "--output", __file__), "output = .* is a file.*Name a folder"),
+        (("export", "q", "--output", "."), "output = '.': it is a folder.*Name a file"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_cannot_be_used_is_told_before_the_work(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, refused(*arguments))
+    assert not list(tmp_path.iterdir())
