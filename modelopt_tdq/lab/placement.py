@@ -73,7 +73,7 @@ class Placement:
 
             remove_hook_from_submodules(model)
         elif self.offload == "group":
-            from diffusers.hooks import HookRegistry
+            from diffusers.hooks.hooks import HookRegistry
 
             HookRegistry.check_if_exists_or_initialize(model).remove_hook("group_offloading")
         model.to("cpu")
