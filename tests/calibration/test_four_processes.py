@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
-from modelopt_tdq.model.stored_weight import kept, whole
+from modelopt_tdq.model.stored_weight import at_rest, kept, replace_weight, whole
 
 _TIMES = (900.0, 20.0)
 
@@ -158,9 +158,21 @@ def _failing(rank: int) -> list[str]:
     return said
 
 
+def _after_a_call(rank: int) -> dict[str, Tensor]:
+    """What becomes of a weight that is replaced when a root still has the whole weights of its last call."""
+    model = _model()
+    fully_shard(model)
+    model(noise(1, 3, 8, 8), torch.tensor(20.0))
+    at_rest(model)
+    before = whole(kept(model.mix))
+    replace_weight(model.mix, 2 * before)
+    model.reshard()
+    return {"twice": 2 * before, "found": whole(kept(model.mix))}
+
+
 def _four(rank: int) -> dict[str, Any]:
     found = {name: mode(rank) for name, mode in _MODES.items()}
-    return found | {"experts": _own_samples(rank, Experts), "failing": _failing(rank)}
+    return found | {"experts": _own_samples(rank, Experts), "failing": _failing(rank), "after": _after_a_call(rank)}
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +213,10 @@ def test_layers_that_run_in_some_processes_only(processes: list[dict[str, Any]])
     for other in others:
         for part, expected in first.items():
             assert _equal(other[part], expected), part
+
+
+def test_weights_of_a_sharded_root_stay_replaced(processes: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(found["after"]["found"], found["after"]["twice"]) for found in processes)
 
 
 def test_all_say_why_one_failed(processes: list[dict[str, Any]]) -> None:
