@@ -61,9 +61,9 @@ class EnginesByTime(EngineDenoiser):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EnginesByTime:
         """The torch denoiser goes where the pipeline goes if it computes one of the sides."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if any(side is self.original for side in self.sides.values()):
-            self.original._apply(fn, recurse)
+            self.original._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
