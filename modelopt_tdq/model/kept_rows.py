@@ -75,13 +75,17 @@ class KeptRows(TensorQuantizer):  # type: ignore[misc]
         self._buffers.pop(CHECKSUM, None)
         self.register_buffer(CHECKSUM, checksum(self._kept()))
 
-    def _read(self, name: str) -> Tensor:
-        """float32: what a buffer holds, wherever it is kept."""
+    def _on_hand(self, name: str) -> Tensor:
+        """A buffer, wherever it is kept."""
         bits: Tensor = getattr(self, name)
         if bits.is_meta:
             release(self)
             bits = getattr(self, name)
-        return bits.view(torch.float32)
+        return bits
+
+    def _read(self, name: str) -> Tensor:
+        """float32: what a buffer holds, wherever it is kept."""
+        return self._on_hand(name).view(torch.float32)
 
     def _kept(self) -> list[Tensor]:
         """The buffers that there are, in their order."""

@@ -15,7 +15,7 @@ from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import averaged
 from modelopt_tdq.model.kept_rows import CHECKSUM, KeptRows
-from modelopt_tdq.model.rows import current_rows
+from modelopt_tdq.model.rows import call_rows, current_rows
 from modelopt_tdq.model.saving import SAVING, no_checkpoint
 from modelopt_tdq.model.timestep import CurrentTimestep, matched
 
@@ -227,16 +227,32 @@ class TemporalQuantizer(KeptRows):
             )
         if not torch.compiler.is_compiling():
             self.require_usable()
-        # ModelOpt places quantizers on the first device of a model that is spread over several
         device = inputs.device
-        scales = self.scales.map(lambda value: value.to(device))
-        if scales.scale.numel() > 1:
-            rows = current_rows(self._timestep, self._timesteps_bits, self._times_key, device)
+        scales = self._at_call(device)
+        if scales.scale.dim() > 1 or scales.scale.numel() > 1:
             scales = scales.map(
-                lambda value: matched(value[rows], inputs, self._timestep, self._reader, self._quantizer_name)
+                lambda value: matched(value, inputs, self._timestep, self._reader, self._quantizer_name)
             )
         divisor = self.channel_divisor
         return scales if divisor is None else scales.over_channels(divisor.to(device))
+
+    def _at_call(self, device: torch.device) -> Scales:
+        """The scales at each time of the call, [1], [B] or [B, N], on ``device``."""
+        # ModelOpt places quantizers on the first device of a model that is spread over several
+        if self._buffers["_scale_bits"].numel() == 1:
+            return self.scales.map(lambda value: value.to(device))
+        bits = self._on_hand("_timesteps_bits")
+        found = call_rows(self._timestep, bits, self._times_key, device)
+        if found is None:
+            rows = current_rows(self._timestep, bits, self._times_key, device)
+        else:
+            names = [name for name in _TABLE_BUFFERS[1:] if name in self._buffers]
+            values = found.values(self._times_key, tuple(self._buffers[name] for name in names))
+            if values is not None:
+                of = dict(zip(names, values, strict=True))
+                return Scales(of["_scale_bits"], *[of.get(name) for name in _TABLE_BUFFERS[2:]])
+            rows = found.rows
+        return self.scales.map(lambda value: value.to(device)[rows])
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:
         scale, offset, dequant_scale, dequant_offset = self._rows(inputs)

@@ -101,10 +101,16 @@ class CurrentTimestep:
         return intervals
 
     @property
-    def found_rows(self) -> dict[Any, Tensor] | None:
+    def found_rows(self) -> dict[Any, Any] | None:
         """What :mod:`modelopt_tdq.model.rows` found for the call in progress; None if there is none in this thread."""
         call = self._in_flight
         return None if getattr(call, "value", None) is None else call.rows
+
+    @property
+    def asked_before(self) -> dict[Any, Any]:
+        """Of each of :attr:`found_rows` of the call of this thread that ended last, what was asked for."""
+        found: dict[Any, Any] = getattr(self._in_flight, "asked_before", {})
+        return found
 
     @property
     def per_frame(self) -> frozenset[int]:
@@ -149,6 +155,8 @@ class CurrentTimestep:
         """The innermost call ends."""
         call = self._in_flight
         if getattr(call, "outer", None) is not None:
+            if not torch.compiler.is_compiling() and call.rows:
+                call.asked_before = {where: rows.asked for where, rows in call.rows.items()}
             call.value, call.intervals, call.rows, call.per_frame, call.outer = call.outer
 
     def remember(self, output: Any) -> None:
@@ -288,7 +296,9 @@ def per_sample(value: Tensor, inputs: Tensor) -> Tensor:
             f"{samples} times cannot be matched with an activation of shape {tuple(inputs.shape)}",
             "Pass one time for the whole batch, or exclude this quantizer with a `quant_cfg` rule",
         )
-    return value.repeat_interleave(batch // samples).reshape(batch, *(1,) * (inputs.dim() - 1))
+    if torch.compiler.is_compiling() or batch != samples:
+        value = value.repeat_interleave(batch // samples)
+    return value.reshape(batch, *(1,) * (inputs.dim() - 1))
 
 
 def matched(value: Tensor, inputs: Tensor, timestep: CurrentTimestep, reader: Reader | None, name: str) -> Tensor:

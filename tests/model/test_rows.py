@@ -10,23 +10,13 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from support.models import noise, quantized
+from support.operators import Operators
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import modelopt_tdq as tdq
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.model.model_table import temporal_quantizers
 from modelopt_tdq.model.rows import TimesKey
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -46,7 +36,7 @@ def test_found_once_for_all_quantizers(model: Any) -> None:
     mtq.fold_weight(model)  # ModelOpt looks at the weights' scales
     for t in (torch.tensor([300.0]), torch.tensor([10.0, 900.0])):
         for _ in range(2):  # the first call reads the times from the device
-            with torch.no_grad(), _Operators() as operators:
+            with torch.no_grad(), Operators() as operators:
                 model(noise(2, 3, 8, 8), t)
         assert operators.names.count("aten.bucketize.Tensor") == 1
         assert "aten._local_scalar_dense.default" not in operators.names
