@@ -8,6 +8,7 @@ what training leaves behind is kept anew.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -186,18 +187,33 @@ def _is_per_channel(amax: Tensor, weight: Tensor) -> bool:
 def _energy_and_noise(weight: Tensor, amax: Tensor, quantizer: TensorQuantizer) -> tuple[float, float, float]:
     """Sum of squares, and the noise of quantizing with that range and of even rounding, relative to it."""
     num_bits: NumBits = quantizer.num_bits
-    values, largest = weight.detach().float(), code_range(num_bits)[1]
-    scale = symmetric_scale(amax.detach().float().to(values.device), num_bits)
-    clipped = torch.maximum(values, -largest * scale) if quantizer.narrow_range else values
-    quantized = fake_quantize(clipped, scale, None, num_bits)
-    energy = float(values.square().sum(dtype=torch.float64))
+    largest = code_range(num_bits)[1]
+    scale = symmetric_scale(amax.detach().float().to(weight.device), num_bits)
+    energies, noises = [], []
+    for part, own in _parts(weight.detach(), scale):
+        values = part.float()
+        clipped = torch.maximum(values, -largest * own) if quantizer.narrow_range else values
+        error = fake_quantize(clipped, own, None, num_bits).sub_(values)
+        energies.append(values.square().sum())
+        noises.append(error.square_().sum())
+    energy, noise = torch.stack([torch.stack(sums).double().sum() for sums in (energies, noises)]).tolist()
     if energy == 0:
         return 0.0, 0.0, 0.0
-    noise = float((quantized - values).square().sum(dtype=torch.float64)) / energy
     if num_bits == FP8_E4M3:
-        return energy, noise, _FP8_ROUNDING
-    rounding = float(scale.square().expand_as(values).sum(dtype=torch.float64)) / 12 / energy
-    return energy, noise, rounding
+        return energy, noise / energy, _FP8_ROUNDING
+    rounding = float(scale.double().square().mean()) * weight.numel() / 12 / energy
+    return energy, noise / energy, rounding
+
+
+def _parts(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A weight in slices of its first dimension, each with its scales; on a CPU, few enough numbers for its cache."""
+    if weight.dim() == 0:
+        yield weight, scale
+        return
+    most = 1 << 17 if weight.device.type == "cpu" else 1 << 26
+    step = max(1, most * len(weight) // max(1, weight.numel()))
+    scales = scale.split(step) if scale.dim() == weight.dim() and len(scale) == len(weight) else itertools.repeat(scale)
+    yield from zip(weight.split(step), scales, strict=False)
 
 
 def _own_range(weight: Tensor, amax: Tensor) -> Tensor:
