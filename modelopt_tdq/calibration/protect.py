@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modelopt_tdq.core.distributed import gather
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.held_weights import held_weights
@@ -25,6 +26,9 @@ from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.replay_ranks import all_samples
 
 __all__ = ["Columns", "install", "prediction_error", "protected_rows"]
+
+#: An output is the same if what differs has less than this fraction of its energy: far less than what is judged.
+_SAME = 1e-10
 
 #: Scale [K] and offset [K] (or None) of each quantizer.
 Columns = dict[str, tuple[Tensor, "Tensor | None"]]
@@ -45,6 +49,7 @@ def prediction_error(
     description: str,
     progress: bool,
     quantized: Callable[[], AbstractContextManager[None]] = nullcontext,
+    most: int | None = None,
 ) -> dict[int, Tensor]:
     """Squared error of the model's output against ``references``, by the number of the call; filled where empty.
 
@@ -56,13 +61,14 @@ def prediction_error(
         description: Of the progress bar.
         progress: Show it.
         quantized: Entered around each call that is compared, where the model is not as it is to be judged.
+        most: Samples of a call; None: all of a time.
 
     Returns:
         By row, [n, 2] float64 on the CPU: for each replayed sample of any process, the squared error and what of the
         reference is squared; the same in all processes.
     """
     found: dict[int, list[tuple[Sequence[float], Tensor]]] = defaultdict(list)
-    bar = tqdm(replay.batches(times), description, len(times), disable=not progress, unit="step")
+    bar = tqdm(replay.batches(times, most=most), description, len(times), disable=not progress, unit="step")
     with torch.no_grad():
         for number, batch in enumerate(bar):
             if number not in references:
@@ -70,8 +76,9 @@ def prediction_error(
                     references[number] = first_output(model(**batch.call)).float()
             reference = references[number]
             with quantized():
-                difference = first_output(model(**batch.call)).float() - reference
+                output = first_output(model(**batch.call))
             if batch.counts:
+                difference = output.float() - reference
                 powers = [value.flatten(1).double().square().sum(1) for value in (difference, reference)]
                 found[batch.row].append((batch.order, torch.stack(powers, 1)))
     return all_samples(found)
@@ -85,6 +92,40 @@ def _convincing(static: dict[int, Tensor], temporal: dict[int, Tensor], rows: in
         variance = (gain.square().mean() - gain.mean().square()).clamp(min=0.0)
         convincing[row] = gain.mean() > (variance / max(len(gain) - 1, 1)).sqrt()
     return convincing
+
+
+def _recorded(model: nn.Module, replay: Replay, times: list[float], most: int) -> dict[int, Tensor]:
+    """Outputs of the calibration itself, by the number of the call; none unless the model gives the same again.
+
+    It does not if it draws random numbers, or ran in other circumstances, as under autocast.
+    """
+    references: dict[int, Tensor] = {}
+    known = True
+    for number, batch in enumerate(replay.batches(times, most=most)):
+        known &= not batch.own or batch.output is not None
+        references[number] = torch.zeros(()) if batch.output is None else batch.output.float()
+    if not all(gather(known)):
+        return {}
+    same = _gives_again(model, replay, times[:1]) and _gives_again(model, replay, times[1:])
+    return references if same else {}
+
+
+def _gives_again(model: nn.Module, replay: Replay, times: list[float]) -> bool:
+    """Whether one sample of each time has the output that it had, in all processes."""
+    same, seen = True, set()
+    with full_precision(model), torch.no_grad():
+        for batch in replay.batches(times, most=1):
+            if batch.row in seen:
+                continue
+            seen.add(batch.row)
+            found = first_output(model(**batch.call)).double()
+            if batch.own:
+                same &= batch.output is not None and _is_same(found, batch.output.to(found))
+    return all(gather(same))
+
+
+def _is_same(found: Tensor, known: Tensor) -> bool:
+    return found.shape == known.shape and bool((found - known).square().sum() <= _SAME * known.square().sum())
 
 
 def protected_rows(
@@ -102,12 +143,13 @@ def protected_rows(
         The columns, and [K] bool: the rows that were replaced.
     """
     rows = torch.tensor(times, dtype=torch.float32)
-    references: dict[int, Tensor] = {}
+    most = replay.largest_batch
+    references = _recorded(model, replay, times, most)
     errors = []
     with held_weights(model):
         for columns, description in ((static, "static scales"), (temporal, "scales over time")):
             install(model, quantizers, rows, columns)
-            found = prediction_error(model, replay, times, references, description, progress)
+            found = prediction_error(model, replay, times, references, description, progress, most=most)
             errors.append({row: powers[:, 0] for row, powers in found.items()})
     worse = ~_convincing(errors[0], errors[1], len(times))
 

@@ -142,7 +142,7 @@ def remember_multiply_adds(model: nn.Module, replay: Replay, times: list[float])
         return
     try:
         with full_precision(model), torch.no_grad(), counted_multiply_adds(model) as counts:
-            model(**next(iter(replay.batches(times[:1]))).call)
+            model(**next(iter(replay.batches(times[:1], most=replay.largest_batch))).call)
     except Exception as error:  # whatever a model raises; the calibration does not depend on it
         _log.info("multiply-adds are not known: %s", error)
         return

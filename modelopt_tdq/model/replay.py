@@ -25,7 +25,7 @@ from modelopt_tdq.core.together import check
 from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.batch_axis import BatchAxis, find_batch_axis
-from modelopt_tdq.model.call import cloned, named_arguments, tensor_leaves
+from modelopt_tdq.model.call import cloned, first_output, named_arguments, tensor_leaves
 from modelopt_tdq.model.replay_ranks import Batch, at_time, largest_group
 from modelopt_tdq.model.stored_weight import at_rest
 from modelopt_tdq.model.timestep import CurrentTimestep
@@ -65,6 +65,9 @@ class Replay:
         self._looked = False
         self._unfinished: tuple[dict[str, Any], list[float]] | None = None
         self._left_out = 0
+        self._largest = 1
+        self._outputs: dict[int, torch.Tensor] = {}  # by order of arrival
+        self._offered: list[tuple[int, int, int]] = []  # order, place and batch of those of the call in progress
         unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
         self._unnamed = [name for name, p in parameters.items() if p.kind in unnamed]
 
@@ -85,6 +88,7 @@ class Replay:
         """Forward pre-hook: look at a call, keep what belongs to the sample."""
         if self._unnamed or self._timestep.aside or self._timestep.value is None:
             return
+        self._offered = []
         arguments = named_arguments(module, args, kwargs)
         if not any(leaf.dim() for name, leaf in tensor_leaves(arguments).items() if name != self._timestep.argument):
             return
@@ -98,16 +102,29 @@ class Replay:
         self._keep(arguments, times)
 
     def _learn_from(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook: the first call is over."""
-        if self._looked or self._unfinished is None or self._timestep.aside:
+        """Forward hook: a call is over; if it is the first, it tells how calls are made of samples."""
+        if self._timestep.aside:
             return
-        arguments, times = self._unfinished
-        self._axis, self._looked, self._unfinished = (
-            find_batch_axis(module, self._timestep, arguments, output),
-            True,
-            None,
-        )
-        self._keep(arguments, times)
+        if not self._looked and self._unfinished is not None:
+            arguments, times = self._unfinished
+            self._axis, self._looked, self._unfinished = (
+                find_batch_axis(module, self._timestep, arguments, output),
+                True,
+                None,
+            )
+            self._keep(arguments, times)
+        self._keep_outputs(output)
+
+    def _keep_outputs(self, output: Any) -> None:
+        """Of the samples of the call that is over, those that were kept."""
+        kept = {order for heap in self._heaps.values() for _, order, _ in heap} if self._offered else set()
+        for order, place, batch in self._offered:
+            rows = first_output(output) if order in kept else None
+            if rows is not None and rows.dim() and len(rows) == batch:
+                self._outputs[order] = rows[place : place + 1].detach().clone()
+        self._offered = []
+        for order in self._outputs.keys() - kept if kept else ():
+            del self._outputs[order]
 
     def _keep(self, arguments: dict[str, Any], times: list[float]) -> None:
         batch = None if self._axis is None else self._axis.batch(arguments)
@@ -117,17 +134,21 @@ class Replay:
             else:
                 self._left_out += 1
             return
+        self._largest = max(self._largest, batch)
         for i in range(batch):
-            self._offer(times[i * len(times) // batch], self._axis.sample(arguments, i, batch))
+            order = self._offer(times[i * len(times) // batch], self._axis.sample(arguments, i, batch))
+            if order is not None:
+                self._offered.append((order, i, batch))
 
-    def _offer(self, time: float, sample: dict[str, Any]) -> None:
-        """Keep a sample of a time, if its hash is among the smallest."""
+    def _offer(self, time: float, sample: dict[str, Any]) -> int | None:
+        """Keep a sample of a time, if its hash is among the smallest; its order then."""
         content = {name: value for name, value in sample.items() if name != self._timestep.argument}
         heap, priority = self._heaps[time], -_priority(content)
         if len(heap) == self._limit and priority <= heap[0][0]:
-            return
+            return None
         item = (priority, next(self._order), cloned(sample))
         (heapq.heappush if len(heap) < self._limit else heapq.heapreplace)(heap, item)
+        return item[1]
 
     def agree(self) -> None:
         """Keep, over all processes of torch.distributed, what one process that saw all samples would have kept.
@@ -218,17 +239,23 @@ class Replay:
         """Whether the calls are made of samples, which can be put together in other ways."""
         return self._axis is not None
 
-    def batches(self, times: list[float], twice: bool = False) -> Iterator[Batch]:
+    @property
+    def largest_batch(self) -> int:
+        """Samples of the largest call that was recorded in this process; 1 where calls are kept whole."""
+        return self._largest
+
+    def batches(self, times: list[float], twice: bool = False, most: int | None = None) -> Iterator[Batch]:
         """Calls of the model for each time at which any process has samples, in order.
 
         One per time, with all samples of it that fit into one call (other shapes, other flags, other values of what
-        samples share are left out: the largest group stays); or one for each call that was kept whole.
-        Every process that saw a call in :meth:`record` makes one call per such time; see
+        samples share are left out: the largest group stays), or several, with ``most`` samples each; or one for each
+        call that was kept whole. Every process that saw a call in :meth:`record` makes as many calls per time; see
         :mod:`modelopt_tdq.model.replay_ranks`. One that saw none makes none: the model ran without it already.
 
         Args:
             times: Those that are run.
             twice: Each call has its samples, and behind them the same once more; only where :attr:`has_samples`.
+            most: Samples of a call; None: all of a time.
 
         Raises:
             TdqError: The model's forward takes arguments that cannot be passed by name.
@@ -248,7 +275,8 @@ class Replay:
                 calls.append([[item] for item in self._sorted(time)])
             else:
                 group = [] if name is None else groups[row].get(name, [])
-                calls.append([group] if group else [])
+                size = max(1, len(group) if most is None else most)
+                calls.append([group[start : start + size] for start in range(0, len(group), size)])
         for row, sizes in enumerate(zip(*gather([[len(call) for call in own] for own in calls]), strict=True)):
             for own in range(max(map(len, sizes))):
                 check()
@@ -257,7 +285,8 @@ class Replay:
                     samples = calls[row][own]
                     call = self._together([sample for _, _, sample in samples] * (1 + twice))
                     self.turns.samples = len(samples)
-                    yield Batch(row, call, tuple(item[0] for item in samples), self._first)
+                    order = tuple(item[0] for item in samples)
+                    yield Batch(row, call, order, self._first, self._output_of(samples))
                 elif self._spare:
                     nearest = min(self._spare, key=lambda other: abs(other - times[row]))
                     call = self._together([self._spare[nearest]] * (1 + twice))
@@ -265,6 +294,12 @@ class Replay:
                     yield Batch(row, at_time(call, self._timestep.argument, times[row]), (), self._first)
                 self.turns.over()
         at_rest(self._model)
+
+    def _output_of(self, samples: list[_Sample]) -> torch.Tensor | None:
+        outputs = [self._outputs.get(order) for _, order, _ in samples]
+        known = [output for output in outputs if output is not None]
+        same = len(known) == len(outputs) and len({(output.shape, output.dtype) for output in known}) == 1
+        return torch.cat(known) if same else None
 
     def _together(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return samples[0] if self._axis is None or len(samples) == 1 else self._axis.together(samples)

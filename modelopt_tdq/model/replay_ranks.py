@@ -31,12 +31,15 @@ class Batch:
             has no samples of this time.
         first: Whether no other process of a lower rank makes the same call with the same samples, as those of tensor
             and context parallelism do: they share the layers' outputs, and each has the whole output of the model.
+        output: What the model made of these samples when they were recorded, one by one behind another; None if that
+            is not known.
     """
 
     row: int
     call: dict[str, Any]
     order: tuple[float, ...]
     first: bool
+    output: Tensor | None = None
 
     @property
     def own(self) -> bool:

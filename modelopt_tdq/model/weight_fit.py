@@ -212,8 +212,9 @@ def _parts(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return
     most = 1 << 17 if weight.device.type == "cpu" else 1 << 26
     step = max(1, most * len(weight) // max(1, weight.numel()))
-    scales = scale.split(step) if scale.dim() == weight.dim() and len(scale) == len(weight) else itertools.repeat(scale)
-    yield from zip(weight.split(step), scales, strict=False)
+    own = scale.dim() == weight.dim() and len(scale) == len(weight)
+    scales = torch.split(scale, step) if own else itertools.repeat(scale)
+    yield from zip(torch.split(weight, step), scales, strict=False)
 
 
 def _own_range(weight: Tensor, amax: Tensor) -> Tensor:
