@@ -22,7 +22,7 @@ from modelopt_tdq.model.call import cloned, layout, tensor_leaves, walk
 from modelopt_tdq.model.snapshot import restored
 from modelopt_tdq.model.timestep import CurrentTimestep
 
-__all__ = ["BatchAxis", "find_batch_axis"]
+__all__ = ["BatchAxis", "digest", "find_batch_axis"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,12 @@ class BatchAxis:
     def layout(self, sample: Mapping[str, Any]) -> str:
         """What samples of one call have in common: shapes, all that is no tensor, and the content of shared tensors."""
         leaves = tensor_leaves(sample)
-        shared = [(name, _digest(leaves[name])) for name in sorted(self.shared & leaves.keys())]
+        shared = [(name, digest(leaves[name])) for name in sorted(self.shared & leaves.keys())]
         return repr((layout({name: value for name, value in sample.items() if name != self.time}), shared))
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """Of the content of a tensor."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest() if plain.numel() else ""
 

@@ -11,6 +11,7 @@ import copy
 import heapq
 import inspect
 import itertools
+import weakref
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ from modelopt_tdq.core.distributed import gather, rank
 from modelopt_tdq.core.together import check
 from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.model.batch_axis import BatchAxis, find_batch_axis
-from modelopt_tdq.model.call import cloned, first_output, named_arguments, tensor_leaves
+from modelopt_tdq.model.batch_axis import BatchAxis, digest, find_batch_axis
+from modelopt_tdq.model.call import cloned, first_output, named_arguments, tensor_leaves, walk
 from modelopt_tdq.model.replay_ranks import Batch, at_time, largest_group
 from modelopt_tdq.model.stored_weight import at_rest
 from modelopt_tdq.model.timestep import CurrentTimestep
@@ -66,6 +67,9 @@ class Replay:
         self._unfinished: tuple[dict[str, Any], list[float]] | None = None
         self._left_out = 0
         self._largest = 1
+        # one copy of each content: text embeddings and the like are the same at all times
+        self._contents: weakref.WeakValueDictionary[tuple[Any, ...], torch.Tensor] = weakref.WeakValueDictionary()
+        self._places: dict[str, torch.device] = {}
         self._outputs: dict[int, torch.Tensor] = {}  # by order of arrival
         self._offered: list[tuple[int, int, int]] = []  # order, place and batch of those of the call in progress
         unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
@@ -146,9 +150,33 @@ class Replay:
         heap, priority = self._heaps[time], -_priority(content)
         if len(heap) == self._limit and priority <= heap[0][0]:
             return None
-        item = (priority, next(self._order), cloned(sample))
+        item = (priority, next(self._order), self._stored(sample))
         (heapq.heappush if len(heap) < self._limit else heapq.heapreplace)(heap, item)
         return item[1]
+
+    def _stored(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A copy on the CPU, which shares its tensors with equal ones of other samples."""
+
+        def store(name: str, leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            self._places[name] = leaf.device
+            kept = leaf.detach().to("cpu", copy=True)
+            if not _is_plain(kept):
+                return kept
+            return self._contents.setdefault((kept.dtype, kept.shape, digest(kept)), kept)
+
+        stored: dict[str, Any] = walk(sample, store)
+        return stored
+
+    def _placed(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Where the model takes it."""
+
+        def place(name: str, leaf: Any) -> Any:
+            return leaf.to(self._places.get(name, leaf.device)) if isinstance(leaf, torch.Tensor) else leaf
+
+        placed: dict[str, Any] = walk(call, place)
+        return placed
 
     def agree(self) -> None:
         """Keep, over all processes of torch.distributed, what one process that saw all samples would have kept.
@@ -212,7 +240,7 @@ class Replay:
             TdqError: As :meth:`batches`.
         """
         self.require_samples()
-        return [sample for _, _, sample in self._sorted(time)]
+        return [self._placed(sample) for _, _, sample in self._sorted(time)]
 
     @property
     def times(self) -> list[float]:
@@ -302,7 +330,13 @@ class Replay:
         return torch.cat(known) if same else None
 
     def _together(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        return samples[0] if self._axis is None or len(samples) == 1 else self._axis.together(samples)
+        if self._axis is None or len(samples) == 1:
+            return self._placed(cloned(samples[0]))  # whoever writes to it writes to no other sample
+        return self._placed(self._axis.together(samples))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def _priority(sample: dict[str, Any]) -> float:

@@ -216,3 +216,48 @@ def test_the_first_tensor_of_an_output() -> None:
     assert first_output((x, None)) is x
     assert first_output([[x]]) is x
     assert first_output({"sample": x}) is x
+
+
+def _embedded(time: float, text: Tensor) -> Call:
+    return {"sample": noise(2, 1, 2, 2, seed=int(time)), "timestep": torch.tensor(time), "text": text.clone()}
+
+
+def test_what_is_equal_over_time_is_kept_once() -> None:
+    text = noise(2, 16)
+    replay = _recorded(_embedded(time, text) for time in TIMES)
+    held = [tensor for time in TIMES for sample in replay.samples(time) for tensor in [sample["text"]]]
+    assert len(held) == 2 * len(TIMES)
+    assert len({tensor.data_ptr() for tensor in held}) == 2
+    for batch in replay.batches(sorted(TIMES)):
+        assert torch.equal(torch.sort(batch.call["text"][:, 0])[0], torch.sort(text[:, 0])[0])
+
+
+def test_who_writes_to_the_arguments_of_a_call_writes_to_no_sample() -> None:
+    text = noise(1, 16)
+    calls = [{"sample": noise(1, 1, 2, 2), "timestep": torch.tensor(time), "text": text} for time in TIMES]
+    replay = _recorded(calls, samples=1)
+    for _ in range(2):
+        for batch in replay.batches(sorted(TIMES)):
+            assert torch.equal(batch.call["text"], text)
+            batch.call["text"].zero_()
+            batch.call["sample"].zero_()
+
+
+def test_samples_are_kept_on_the_cpu_and_run_where_they_came_from() -> None:
+    """There is no second device here: what came from one is told by the name of the argument."""
+    replay = _recorded(_embedded(time, noise(2, 16)) for time in TIMES)
+    replay._places = dict.fromkeys(replay._places, torch.device("meta"))
+    assert all(sample["text"].device.type == "cpu" for _, _, sample in replay._sorted(TIMES[0]))
+    assert all(tensor.is_meta for tensor in replay.samples(TIMES[0])[0].values())
+    assert all(tensor.is_meta for batch in replay.batches([TIMES[0]]) for tensor in batch.call.values())
+
+
+def test_outputs_go_with_their_samples() -> None:
+    model = Recorder()
+    replay = _recorded((_embedded(time, noise(2, 16)) for time in TIMES), model=model)
+    found = list(replay.batches(sorted(TIMES), most=1))
+    assert [batch.row for batch in found] == [0, 0, 1, 1, 2, 2, 3, 3]
+    for batch in [*found, *replay.batches(sorted(TIMES))]:
+        assert batch.output is not None
+        torch.testing.assert_close(batch.output, model(**batch.call))
+    assert replay.largest_batch == 2
