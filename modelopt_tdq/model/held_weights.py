@@ -16,7 +16,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.select import shared_parameters
 from modelopt_tdq.model.stored_weight import whole
-from modelopt_tdq.model.weight_fit import is_learned, plain_weights
+from modelopt_tdq.model.weight_fit import is_learned, plain_weights, weight_parts
 
 __all__ = ["HeldWeight", "held_weights", "own_weights"]
 
@@ -56,12 +56,26 @@ def held_weights(model: nn.Module) -> Iterator[None]:
             left -= weight.nbytes
             if left >= 0:
                 with torch.no_grad():
-                    HeldWeight.from_tensor_quantizer(quantizer, quantizer(weight).detach())
+                    HeldWeight.from_tensor_quantizer(quantizer, _quantized(weight.detach(), quantizer))
                 held.append(quantizer)
         yield
     finally:
         for quantizer in held:
             quantizer.release()
+
+
+def _quantized(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
+    """What ModelOpt's quantizer makes of a weight, found part by part, so that its temporaries stay in the cache."""
+    values, amax = torch.empty_like(weight), quantizer._buffers["_amax"]
+    try:
+        start = 0
+        for part, own in weight_parts(weight, amax):
+            quantizer._buffers["_amax"] = own
+            values[start : start + len(part)] = quantizer(part)
+            start += len(part)
+    finally:
+        quantizer._buffers["_amax"] = amax
+    return values
 
 
 def _constant(model: nn.Module) -> dict[nn.Module, tuple[Tensor, TensorQuantizer]]:

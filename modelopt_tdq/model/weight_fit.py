@@ -44,6 +44,7 @@ __all__ = [
     "warn_of_changed_weights",
     "watch_training",
     "weight_change",
+    "weight_parts",
 ]
 
 #: Attribute of a weight quantizer: what was measured when its scale was calibrated; saved with ModelOpt's state.
@@ -190,7 +191,7 @@ def _energy_and_noise(weight: Tensor, amax: Tensor, quantizer: TensorQuantizer) 
     largest = code_range(num_bits)[1]
     scale = symmetric_scale(amax.detach().float().to(weight.device), num_bits)
     energies, noises = [], []
-    for part, own in _parts(weight.detach(), scale):
+    for part, own in weight_parts(weight.detach(), scale):
         values = part.float()
         clipped = torch.maximum(values, -largest * own) if quantizer.narrow_range else values
         error = fake_quantize(clipped, own, None, num_bits).sub_(values)
@@ -205,7 +206,7 @@ def _energy_and_noise(weight: Tensor, amax: Tensor, quantizer: TensorQuantizer) 
     return energy, noise / energy, rounding
 
 
-def _parts(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def weight_parts(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """A weight in slices of its first dimension, each with its scales; on a CPU, few enough numbers for its cache."""
     if weight.dim() == 0:
         yield weight, scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -16,6 +17,7 @@ from modelopt_tdq.model import held_weights as module
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.held_weights import held_weights
 from modelopt_tdq.model.select import weight_quantizers
+from modelopt_tdq.model.weight_fit import weight_parts
 
 
 @torch.no_grad()
@@ -83,3 +85,22 @@ def test_a_weight_that_two_layers_share_is_quantized_by_each() -> None:
     expected = outputs(model)
     with held_weights(model):
         assert all(map(torch.equal, outputs(model), expected))
+
+
+@pytest.mark.parametrize("num_bits", [8, 4, (4, 3)])
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_part_by_part_as_in_one_go(num_bits: Any, axis: int | None) -> None:
+    layer = nn.Linear(1024, 300, bias=False)
+    with torch.no_grad():
+        layer.weight[:, 7] *= 20
+        layer.weight[250] = 0
+    rules = [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": num_bits, "axis": axis}}]
+    mtq.quantize(layer, {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *rules], "algorithm": "max"})
+    with torch.no_grad():
+        expected = layer.weight_quantizer(layer.weight)
+    assert not torch.equal(expected, layer.weight)
+    assert len(list(weight_parts(layer.weight, layer.weight_quantizer.amax))) == 3
+    amax = layer.weight_quantizer._amax
+    with held_weights(layer):
+        assert torch.equal(layer.weight_quantizer._values, expected)
+    assert layer.weight_quantizer._amax is amax
