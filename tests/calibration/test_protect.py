@@ -24,8 +24,8 @@ def test_a_row_that_predicts_worse_takes_the_static_scales(monkeypatch: pytest.M
 
     original = calibrate.columns
 
-    def spoiled(evidence, config, temporal):  # type: ignore[no-untyped-def]
-        scale, offset = original(evidence, config, temporal)
+    def spoiled(evidence, config, temporal, *rest):  # type: ignore[no-untyped-def]
+        scale, offset = original(evidence, config, temporal, *rest)
         if temporal:
             scale = scale.clone()
             scale[1] *= 40
