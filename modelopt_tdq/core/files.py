@@ -36,7 +36,9 @@ def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
 
     Args:
         targets: Files or folders, all in one folder, which is made if need be. They are replaced in this order: name
-            last what tells that the others are complete. What the body does not write is not replaced.
+            last what tells that the others are complete. Where one of several is replaced, the last is away meanwhile:
+            whoever finds it finds the others that belong to it, also when the process ends in between. What the body
+            does not write is not replaced.
     """
     parent = targets[0].parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -44,9 +46,28 @@ def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
     with tempfile.TemporaryDirectory(dir=parent, prefix=".tdq-", ignore_cleanup_errors=True) as beside:
         partial = tuple(Path(beside) / target.name for target in targets)
         yield partial
-        for source, target in zip(partial, targets, strict=True):
-            if source.exists():
-                _move(source, target, Path(beside) / "replaced")
+        _move_all([pair for pair in zip(partial, targets, strict=True) if pair[0].exists()], Path(beside) / "replaced")
+
+
+def _move_all(pairs: list[tuple[Path, Path]], aside: Path) -> None:
+    """Move every first path to the second, in this order; if one cannot be moved, all is as before."""
+    aside.mkdir()
+    replaced, arrived = [], []
+    try:
+        if any(target.exists() for _, target in pairs[:-1]):
+            for _, target in reversed(pairs):
+                if target.exists():
+                    os.replace(target, aside / target.name)
+                    replaced.append(target)
+        for source, target in pairs:
+            _move(source, target, aside / target.name)
+            arrived.append((source, target))
+    except BaseException:
+        for source, target in reversed(arrived):
+            os.replace(target, source)
+        for target in reversed(replaced):
+            os.replace(aside / target.name, target)
+        raise
 
 
 def _move(source: Path, target: Path, aside: Path) -> None:

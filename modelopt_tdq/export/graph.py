@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["GraphEditor"]
+
+#: Elements of constants that are compared, and stored once where they are equal.
+_SMALL = 64
 
 
 class GraphEditor:
@@ -44,7 +48,7 @@ class GraphEditor:
     def constant(self, name: str, array: Any) -> ir.Value:
         """An initializer that holds ``array``; equal small arrays are stored once."""
         array = np.asarray(array)
-        key = (str(array.dtype), array.tobytes(), array.shape) if array.size <= 64 else None
+        key = (str(array.dtype), array.tobytes(), array.shape) if array.size <= _SMALL else None
         if key is not None and key in self._constants:
             return self._constants[key]
         value = self.ir.Value(name=self.unique(name))
@@ -53,6 +57,21 @@ class GraphEditor:
         self.graph.register_initializer(value)
         if key is not None:
             self._constants[key] = value
+        return cast("ir.Value", value)
+
+    def lazy(self, name: str, shape: Sequence[int], dtype: Any, compute: Callable[[], Any]) -> ir.Value:
+        """An initializer that holds what ``compute`` returns, called whenever it is asked for: when it is written.
+
+        Small ones are constants, as of :meth:`constant`.
+        """
+        if math.prod(shape) <= _SMALL:
+            return self.constant(name, compute())
+        value = self.ir.Value(name=self.unique(name))
+        value.dtype, value.shape = self.ir.DataType(dtype), self.ir.Shape(shape)
+        value.const_value = self.ir.LazyTensor(
+            lambda: self.ir.tensor(compute(), name=value.name), value.dtype, value.shape, name=value.name
+        )
+        self.graph.register_initializer(value)
         return cast("ir.Value", value)
 
     def ints(self, values: Sequence[int]) -> ir.Value:

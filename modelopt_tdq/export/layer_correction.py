@@ -98,7 +98,7 @@ def _static(marker: ir.Node, product: ir.Node, spec: QuantizationSpec) -> _Stati
     weight = spec.weights.get(marker_name(node))
     kind = kind_of_operator(product.op_type)
     axis = 0 if kind is None else kind.weight_axis
-    if weight is None or weight.axis not in (None, axis) or weight.codes.shape[axis] != correction.gain.shape[1]:
+    if weight is None or weight.axis not in (None, axis) or weight.shape[axis] != correction.gain.shape[1]:
         return None
     return _Static(marker, product, weight.name, axis)
 

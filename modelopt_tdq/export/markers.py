@@ -50,6 +50,9 @@ FEATURE_MARKER = "TemporalFeature"
 #: Buffer of a quantizer with ``channel_divisor``: the same, as the floats that the exporter knows.
 _DIVISOR = "_marker_divisor"
 
+#: Buffers that markers compute with.
+_COMPUTED_WITH = (_DIVISOR, "_pre_quant_scale")
+
 
 class Marker:
     """Put in front of the class of a quantizer, turns what it computes into one node.
@@ -134,6 +137,16 @@ def _divided(quantizer: Any, x: Tensor) -> Tensor:
     return x if divisor is None else (x.to(torch.float32) / divisor).to(x.dtype)
 
 
+def _hide_state(quantizer: TensorQuantizer) -> None:
+    """Make buffers and parameters that a marker does not compute with plain attributes.
+
+    Torch traces a model with all of its buffers as inputs, and there are more of quantizers than of weights.
+    """
+    for tensors in (quantizer._buffers, quantizer._parameters):
+        for name in [name for name in tensors if name not in _COMPUTED_WITH]:
+            object.__setattr__(quantizer, name, tensors.pop(name))
+
+
 @contextmanager
 def without_markers(model: nn.Module) -> Iterator[None]:
     """A model of :func:`with_markers` in full precision meanwhile: its quantizers pass their inputs on."""
@@ -197,9 +210,13 @@ def _export_functionals(self: Any) -> Iterator[tuple[ModuleType, str, Callable[.
 
 
 def with_markers(model: nn.Module) -> nn.Module:
-    """A deep copy of ``model`` for export: quantizers are markers, attention is plain, nothing delivers the time."""
+    """A copy of ``model`` for export: quantizers are markers, attention is plain, nothing delivers the time.
+
+    The copy has the parameters of ``model``, which is what takes the memory; everything else is its own.
+    """
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     # ModelOpt's recurrent layers hold a Python module, which deepcopy does not take
-    prepared = copy.deepcopy(model, {id(_VF): _VF}).eval()
+    prepared = copy.deepcopy(model, {**shared, id(_VF): _VF}).eval()
     without_delivery(prepared)
     weights = weight_quantizers(prepared)
     for name, module in list(prepared.named_modules()):
@@ -216,6 +233,8 @@ def with_markers(model: nn.Module) -> nn.Module:
         elif issubclass(type(module), LookedUp):
             _put_in_front(module, _FeatureMarker, marker_name=name, marker_type=FEATURE_MARKER, shapes=[])
     for module in prepared.modules():
+        if isinstance(module, TensorQuantizer):
+            _hide_state(module)
         if isinstance(module, _QuantFunctionalMixin) and hasattr(module, "q_bmm_quantizer"):
             kind = type(module)
             plain = {"functionals_to_replace": property(_export_functionals), "__module__": kind.__module__}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import TdqError, TdqWarning, require
 from modelopt_tdq.export.context import LoweringContext, TokenTimes
 from modelopt_tdq.export.features import lower_features
@@ -21,6 +20,7 @@ from modelopt_tdq.export.layer_correction import fold_static
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
 from modelopt_tdq.export.names import Names, as_passed, names_of, rename
+from modelopt_tdq.export.onnx_file import write_onnx
 from modelopt_tdq.export.one_time import nan_where_times_differ, needs_one_time
 from modelopt_tdq.export.open_sizes import open_sizes
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
@@ -44,12 +44,9 @@ from modelopt_tdq.temporal_features.guard import require_proven
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["EXTERNAL_DATA_ABOVE", "ExportReport", "MarkerGraph", "export_onnx", "lower", "marker_graph"]
+__all__ = ["ExportReport", "MarkerGraph", "export_onnx", "lower", "marker_graph"]
 
 _LOWERINGS = {"ratio": lower_ratio, "reference": lower_reference, "plugin": lower_ratio}
-
-#: A protobuf file ends at 2 GiB; larger weights go into a file beside it.
-EXTERNAL_DATA_ABOVE = 1 << 30
 
 
 def export_onnx(
@@ -158,9 +155,9 @@ def export_onnx(
     context = lower(graph, lowering, table_input=table_input, pack_weights=pack_weights)
     if twin is not None and reference is not None:
         lower(twin, "reference")
-        _write(twin.model, reference)
+        write_onnx(twin.model, reference)
     rename(graph.model, *renamed)
-    _write(graph.model, target)
+    write_onnx(graph.model, target)
     return report_of(context, target, lowering, unquantized_layers(model), graph.constants, graph.decisions)
 
 
@@ -310,18 +307,3 @@ def _finish(model: ir.Model, lowering: str) -> None:
         model.opset_imports[PLUGIN_DOMAIN] = 1
     model.producer_name = "modelopt_tdq"
     model.metadata_props["modelopt_tdq.lowering"] = lowering
-
-
-def _write(model: ir.Model, target: Path) -> None:
-    """Write into a folder beside the target, check, and move into place."""
-    ir, onnx = require("onnx_ir", "onnx"), require("onnx", "onnx")
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    data = target.with_name(f"{target.name}.data")
-    with replacing(data, target) as (_, partial):
-        ir.save(model, partial, external_data=data.name if size > EXTERNAL_DATA_ABOVE else None)
-        try:
-            onnx.checker.check_model(str(partial), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise TdqError(
-                "path", str(target), f"the graph did not pass ONNX's checker ({error})", "Report this"
-            ) from error

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-__all__ = ["PLUGIN_DOMAIN", "looked_up_by_plugin", "plugin_free"]
+__all__ = ["PLUGIN_DOMAIN", "looked_up_by_plugin", "plugin_free", "without_plugin"]
 
 #: Where ONNX Runtime and ModelOpt look for nodes that are plugins of TensorRT; TensorRT itself reads the attributes.
 PLUGIN_DOMAIN = "trt.plugins"
@@ -111,15 +111,20 @@ def plugin_free(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
     ir = require("onnx_ir", "onnx")
     proto = require("onnx", "onnx").load(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
     graph = ir.from_proto(proto)
+    without_plugin(graph, str(model)[:80])
+    return cast("onnx.ModelProto", ir.to_proto(graph))
+
+
+def without_plugin(graph: ir.Model, shown: str) -> None:
+    """:func:`plugin_free` in place; ``shown`` is what an error calls the graph."""
     nodes = [node for node in graph.graph if node.domain == PLUGIN_DOMAIN and node.op_type == NAME]
     if not nodes:
-        raise TdqError("model", str(model)[:80], f"it has no node {NAME}", "Export it with lowering='plugin'")
+        raise TdqError("model", shown, f"it has no node {NAME}", "Export it with lowering='plugin'")
     editor = GraphEditor(graph.graph)
     for node in nodes:
         _replace(editor, node)
     graph.opset_imports.pop(PLUGIN_DOMAIN, None)
     require("onnx_ir.passes.common", "onnx").RemoveUnusedNodesPass()(graph)
-    return cast("onnx.ModelProto", ir.to_proto(graph))
 
 
 def _replace(editor: GraphEditor, node: ir.Node) -> None:

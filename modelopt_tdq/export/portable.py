@@ -197,8 +197,9 @@ def _round_to_bfloat16(editor: GraphEditor, node: ir.Node) -> None:
 
 def _hide_matrix(editor: GraphEditor, node: ir.Node) -> None:
     matrix, codes = node.outputs[0], node.inputs[0]
-    values = constant_of(codes)
-    if codes is None or codes.dtype != editor.ir.DataType.FLOAT8E4M3FN or values is None or values.ndim != 2:
+    if codes is None or codes.dtype != editor.ir.DataType.FLOAT8E4M3FN or codes.const_value is None:
+        return
+    if len(codes.const_value.shape) != 2:
         return
     for user, index in list(matrix.uses()):
         if user.op_type in ("MatMul", "Gemm"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,17 +41,31 @@ class WeightSpec:
 
     Attributes:
         name: As in ``model.named_modules()``.
-        codes: The weight's shape; int8, or the bytes of FP8 E4M3 values as uint8.
+        shape: Of the weight.
         num_bits: Number format of the codes.
         scale: float32, [C] along ``axis``, or [] per tensor.
         axis: Of the channels, or None per tensor.
+        compute: Gives the codes.
     """
 
     name: str
-    codes: np.ndarray[Any, np.dtype[Any]]
+    shape: tuple[int, ...]
     num_bits: NumBits
     scale: np.ndarray[Any, np.dtype[np.float32]]
     axis: int | None
+    compute: Callable[[], np.ndarray[Any, np.dtype[Any]]] = field(repr=False)
+
+    @property
+    def codes(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """The weight's shape; int8, or the bytes of FP8 E4M3 values as uint8. Computed each time: all of a large model
+        would take as much memory again as a quarter or a half of its weights.
+        """
+        return self.compute()
+
+    @property
+    def size(self) -> int:
+        """Number of codes."""
+        return math.prod(self.shape)
 
     @property
     def is_fp8(self) -> bool:
@@ -83,20 +99,27 @@ def unsupported(name: str, value: Any, problem: str) -> TdqError:
     )
 
 
-def read_weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple[Any, str]:
-    """The codes of one weight, or its fake-quantized values and why they have no codes."""
+def read_weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple[Callable[[], Any], str]:
+    """The codes of one weight, or how its fake-quantized values are computed and why they have no codes."""
     if not quantizer.fake_quant:
         raise unsupported(name, type(weight).__name__, "a weight that is stored compressed")
-    values = quantizer(weight.detach().float()).detach().float().cpu()
+
+    def values() -> Tensor:
+        with torch.no_grad():
+            return cast("Tensor", quantizer(weight.detach().float())).detach().float().cpu()
+
+    def without(reason: str) -> tuple[Callable[[], Any], str]:
+        return lambda: values().numpy(), reason
+
     if not isinstance(quantizer, TensorQuantizer) or isinstance(quantizer, SequentialQuantizer):
-        return values.numpy(), "several quantizers in a row"
+        return without("several quantizers in a row")
     bits, axis = quantizer.num_bits, quantizer.axis
     axes = (axis,) if isinstance(axis, int) else tuple(axis or ())
     if quantizer.block_sizes is not None or bits not in SUPPORTED_BITS or quantizer.unsigned or len(axes) > 1:
-        return values.numpy(), f"no per-channel weight format of ONNX: {quantizer.extra_repr()}"
+        return without(f"no per-channel weight format of ONNX: {quantizer.extra_repr()}")
     amax = quantizer.amax
     if amax is None:
-        return values.numpy(), "no calibrated amax"
+        return without("no calibrated amax")
     channel = axes[0] % weight.dim() if axes else None
     if isinstance(quantizer, LearnedWeightQuantizer):
         scale = quantizer.scale.detach().cpu()
@@ -104,17 +127,27 @@ def read_weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple
         scale = amax.detach().float().cpu() / quantizer.maxbound
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     if amax.numel() != (1 if channel is None else weight.shape[channel]):
-        return values.numpy(), f"its amax has shape {tuple(amax.shape)}"
-    shape = [1] * weight.dim()
-    if channel is not None:
-        shape[channel] = -1
-    codes = values / scale.reshape(shape)
-    codes = codes.to(torch.float8_e4m3fn) if bits == FP8_E4M3 else torch.round(codes)
-    if not torch.allclose(codes.float() * scale.reshape(shape), values, rtol=1e-5, atol=0.0):
-        return values.numpy(), "its values are no multiples of its scale"
-    stored = codes.view(torch.uint8) if bits == FP8_E4M3 else codes.to(torch.int8)
+        return without(f"its amax has shape {tuple(amax.shape)}")
     scale = scale.reshape(()) if channel is None else scale.reshape(-1)
-    return WeightSpec(name, stored.numpy(), bits, scale.numpy(), channel)
+    divisor = scale if channel is None else scale.reshape([-1] + [1] * (weight.dim() - 1 - channel))
+
+    def codes(values: Tensor) -> Tensor:
+        quotient = values / divisor
+        return quotient.to(torch.float8_e4m3fn) if bits == FP8_E4M3 else quotient.round_().to(torch.int8)
+
+    def stored() -> Any:
+        found = codes(values())
+        return (found.view(torch.uint8) if bits == FP8_E4M3 else found).numpy()
+
+    if not _are_multiples(codes, divisor, values()):
+        return without("its values are no multiples of its scale")
+    return WeightSpec(name, tuple(weight.shape), bits, scale.numpy(), channel, stored)
+
+
+def _are_multiples(codes: Callable[[Tensor], Tensor], scale: Tensor, values: Tensor) -> bool:
+    """Whether codes times ``scale`` are ``values``, but for rounding."""
+    error = codes(values).float().mul_(scale).sub_(values).abs_()
+    return bool((error <= values.abs_().mul_(1e-5)).all())
 
 
 _Rows = np.ndarray[Any, np.dtype[np.float32]]
@@ -211,8 +244,8 @@ class QuantizationSpec:
     Attributes:
         activations: By quantizer name.
         weights: By quantizer name.
-        folded: Weight quantizers whose format ONNX cannot hold per channel, with the reason; their
-            fake-quantized weights are deployed as floats.
+        folded: Weight quantizers whose format ONNX cannot hold per channel: what computes their fake-quantized weights,
+            which are deployed as floats, and the reason.
         timesteps: [K] float32, the times that the rows of the table stand for.
         timestep: Name of the model's argument that holds the time; None if nothing depends on it.
         features: The outputs of layers that are looked up, on the CPU; None if there are none.
@@ -224,7 +257,7 @@ class QuantizationSpec:
 
     activations: dict[str, ActivationSpec]
     weights: dict[str, WeightSpec]
-    folded: dict[str, tuple[np.ndarray[Any, np.dtype[np.float32]], str]]
+    folded: dict[str, tuple[Callable[[], np.ndarray[Any, np.dtype[np.float32]]], str]]
     timesteps: np.ndarray[Any, np.dtype[np.float32]]
     timestep: str | None
     features: FeatureTable | None = None

@@ -20,6 +20,7 @@ from modelopt_tdq.export.inputs import Inputs, make_constant
 from modelopt_tdq.export.known_values import KnownValues
 from modelopt_tdq.export.markers import Marker, without_markers
 from modelopt_tdq.export.open_sizes import OpenSizes
+from modelopt_tdq.export.optimizer import optimize
 from modelopt_tdq.export.outputs import flatten_outputs
 from modelopt_tdq.export.plain_attention import in_plain_attention
 from modelopt_tdq.export.portable import OPSET_BFLOAT16
@@ -223,7 +224,7 @@ def _once(
     values = dict(zip(inputs.names, real_inputs(inputs.tensors), strict=True))
     make_constant(exported.model, {name: values[name] for name in found})
     keep_constants(exported.model)
-    exported.optimize()
+    optimize(exported)
     return exported, found
 
 

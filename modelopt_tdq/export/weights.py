@@ -50,7 +50,7 @@ class LoweredWeight:
     @property
     def nbytes(self) -> int:
         """Size of the codes in the file."""
-        size = self.spec.codes.size
+        size = self.spec.size
         return (size + 1) // 2 if self.packed else size
 
     def values(self) -> Any:
@@ -83,7 +83,7 @@ def _uses(value: ir.Value) -> tuple[list[ir.Value], bool]:
 def _is_packed(spec: WeightSpec, users: set[str], pack: PackWeights) -> bool:
     if not spec.fits_int4 or pack == "none":
         return False
-    return pack == "cast" or (users <= {"MatMul", "Gemm"} and spec.codes.size % 2 == 0)
+    return pack == "cast" or (users <= {"MatMul", "Gemm"} and spec.size % 2 == 0)
 
 
 def _dequantized(
@@ -95,25 +95,30 @@ def _dequantized(
     multiply by a single scale, or by one per channel of axis 1, in a kernel that quantizes the other operand too.
     """
     types = editor.ir.DataType
-    codes = np.ascontiguousarray(spec.codes.T) if transpose else spec.codes
-    codes = codes.view(types.FLOAT8E4M3FN.numpy()) if spec.is_fp8 else codes
+    kind = types.FLOAT8E4M3FN if spec.is_fp8 else types.INT8
+    held = kind if pack == "none" else types.INT4
+
+    def codes() -> Any:
+        found = np.ascontiguousarray(spec.codes.T) if transpose else spec.codes
+        found = found.view(kind.numpy())
+        return found if held == kind else found.astype(held.numpy())
+
+    shape = spec.shape[::-1] if transpose else spec.shape
     axis, scale = spec.axis if spec.axis is None or not transpose else 1 - spec.axis, spec.scale
-    if codes.ndim == 2 and axis is None and not spec.is_fp8:
-        axis, scale = 1, np.full(codes.shape[1], scale)
-    attributes: dict[str, Any] = {} if axis is None else {"axis": -1 if codes.ndim == 2 and axis == 1 else axis}
-    stored = codes if pack == "none" else codes.astype(types.INT4.numpy())
-    value = editor.constant(f"{spec.name}/codes", stored)
+    if len(shape) == 2 and axis is None and not spec.is_fp8:
+        axis, scale = 1, np.full(shape[1], scale)
+    attributes: dict[str, Any] = {} if axis is None else {"axis": -1 if len(shape) == 2 and axis == 1 else axis}
+    value = editor.lazy(f"{spec.name}/codes", shape, held, codes)
     if pack == "cast":
         value = editor.cast(anchor, value, types.INT8, f"{spec.name}/unpacked")
-    dtype = stored.dtype if pack == "direct" else codes.dtype
     inputs = [
         value,
         editor.constant(f"{spec.name}/scale", scale),
-        editor.constant("zero_point", np.zeros(scale.shape, dtype=dtype)),
+        editor.constant("zero_point", np.zeros(scale.shape, dtype=(held if pack == "direct" else kind).numpy())),
     ]
     return cast(
         "ir.Value",
-        editor.before(anchor, "DequantizeLinear", inputs, f"{spec.name}/dequantized", shape=codes.shape, **attributes),
+        editor.before(anchor, "DequantizeLinear", inputs, f"{spec.name}/dequantized", shape=shape, **attributes),
     )
 
 
@@ -156,9 +161,14 @@ def _lower(
 ) -> ir.Value:
     name, dtype = marker_name(marker), marker.outputs[0].dtype
     if name in spec.folded:
-        values = spec.folded[name][0]
-        values = np.ascontiguousarray(values.T) if transpose else values
-        return editor.constant(f"{name}/values", values.astype(np.float32 if dtype is None else dtype.numpy()))
+        compute, held = spec.folded[name][0], editor.ir.DataType.FLOAT if dtype is None else dtype
+        shape = [int(size) for size in marker.outputs[0].shape or ()]
+
+        def values() -> Any:
+            found = compute().astype(held.numpy())
+            return np.ascontiguousarray(found.T) if transpose else found
+
+        return editor.lazy(f"{name}/values", shape[::-1] if transpose else shape, held, values)
     weight = spec.weights[name]
     packed = _is_packed(weight, {node.op_type for old in replaced for node, _ in old.uses()}, pack)
     new = _dequantized(editor, marker, weight, transpose, pack if packed else "none")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from modelopt_tdq.core.files import replacing
 from modelopt_tdq.errors import TdqError, require
-from modelopt_tdq.export.onnx_export import EXTERNAL_DATA_ABOVE
-from modelopt_tdq.export.plugin import plugin_free
+from modelopt_tdq.export.onnx_file import write_onnx
+from modelopt_tdq.export.plugin import without_plugin
 from modelopt_tdq.runtime.build.build import require_place
 from modelopt_tdq.runtime.build.onnx_model import read_onnx
 
@@ -29,16 +28,13 @@ def write_twin(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
         TdqError: There is no such file, it has no node of the plugin, or it would be overwritten.
         MissingExtraError: The extra ``onnx`` is not installed.
     """
-    onnx = require("onnx", "onnx")
+    ir = require("onnx_ir", "onnx")
     source, target = Path(path), Path(output)
     read_onnx(source)
     if target.exists() and target.samefile(source):
         raise TdqError("output", str(target), "it is the graph itself", "Name another file")
     require_place("output", target)
-    twin = plugin_free(source)
-    external = twin.ByteSize() > EXTERNAL_DATA_ABOVE
-    data = target.with_name(f"{target.name}.data")
-    with replacing(data, target) as (_, partial):
-        onnx.save(twin, str(partial), save_as_external_data=external, location=data.name)
-        onnx.checker.check_model(str(partial), full_check=True)
+    twin = ir.load(source)  # without the weights that lie beside it
+    without_plugin(twin, str(source))
+    write_onnx(twin, target)
     return target
