@@ -1,6 +1,6 @@
 """Is the deployed model the one that was quantized? Per time step, and layer by layer.
 
-Read ``model`` first, then ``steps``, ``layers`` and ``metrics``.
+Read ``model`` first, then ``parts``, ``steps``, ``layers`` and ``metrics``.
 """
 
 from modelopt_tdq.compare.backends import COMPARED, TORCH, WITHOUT_ENGINE, ComparedBackend
@@ -14,7 +14,7 @@ from modelopt_tdq.compare.metrics import (
 )
 from modelopt_tdq.compare.model import compare_model
 from modelopt_tdq.compare.printed import PrintedComparator
-from modelopt_tdq.compare.results import LayerResult, ModelComparison, StepResult
+from modelopt_tdq.compare.results import LayerResult, ModelComparison, PartFailure, StepResult
 from modelopt_tdq.compare.runners import session_runner, torch_runner
 from modelopt_tdq.compare.steps import StepComparator
 from modelopt_tdq.compare.table import render
@@ -29,6 +29,7 @@ __all__ = [
     "LayerResult",
     "ModelComparison",
     "OutputDifference",
+    "PartFailure",
     "PrintedComparator",
     "StepComparator",
     "StepResult",

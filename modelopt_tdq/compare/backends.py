@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch import nn
 
-from modelopt_tdq.errors import require
+from modelopt_tdq.compare.graph_files import graph_of
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
@@ -80,7 +80,7 @@ class DeployedGraph:
 
     Attributes:
         path: Of the file to run.
-        graph: Its content.
+        graph: Its content, see :func:`~modelopt_tdq.compare.graph_files.graph_of`.
         table: The inputs of its table, if that is an input: the same in every call.
         note: What is run in place of the file that was named; "" if it is that file.
     """
@@ -97,7 +97,7 @@ def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> De
     Args:
         path: Of the ONNX file.
         model: The quantized model that it was exported from.
-        folder: Where the twin goes.
+        folder: Where the twin goes, and large tensors of the graph.
 
     Raises:
         TdqError: The file is missing or no ONNX file, or its table has other quantizers than the model.
@@ -112,6 +112,6 @@ def deployed(path: str | os.PathLike[str], model: nn.Module, folder: Path) -> De
     if facts.plugins:
         note = f"{file.name} needs the TensorRT plugin: its plugin-free twin was run, the same graph without"
         file = write_twin(file, folder / "twin.onnx")
-    graph = require("onnx", "onnx").load(str(file))
+    graph = graph_of(file, folder)
     table = engine_table(graph, model) if TABLE_INPUT in facts.inputs else {}
     return DeployedGraph(file, graph, table, note)

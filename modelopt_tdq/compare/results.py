@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from modelopt_tdq.compare.metrics import CodesDifference, OutputDifference
+from modelopt_tdq.errors import TdqError
 
-__all__ = ["LayerResult", "ModelComparison", "StepResult"]
+__all__ = ["LayerResult", "ModelComparison", "PartFailure", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,25 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class PartFailure:
+    """A part of a comparison that could not be done.
+
+    Attributes:
+        backend: Its name.
+        part: What was not compared.
+        error: Why.
+    """
+
+    backend: str
+    part: Literal["outputs", "layers"]
+    error: Exception
+
+    def __str__(self) -> str:
+        kind = "" if isinstance(self.error, TdqError) else f"{type(self.error).__name__}: "
+        return f"{self.backend}: the {self.part} were not compared: {kind}{self.error}"
+
+
+@dataclass(frozen=True)
 class ModelComparison:
     """What :func:`~modelopt_tdq.compare.compare_model` found.
 
@@ -57,6 +78,7 @@ class ModelComparison:
         compared_codes: Codes compared per backend, over all steps and layers.
         quantizers: Names of those whose codes were compared, in the order in which they run.
         notes: What the reader has to know about how it was compared.
+        failures: Parts that could not be done, as with a backend that cannot load the graph; the others are here.
     """
 
     steps: tuple[StepResult, ...]
@@ -64,11 +86,12 @@ class ModelComparison:
     compared_codes: Mapping[str, int]
     quantizers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    failures: tuple[PartFailure, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether no output differs by more than the quantization noise, and no layer by more than rounding."""
-        return all(step.difference for step in self.steps) and not self.faults
+        """Whether all was compared, and no output differs by more than quantization noise, no layer beyond rounding."""
+        return not self.failures and all(step.difference for step in self.steps) and not self.faults
 
     @property
     def faults(self) -> tuple[LayerResult, ...]:

@@ -22,19 +22,35 @@ from modelopt_tdq.model.model_table import temporal_quantizers
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 
-__all__ = ["call_model", "session_runner", "torch_runner"]
+__all__ = ["call_model", "opened_runner", "session_runner", "torch_runner"]
 
 Feeds = Mapping[str, Any]
 
 
-def _runner(name: str, sample: Feeds, dtypes: Mapping[str, Any], run: Callable[[Feeds], dict[str, Any]]) -> Any:
-    """A Polygraphy runner around a function."""
+def opened_runner(name: str, sample: Feeds, make: Callable[[], Session], fixed: Feeds | None = None) -> Any:
+    """A Polygraphy ``BaseRunner`` that has a session while it is active.
+
+    Args:
+        name: Of the runner, as reports show it.
+        sample: Arrays of one call by name; only their dtypes and ranks are looked at.
+        make: Opens the session: takes arrays by name, returns arrays by name.
+        fixed: Inputs that are the same in every call.
+
+    Raises:
+        MissingExtraError: Polygraphy is not installed.
+    """
     base: Any = require("polygraphy.backend.base", "compare").BaseRunner
     metadata = require("polygraphy.common", "compare").TensorMetadata
 
     class Runner(base):  # type: ignore[misc]
+        def activate_impl(self) -> None:
+            self._session: Session | None = make()
+
+        def deactivate_impl(self) -> None:
+            self._session = None
+
         def get_input_metadata_impl(self) -> Any:
-            found = metadata()
+            found, dtypes = metadata(), {} if self._session is None else self._session.inputs
             for tensor, value in sample.items():
                 dtype = np.dtype(dtypes.get(tensor, np.asarray(value).dtype))  # of the graph, if it is an input
                 found.add(tensor, dtype=dtype, shape=(None,) * np.ndim(value))
@@ -42,7 +58,7 @@ def _runner(name: str, sample: Feeds, dtypes: Mapping[str, Any], run: Callable[[
 
         def infer_impl(self, feed_dict: Feeds) -> OrderedDict[str, Any]:
             start = time.perf_counter()
-            outputs = run(feed_dict)
+            outputs = {} if self._session is None else self._session({**feed_dict, **(fixed or {})})
             self.inference_time = time.perf_counter() - start
             return OrderedDict(outputs)
 
@@ -61,11 +77,18 @@ def session_runner(name: str, session: Session, sample: Feeds, fixed: Feeds | No
     Raises:
         MissingExtraError: Polygraphy is not installed.
     """
+    return opened_runner(name, sample, lambda: session, fixed)
 
-    def run(feeds: Feeds) -> dict[str, Any]:
-        return session({**feeds, **(fixed or {})})
 
-    return _runner(name, sample, session.inputs, run)
+class _TorchSession:
+    """A torch model as a session."""
+
+    def __init__(self, model: nn.Module, sample: Feeds, fixed: Mapping[str, Any] | None, codes: bool) -> None:
+        self._model, self._fixed, self._codes = model, fixed, codes
+        self.inputs = {tensor: np.asarray(value).dtype for tensor, value in sample.items()}
+
+    def __call__(self, inputs: Feeds) -> dict[str, Any]:
+        return call_model(self._model, inputs, self._fixed, codes=self._codes)
 
 
 def torch_runner(
@@ -83,11 +106,7 @@ def torch_runner(
     Raises:
         MissingExtraError: Polygraphy is not installed.
     """
-
-    def run(feeds: Feeds) -> dict[str, Any]:
-        return call_model(model, feeds, fixed, codes=codes)
-
-    return _runner(name, sample, {tensor: np.asarray(value).dtype for tensor, value in sample.items()}, run)
+    return opened_runner(name, sample, lambda: _TorchSession(model, sample, fixed, codes))
 
 
 def call_model(

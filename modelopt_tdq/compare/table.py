@@ -49,6 +49,7 @@ def render(comparison: ModelComparison) -> RenderableType:
         if len(comparison.faults) > _MOST_LAYERS:
             parts.append(f"and {len(comparison.faults) - _MOST_LAYERS} more")
         parts.append(Text(first_fault(comparison.faults[0]), style="bold red"))
+    parts += [Text(str(failure), style="bold red") for failure in comparison.failures]
     parts.append("[green]passed[/]" if comparison.passed else "[red]FAILED[/]")
     return Group(*parts)
 

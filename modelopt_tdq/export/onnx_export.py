@@ -20,8 +20,8 @@ from modelopt_tdq.export.layer_correction import fold_static
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
 from modelopt_tdq.export.names import Names, as_passed, names_of, rename
-from modelopt_tdq.export.onnx_file import write_onnx
 from modelopt_tdq.export.one_time import nan_where_times_differ, needs_one_time
+from modelopt_tdq.export.onnx_file import write_onnx
 from modelopt_tdq.export.open_sizes import open_sizes
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
 from modelopt_tdq.export.portable import portable

@@ -1,8 +1,8 @@
 """Torch's graph optimizer, without the search whose time grows with the square of the graph.
 
-A rule that joins several nodes without a common output, as two Slices become a Split, first lists all nodes of the graph
-by operator, and does so for every node that it is tried on. It can only begin at nodes of one operator; with 10,000
-nodes, to leave the others out at once saves most of the time of an export.
+A rule that joins several nodes without a common output, as two Slices become a Split, first lists all nodes of the
+graph by operator, and does so for every node that it is tried on. It can only begin at nodes of one operator; with
+10,000 nodes, to leave the others out at once saves most of the time of an export.
 """
 
 from __future__ import annotations

@@ -57,8 +57,9 @@ class WeightSpec:
 
     @property
     def codes(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The weight's shape; int8, or the bytes of FP8 E4M3 values as uint8. Computed each time: all of a large model
-        would take as much memory again as a quarter or a half of its weights.
+        """The weight's shape; int8, or the bytes of FP8 E4M3 values as uint8.
+
+        Computed each time: all of a large model take a quarter or a half of the memory of its weights.
         """
         return self.compute()
 

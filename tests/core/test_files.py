@@ -53,7 +53,7 @@ def test_the_last_is_never_there_with_others_of_another_time(
         move(source, target)
         steps.append(target)
         found = _found(tmp_path)
-        assert "model.onnx" not in found or len(set(found.values())) == 1 and len(found) == 2
+        assert "model.onnx" not in found or (len(set(found.values())) == 1 and len(found) == 2)
 
     monkeypatch.setattr(os, "replace", stopping)
     if calls < 4:

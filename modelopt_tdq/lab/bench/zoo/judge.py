@@ -101,6 +101,8 @@ def _codes(case: Case) -> Cell:
             lowered_path=case.ratio,
             progress=False,
         )
+    if found.failures:
+        raise found.failures[0].error
     count = sum(found.compared_codes.values())
     moved = sum(difference.differing for b in ("torch", "onnxruntime") for difference in found.codes(b))
     if not count:
