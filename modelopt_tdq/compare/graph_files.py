@@ -19,8 +19,8 @@ _SMALL = 1 << 20
 
 def graph_of(file: Path, folder: Path) -> onnx.ModelProto:
     """The graph in an ONNX file; its large tensors are in files in ``folder``, where cuts of it are saved and run."""
-    onnx = require("onnx", "onnx")
-    graph = onnx.load(str(file), load_external_data=False)
+    module = require("onnx", "onnx")
+    graph = module.load(str(file), load_external_data=False)
     copies: dict[str, str] = {}
     own = folder / f"{file.name}.weights"
     with own.open("wb") as weights:
@@ -35,7 +35,7 @@ def graph_of(file: Path, folder: Path) -> onnx.ModelProto:
                         shutil.copyfile(file.parent / entry.value, folder / copies[entry.value])
                     entry.value = copies[entry.value]
     # read anew: what was taken out of a message stays in memory with it
-    return cast("onnx.ModelProto", onnx.ModelProto.FromString(graph.SerializeToString()))
+    return cast("onnx.ModelProto", module.ModelProto.FromString(graph.SerializeToString()))
 
 
 def _move_out(tensor: Any, weights: IO[bytes], name: str) -> None:

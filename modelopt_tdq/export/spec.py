@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.model.output_correction import OutputCorrection, layer_correction, output_corrections
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import find_timestep
+from modelopt_tdq.model.weight_parts import coded_parts, quantized_parts
 from modelopt_tdq.temporal_features.runtime import feature_table, has_features, idle_layers
 from modelopt_tdq.temporal_features.table import FeatureTable
 from modelopt_tdq.training.weights import LearnedWeightQuantizer
@@ -105,12 +106,8 @@ def read_weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple
     if not quantizer.fake_quant:
         raise unsupported(name, type(weight).__name__, "a weight that is stored compressed")
 
-    def values() -> Tensor:
-        with torch.no_grad():
-            return cast("Tensor", quantizer(weight.detach().float())).detach().float().cpu()
-
     def without(reason: str) -> tuple[Callable[[], Any], str]:
-        return lambda: values().numpy(), reason
+        return lambda: torch.cat([part.cpu() for part in quantized_parts(weight, quantizer)]).numpy(), reason
 
     if not isinstance(quantizer, TensorQuantizer) or isinstance(quantizer, SequentialQuantizer):
         return without("several quantizers in a row")
@@ -132,23 +129,15 @@ def read_weight(name: str, quantizer: Any, weight: Tensor) -> WeightSpec | tuple
     scale = scale.reshape(()) if channel is None else scale.reshape(-1)
     divisor = scale if channel is None else scale.reshape([-1] + [1] * (weight.dim() - 1 - channel))
 
-    def codes(values: Tensor) -> Tensor:
-        quotient = values / divisor
-        return quotient.to(torch.float8_e4m3fn) if bits == FP8_E4M3 else quotient.round_().to(torch.int8)
+    def codes() -> Any:
+        parts = coded_parts(weight, quantizer, divisor, bits)
+        return torch.cat([some.view(torch.uint8) if bits == FP8_E4M3 else some for _, _, some in parts]).numpy()
 
-    def stored() -> Any:
-        found = codes(values())
-        return (found.view(torch.uint8) if bits == FP8_E4M3 else found).numpy()
-
-    if not _are_multiples(codes, divisor, values()):
-        return without("its values are no multiples of its scale")
-    return WeightSpec(name, tuple(weight.shape), bits, scale.numpy(), channel, stored)
-
-
-def _are_multiples(codes: Callable[[Tensor], Tensor], scale: Tensor, values: Tensor) -> bool:
-    """Whether codes times ``scale`` are ``values``, but for rounding."""
-    error = codes(values).float().mul_(scale).sub_(values).abs_()
-    return bool((error <= values.abs_().mul_(1e-5)).all())
+    for values, own, some in coded_parts(weight, quantizer, divisor, bits):
+        error = some.float().mul_(own).sub_(values).abs_()
+        if not bool((error <= values.abs_().mul_(1e-5)).all()):  # rounding
+            return without("its values are no multiples of its scale")
+    return WeightSpec(name, tuple(weight.shape), bits, scale.numpy(), channel, codes)
 
 
 _Rows = np.ndarray[Any, np.dtype[np.float32]]

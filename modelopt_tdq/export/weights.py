@@ -99,8 +99,7 @@ def _dequantized(
     held = kind if pack == "none" else types.INT4
 
     def codes() -> Any:
-        found = np.ascontiguousarray(spec.codes.T) if transpose else spec.codes
-        found = found.view(kind.numpy())
+        found = np.ascontiguousarray(spec.codes.T if transpose else spec.codes).view(kind.numpy())
         return found if held == kind else found.astype(held.numpy())
 
     shape = spec.shape[::-1] if transpose else spec.shape
@@ -162,7 +161,7 @@ def _lower(
     name, dtype = marker_name(marker), marker.outputs[0].dtype
     if name in spec.folded:
         compute, held = spec.folded[name][0], editor.ir.DataType.FLOAT if dtype is None else dtype
-        shape = [int(size) for size in marker.outputs[0].shape or ()]
+        shape = () if marker.outputs[0].shape is None else marker.outputs[0].shape.numpy()
 
         def values() -> Any:
             found = compute().astype(held.numpy())
