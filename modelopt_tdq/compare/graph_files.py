@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["graph_of"]
 
 #: Bytes of a tensor that stays in the graph.
-_SMALL = 1 << 20
+_SMALL = 1 << 16
 
 
 def graph_of(file: Path, folder: Path) -> onnx.ModelProto:

@@ -118,7 +118,8 @@ def with_given_codes(model: onnx.ModelProto, reference: onnx.ModelProto) -> onnx
         for position, name in enumerate(node.input):
             if name in tensors and node.output[0] != f"{name}:{tensors[name]}":
                 node.input[position] = f"{name}{_READ}"
-    cut.graph.input.extend(_value(name + GIVEN, name, reference) for name in tensors)
+    shapes = _shapes(reference)
+    cut.graph.input.extend(_value(name + GIVEN, shapes.get(name)) for name in tensors)
     return cut
 
 
@@ -148,7 +149,8 @@ def _with_nodes(
     for node in model.graph.node:
         extended.graph.node.append(node)
         extended.graph.node.extend(behind.get(node.output[0], []))
-    extended.graph.output.extend(_value(f"{name}:{kind}", name, model) for name, kind in returned.items())
+    shapes = _shapes(model)
+    extended.graph.output.extend(_value(f"{name}:{kind}", shapes.get(name)) for name, kind in returned.items())
     types, make = onnx.TensorProto, onnx.helper.make_tensor
     zeros = {"int8": types.INT8, "fp8": types.FLOAT8E4M3FN}
     constants = [make(_ONE, types.FLOAT, [], [1.0]), make(_NAN, types.FLOAT, [], [math.nan])]
@@ -169,13 +171,18 @@ def _output_node(name: str, kind: str) -> onnx.NodeProto:
     return _node("DequantizeLinear", name, f"{name}:{kind}", kind)
 
 
-def _value(name: str, codes: str, model: onnx.ModelProto) -> Any:
-    """float32, of the shape that a tensor of codes has in ``model``."""
+def _shapes(model: onnx.ModelProto) -> dict[str, Any]:
+    """Those that a graph tells of the tensors in it."""
+    values = model.graph.value_info
+    return {v.name: v.type.tensor_type.shape for v in values if v.type.tensor_type.HasField("shape")}
+
+
+def _value(name: str, shape: Any | None) -> Any:
+    """float32, of this shape."""
     onnx = require("onnx", "onnx")
     value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-    known = next((v.type.tensor_type for v in model.graph.value_info if v.name == codes), None)
-    if known is not None and known.HasField("shape"):
-        value.type.tensor_type.shape.CopyFrom(known.shape)
+    if shape is not None:
+        value.type.tensor_type.shape.CopyFrom(shape)
     return value
 
 

@@ -22,7 +22,7 @@ __all__ = ["EXTERNAL_DATA_ABOVE", "write_onnx"]
 EXTERNAL_DATA_ABOVE = 1 << 30
 
 #: Bytes of a tensor that stays in the graph: the checker has to know numbers that are sizes.
-_SMALL = 1 << 20
+_SMALL = 1 << 16
 
 #: Bytes that are copied at a time.
 _PIECE = 1 << 24

@@ -82,3 +82,19 @@ def test_a_move_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         _write(partial, "new")
     assert _found(tmp_path) == {"model.onnx.data": "old", "model.onnx": "old"}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_move_that_fails_leaves_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, file = _pair(tmp_path)
+    file.write_text("old")
+    move = os.replace
+
+    def refusing(source: Any, target: Any) -> None:
+        if target == file:
+            raise PermissionError("on purpose")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    with pytest.raises(PermissionError), replacing(data, file) as partial:
+        _write(partial, "new")
+    assert _found(tmp_path) == {"model.onnx": "old"}
