@@ -25,7 +25,7 @@ from modelopt_tdq.export.outputs import flatten_outputs
 from modelopt_tdq.export.plain_attention import in_plain_attention
 from modelopt_tdq.export.portable import OPSET_BFLOAT16
 from modelopt_tdq.export.program import traced
-from modelopt_tdq.export.translations import translations
+from modelopt_tdq.export.translations import cast_concatenated, translations
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -223,6 +223,7 @@ def _once(
     found = tuple(name for name in inputs.names if name in decided)
     values = dict(zip(inputs.names, real_inputs(inputs.tensors), strict=True))
     make_constant(exported.model, {name: values[name] for name in found})
+    cast_concatenated(exported.model)
     keep_constants(exported.model)
     optimize(exported)
     return exported, found

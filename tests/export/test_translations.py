@@ -13,7 +13,7 @@ from torch.nn.attention import flex_attention as flex
 
 from modelopt_tdq.export.constant_operators import without_constant_operator
 from modelopt_tdq.export.plain_attention import in_plain_attention
-from modelopt_tdq.export.translations import translations
+from modelopt_tdq.export.translations import cast_concatenated, translations
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 
@@ -39,6 +39,24 @@ def test_sort(dynamic: bool, tmp_path: Path) -> None:
     found = session({name: value.numpy() for name, value in zip(session.inputs, given, strict=True)})
     for one, other in zip(session.outputs, Sorted()(*given), strict=True):
         assert torch.equal(torch.from_numpy(found[one]), other)
+
+
+class Joined(nn.Module):
+    """Half precision beside float32, as SDXL joins the text and the sizes of the image."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.concat([x, y, x], -1).to(x.dtype) + torch.cat([y, x, x], -1).to(x.dtype)
+
+
+def test_concat_of_several_types(tmp_path: Path) -> None:
+    inputs = noise(2, 3).half(), noise(2, 3, seed=1)
+    exported = torch.onnx.export(torch.export.export(Joined(), inputs), dynamo=True, optimize=False, verbose=False)
+    assert exported is not None
+    cast_concatenated(exported.model)
+    exported.save(tmp_path / "m.onnx")
+    session = OnnxRuntimeSession(tmp_path / "m.onnx")
+    found = session({name: value.numpy() for name, value in zip(session.inputs, inputs, strict=True)})
+    assert torch.equal(torch.from_numpy(found[session.outputs[0]]), Joined()(*inputs))
 
 
 class Orthogonal(nn.Module):
