@@ -35,8 +35,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 def cast_concatenated(model: ir.Model) -> None:
     """Let Concat have inputs of one type, in place.
 
-    ``torch.concat`` takes tensors of several and gives the widest, as SDXL in half precision does with its sizes; torch's
-    exporter casts for ``torch.cat`` alone.
+    ``torch.concat`` takes tensors of several and gives the widest, as SDXL in half precision does with its sizes; the
+    exporter of torch casts for ``torch.cat`` alone.
     """
     editor = None
     for node in list(model.graph):
