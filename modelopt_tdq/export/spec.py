@@ -17,9 +17,9 @@ from modelopt_tdq.core.schedule import edges
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.model.output_correction import OutputCorrection, layer_correction, output_corrections
+from modelopt_tdq.model.quantized_weight import coded_parts, quantized_parts
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.timestep import find_timestep
-from modelopt_tdq.model.weight_parts import coded_parts, quantized_parts
 from modelopt_tdq.temporal_features.runtime import feature_table, has_features, idle_layers
 from modelopt_tdq.temporal_features.table import FeatureTable
 from modelopt_tdq.training.weights import LearnedWeightQuantizer

@@ -1,4 +1,4 @@
-"""Weights in parts that stay in the caches of a processor: several times as fast, and no copy of a large one."""
+"""What weights are quantized to, in parts that stay in the caches of a processor: faster, and no copy of a large one."""
 
 from __future__ import annotations
 
@@ -11,22 +11,9 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 
 from modelopt_tdq.core.fake_quant import FP8_E4M3, NumBits
+from modelopt_tdq.model.weight_fit import weight_parts
 
-__all__ = ["coded_parts", "quantized_parts", "weight_parts"]
-
-#: Elements of a part.
-_SIZE = 1 << 19
-
-
-def weight_parts(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of a weight, some at a time, in order, and of a scale that broadcasts against it."""
-    if not weight.dim() or len(weight) <= 1:
-        yield weight, scale
-        return
-    rows = max(1, _SIZE * len(weight) // max(1, weight.numel()))
-    per_row = scale.dim() == weight.dim() and len(scale) == len(weight)
-    for start in range(0, len(weight), rows):
-        yield weight[start : start + rows], scale[start : start + rows] if per_row else scale
+__all__ = ["coded_parts", "quantized_parts"]
 
 
 @torch.no_grad()

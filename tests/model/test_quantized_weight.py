@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from support.models import noise
-from torch import nn
+from torch import Tensor, nn
 
 from modelopt_tdq.export.spec import WeightSpec, read_weight
-from modelopt_tdq.model.weight_parts import quantized_parts, weight_parts
+from modelopt_tdq.model import quantized_weight
+from modelopt_tdq.model.quantized_weight import quantized_parts
 
 
 def _layer(cfg: dict[str, Any], layer: nn.Module) -> Any:
@@ -22,6 +24,12 @@ def _layer(cfg: dict[str, Any], layer: nn.Module) -> Any:
         layer.weight[4] *= 1e-9  # and one below ModelOpt's smallest
     model = mtq.quantize(nn.Sequential(layer), {"quant_cfg": rules, "algorithm": "max"}, lambda m: None)
     return model[0]
+
+
+def _three_rows(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    own = scale.dim() == weight.dim() and len(scale) == len(weight)
+    for start in range(0, len(weight), 3):
+        yield weight[start : start + 3], scale[start : start + 3] if own else scale
 
 
 FORMATS = {
@@ -41,7 +49,7 @@ def test_parts_together_are_the_whole(name: str, make: Any, monkeypatch: pytest.
     weight, quantizer = layer.weight, layer.weight_quantizer
     expected = quantizer(weight.detach())
     whole = read_weight("q", quantizer, weight)
-    monkeypatch.setattr("modelopt_tdq.model.weight_parts._SIZE", 3 * weight[0].numel())
+    monkeypatch.setattr(quantized_weight, "weight_parts", _three_rows)
     parts = list(quantized_parts(weight, quantizer))
     assert len(parts) == (1 if name in ("inputs", "blocks") else -(-len(weight) // 3))
     assert torch.equal(torch.cat(parts), expected)
@@ -61,12 +69,3 @@ def test_parts_together_are_the_whole(name: str, make: Any, monkeypatch: pytest.
         shape[divided.axis] = -1
     values = codes.float() * torch.from_numpy(divided.scale).reshape(shape)
     torch.testing.assert_close(values, expected.detach(), rtol=1e-5, atol=0)
-
-
-def test_rows_and_their_scales() -> None:
-    weight, scale = noise(5, 200_000), torch.arange(5.0)[:, None]
-    parts = list(weight_parts(weight, scale))
-    assert [len(part) for part, _ in parts] == [2, 2, 1]
-    assert torch.equal(torch.cat([own for _, own in parts]), scale)
-    assert all(own is scale[:1] or own.numel() == 1 for _, own in weight_parts(weight, scale[:1]))
-    assert [part.shape for part, _ in weight_parts(torch.tensor(3.0), scale)] == [()]
