@@ -1,4 +1,4 @@
-"""What weights are quantized to, in parts that stay in the caches of a processor: faster, and no copy of a large one."""
+"""What weights are quantized to, in parts that stay in the caches of a processor: faster, and no copy of a weight."""
 
 from __future__ import annotations
 
