@@ -2,9 +2,9 @@
 """The recipes as they are shipped: quality over the number of calibration trajectories, and how long they take.
 
 SQNR of the prediction, mean and worst over the steps, and PSNR of the images, on trajectories of two other seeds; and
-what the corrections change in the mean and in the step that gains least, against the same recipe without them. Time: of
-the whole calibration, of that without corrections, and of scales alone, relative to one run of the same data through
-the model in full precision.
+what the corrections change in the mean and in the step that gains least, against the same model without them. Beside it
+the recipe calibrated without corrections, which rounds weights otherwise. Time: of the whole calibration, of that
+without corrections, and of scales alone, relative to one run of the same data through the model in full precision.
 usage: python recipe_quality.py [--models unet,dit] [--recipes int8,w4a8,w4a4] [--samples 8,16,64] [--append]
 """
 
@@ -50,6 +50,8 @@ class Row:
     trajectories: int
     sqnr_db: list[list[float]]
     psnr_db: list[float]
+    off_sqnr_db: list[list[float]]
+    off_psnr_db: list[float]
     uncorrected_sqnr_db: list[list[float]]
     uncorrected_psnr_db: list[float]
     run_s: float
@@ -59,8 +61,8 @@ class Row:
 
     @property
     def gains_db(self) -> list[float]:
-        """Of the SQNR by corrections, step by step, of all seeds."""
-        pairs = zip(self.sqnr_db, self.uncorrected_sqnr_db, strict=True)
+        """Of the SQNR by corrections, step by step, of all seeds: against the model with its corrections taken off."""
+        pairs = zip(self.sqnr_db, self.off_sqnr_db, strict=True)
         return [new - old for one in pairs for new, old in zip(*one, strict=True)]
 
 
@@ -78,42 +80,51 @@ def measured(name: str, recipe: str, samples: int, held_out: int) -> Row:
     config["algorithm"] |= {"progress": False}
     references = [reference(model, scheduler, held_out, steps, seed, lambda: None) for seed in SEEDS]
 
-    def calibrated(**fields: Any) -> tuple[float, list[list[float]], list[float]]:
-        """Seconds; SQNR in dB per seed and step; PSNR in dB per seed."""
+    def judged(quantized: nn.Module) -> tuple[list[list[float]], list[float]]:
+        """SQNR in dB per seed and step; PSNR in dB per seed."""
+        found = [judge(quantized, scheduler, each, lambda: None) for each in references]
+        return [one.sqnr_db for one in found], [one.psnr_db for one in found]
+
+    def calibrated(**fields: Any) -> tuple[nn.Module, float]:
+        """The quantized model, and seconds."""
         quantized = copy.deepcopy(model)
         changed = {**config, "algorithm": {**config["algorithm"], **fields}}
-        seconds = timed(lambda: mtq.quantize(quantized, changed, forward_loop))
-        found = [judge(quantized, scheduler, each, lambda: None) for each in references]
-        return seconds, [one.sqnr_db for one in found], [one.psnr_db for one in found]
+        return quantized, timed(lambda: mtq.quantize(quantized, changed, forward_loop))
 
     run = timed(lambda: forward_loop(model))
     alone = {**config, "algorithm": {**config["algorithm"], **SCALES_ALONE}}
     scales = timed(lambda: mtq.quantize(copy.deepcopy(model), alone, forward_loop))
-    whole, sqnr, psnr = calibrated()
-    without, plain_sqnr, plain_psnr = calibrated(correction="none")
-    return Row(name, recipe, samples, sqnr, psnr, plain_sqnr, plain_psnr, run, scales, without, whole)
+    quantized, whole = calibrated()
+    corrected = judged(quantized)
+    taken_off = corrected
+    if tdq.layer_correction(quantized) is not None:
+        tdq.set_layer_correction(quantized, None)
+        taken_off = judged(quantized)
+    plain, without = calibrated(correction="none")
+    return Row(name, recipe, samples, *corrected, *taken_off, *judged(plain), run, scales, without, whole)
 
 
 def _table(rows: list[Row]) -> str:
     lines = [
         "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on, of two seeds. "
-        "Corrections: what they change, mean of all steps and the step that gains least, of both seeds, and PSNR. "
-        "Time: of the whole calibration, of that without corrections, and of scales alone, relative to one run of the "
+        "Corrections: what they change in the same model, mean of all steps and the step that gains least, of both "
+        "seeds, and PSNR. Never fitted: the recipe without corrections, mean of both seeds. Time: of the whole calibration, of that without corrections, and of scales alone, relative to one run of the "
         "data through the model in full precision.",
         "",
         "| model | recipe | trajectories | SQNR | PSNR | SQNR | PSNR | corrections: mean, least | PSNR "
-        "| time | uncorrected | scales alone |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| never fitted: SQNR | PSNR | time | of it without corrections | scales alone |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(rows, key=lambda row: (row.model != "unet", row.model, row.recipe, row.trajectories)):
         pairs = zip(row.sqnr_db, row.psnr_db, strict=True)
         judged = " | ".join(f"{statistics.fmean(s):.2f} / {min(s):.2f} | {psnr:.2f}" for s, psnr in pairs)
         gains = row.gains_db
-        images = statistics.fmean(row.psnr_db) - statistics.fmean(row.uncorrected_psnr_db)
+        images = statistics.fmean(row.psnr_db) - statistics.fmean(row.off_psnr_db)
+        never = statistics.fmean(statistics.fmean(one) for one in row.uncorrected_sqnr_db)
         lines.append(
             f"| {row.model} | {row.recipe} | {row.trajectories} | {judged} "
             f"| {statistics.fmean(gains):+.2f}, {min(gains):+.2f} | {images:+.2f} "
-            f"| {row.calibration_s / row.run_s:.1f} | {row.uncorrected_s / row.run_s:.1f} "
+            f"| {never:.2f} | {statistics.fmean(row.uncorrected_psnr_db):.2f} | {row.calibration_s / row.run_s:.1f} | {row.uncorrected_s / row.run_s:.1f} "
             f"| {row.scales_s / row.run_s:.1f} |"
         )
     return "\n".join(lines)
