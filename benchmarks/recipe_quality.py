@@ -108,8 +108,9 @@ def _table(rows: list[Row]) -> str:
     lines = [
         "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on, of two seeds. "
         "Corrections: what they change in the same model, mean of all steps and the step that gains least, of both "
-        "seeds, and PSNR. Never fitted: the recipe without corrections, mean of both seeds. Time: of the whole calibration, of that without corrections, and of scales alone, relative to one run of the "
-        "data through the model in full precision.",
+        "seeds, and PSNR. Never fitted: the recipe without corrections, mean of both seeds. Time: of the whole "
+        "calibration, of that without corrections, and of scales alone, relative to one run of the data through the "
+        "model in full precision.",
         "",
         "| model | recipe | trajectories | SQNR | PSNR | SQNR | PSNR | corrections: mean, least | PSNR "
         "| never fitted: SQNR | PSNR | time | of it without corrections | scales alone |",
@@ -124,7 +125,8 @@ def _table(rows: list[Row]) -> str:
         lines.append(
             f"| {row.model} | {row.recipe} | {row.trajectories} | {judged} "
             f"| {statistics.fmean(gains):+.2f}, {min(gains):+.2f} | {images:+.2f} "
-            f"| {never:.2f} | {statistics.fmean(row.uncorrected_psnr_db):.2f} | {row.calibration_s / row.run_s:.1f} | {row.uncorrected_s / row.run_s:.1f} "
+            f"| {never:.2f} | {statistics.fmean(row.uncorrected_psnr_db):.2f} "
+            f"| {row.calibration_s / row.run_s:.1f} | {row.uncorrected_s / row.run_s:.1f} "
             f"| {row.scales_s / row.run_s:.1f} |"
         )
     return "\n".join(lines)
