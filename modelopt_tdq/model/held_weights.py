@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.place import require_weights
+from modelopt_tdq.model.quantized_weight import quantized_parts
 from modelopt_tdq.model.select import shared_parameters
 from modelopt_tdq.model.stored_weight import whole
-from modelopt_tdq.model.weight_fit import is_learned, plain_weights, weight_parts
+from modelopt_tdq.model.weight_fit import is_learned, plain_weights
 
 __all__ = ["HeldWeight", "held_weights", "own_weights"]
 
@@ -65,16 +66,12 @@ def held_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _quantized(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """What ModelOpt's quantizer makes of a weight, found part by part, so that its temporaries stay in the cache."""
-    values, amax = torch.empty_like(weight), quantizer._buffers["_amax"]
-    try:
-        start = 0
-        for part, own in weight_parts(weight, amax):
-            quantizer._buffers["_amax"] = own
-            values[start : start + len(part)] = quantizer(part)
-            start += len(part)
-    finally:
-        quantizer._buffers["_amax"] = amax
+    """What ModelOpt's quantizer makes of a weight, in its dtype."""
+    values = torch.empty_like(weight)
+    start = 0
+    for part in quantized_parts(weight, quantizer, dtype=None):
+        values[start : start + len(part)] = part
+        start += len(part)
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,23 +12,41 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 
 from modelopt_tdq.core.fake_quant import FP8_E4M3, NumBits
-from modelopt_tdq.model.weight_fit import weight_parts
 
-__all__ = ["coded_parts", "quantized_parts"]
+__all__ = ["coded_parts", "quantized_parts", "weight_parts"]
+
+
+def weight_parts(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A weight in slices of its first dimension, each with its scales; on a CPU, few enough numbers for its cache."""
+    if weight.dim() == 0:
+        yield weight, scale
+        return
+    most = 1 << 17 if weight.device.type == "cpu" else 1 << 26
+    step = max(1, most * len(weight) // max(1, weight.numel()))
+    own = scale.dim() == weight.dim() and len(scale) == len(weight)
+    scales = torch.split(scale, step) if own else itertools.repeat(scale)
+    yield from zip(torch.split(weight, step), scales, strict=False)
 
 
 @torch.no_grad()
-def quantized_parts(weight: Tensor, quantizer: Any) -> Iterator[Tensor]:
-    """What a calibrated quantizer makes of a weight, float32, rows in order; all at once where it cannot be divided."""
+def quantized_parts(weight: Tensor, quantizer: Any, dtype: torch.dtype | None = torch.float32) -> Iterator[Tensor]:
+    """What a calibrated quantizer makes of a weight, rows in order; all at once where it cannot be divided.
+
+    Args:
+        weight: [rows, ...].
+        quantizer: ModelOpt's, of the weight.
+        dtype: In which it computes; None: that of the weight.
+    """
+    dtype = dtype or weight.dtype
     amax = quantizer._buffers.get("_amax")
     if type(quantizer) is not TensorQuantizer or amax is None or not _is_by_row(quantizer, amax, weight):
-        yield quantizer(weight.detach().float()).detach().float()
+        yield quantizer(weight.detach().to(dtype)).detach().to(dtype)
         return
     part_of = copy.copy(quantizer)
     part_of._buffers = dict(quantizer._buffers)
     for part, own in weight_parts(weight.detach(), amax):
         part_of._buffers["_amax"] = own
-        yield part_of(part.float()).detach().float()
+        yield part_of(part.to(dtype)).detach().to(dtype)
 
 
 def coded_parts(

@@ -8,7 +8,6 @@ what training leaves behind is kept anew.
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, symmetric_scale
 from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.model.place import offloading_hook
+from modelopt_tdq.model.quantized_weight import weight_parts
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.stored_weight import sharded_layers
 
@@ -44,7 +44,6 @@ __all__ = [
     "warn_of_changed_weights",
     "watch_training",
     "weight_change",
-    "weight_parts",
 ]
 
 #: Attribute of a weight quantizer: what was measured when its scale was calibrated; saved with ModelOpt's state.
@@ -204,18 +203,6 @@ def _energy_and_noise(weight: Tensor, amax: Tensor, quantizer: TensorQuantizer) 
         return energy, noise / energy, _FP8_ROUNDING
     rounding = float(scale.double().square().mean()) * weight.numel() / 12 / energy
     return energy, noise / energy, rounding
-
-
-def weight_parts(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A weight in slices of its first dimension, each with its scales; on a CPU, few enough numbers for its cache."""
-    if weight.dim() == 0:
-        yield weight, scale
-        return
-    most = 1 << 17 if weight.device.type == "cpu" else 1 << 26
-    step = max(1, most * len(weight) // max(1, weight.numel()))
-    own = scale.dim() == weight.dim() and len(scale) == len(weight)
-    scales = torch.split(scale, step) if own else itertools.repeat(scale)
-    yield from zip(torch.split(weight, step), scales, strict=False)
 
 
 def _own_range(weight: Tensor, amax: Tensor) -> Tensor:
