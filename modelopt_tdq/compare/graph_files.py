@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from modelopt_tdq.errors import require
+from modelopt_tdq.runtime.build.onnx_model import external_file
 
 if TYPE_CHECKING:
     import onnx
@@ -32,7 +33,7 @@ def graph_of(file: Path, folder: Path) -> onnx.ModelProto:
                 if entry.key == "location" and file.parent != folder:
                     if entry.value not in copies:
                         copies[entry.value] = f"{file.name}.weights{len(copies)}"
-                        shutil.copyfile(file.parent / entry.value, folder / copies[entry.value])
+                        shutil.copyfile(external_file(file, entry.value), folder / copies[entry.value])
                     entry.value = copies[entry.value]
     # read anew: what was taken out of a message stays in memory with it
     return cast("onnx.ModelProto", module.ModelProto.FromString(graph.SerializeToString()))

@@ -22,6 +22,7 @@ pytest.importorskip("polygraphy")
 from modelopt_tdq.compare import COMPARED, ComparedBackend, ModelComparison, compare_model, render
 from modelopt_tdq.compare.graph_files import graph_of
 from modelopt_tdq.export import export_onnx
+from modelopt_tdq.runtime.build.onnx_model import read_onnx
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 DATA = FAMILIES["plain"].data()[:2]
@@ -168,3 +169,24 @@ def test_weights_outside_change_nothing(
     found = compare_model(model, DATA, backends=["torch", "onnxruntime"], progress=False, **files)
     assert found == expected
     assert found.passed
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "weights/../../secret"])
+def test_a_graph_cannot_have_files_read_outside_of_its_folder(
+    graphs: dict[str, Path], tmp_path: Path, location: str
+) -> None:
+    """Neither when it is compared nor when it is built."""
+    graph = onnx.load(graphs["lowered_path"])
+    folder, own = tmp_path / "downloaded", tmp_path / "own"
+    folder.mkdir()
+    own.mkdir()
+    (tmp_path / "secret").write_bytes(b"1234")
+    for weight in graph.graph.initializer[:1]:
+        weight.ClearField("raw_data")
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        weight.external_data.add(key="location", value=location)
+    (folder / "m.onnx").write_bytes(graph.SerializeToString())
+    for read in (lambda: graph_of(folder / "m.onnx", own), lambda: read_onnx(folder / "m.onnx")):
+        with pytest.raises(tdq.TdqError, match="outside of its folder"):
+            read()
+    assert not list(own.glob("*weights0"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN
 from modelopt_tdq.export.product import LAYOUT, PRODUCTS
 
-__all__ = ["OnnxFacts", "PluginNode", "quantized_layers", "read_onnx"]
+__all__ = ["OnnxFacts", "PluginNode", "external_file", "quantized_layers", "read_onnx"]
 
 #: Operators whose output is as large as the numbers of their input say.
 _SIZED_BY_NUMBERS = ("NonZero", "Compress", "Unique", "NonMaxSuppression")
@@ -59,7 +60,7 @@ def read_onnx(path: Path) -> OnnxFacts:
     """Read an ONNX file, without the weights it stores elsewhere.
 
     Raises:
-        TdqError: There is no such file, or it holds no ONNX model.
+        TdqError: There is no such file, it holds no ONNX model, or it names weights outside of its folder.
         MissingExtraError: ``onnx`` is not installed.
     """
     onnx = require("onnx", "onnx")
@@ -74,7 +75,7 @@ def read_onnx(path: Path) -> OnnxFacts:
     initializers = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name: _shape(value) for value in model.graph.input if value.name not in initializers}
     files = {
-        path.parent / entry.value
+        external_file(path, entry.value)
         for tensor in model.graph.initializer
         for entry in tensor.external_data
         if entry.key == "location"
@@ -90,6 +91,23 @@ def read_onnx(path: Path) -> OnnxFacts:
         metadata,
         _sized_by(model, inputs),
     )
+
+
+def external_file(path: Path, location: str) -> Path:
+    """The file beside ``path`` that its graph names for weights.
+
+    Raises:
+        TdqError: It is not below the folder of ``path``: whoever wrote the graph would have files read that are none of
+            its business. Links are followed, as caches of downloads keep files elsewhere.
+    """
+    if Path(location).is_absolute() or os.path.normpath(location).startswith(os.pardir):
+        raise TdqError(
+            "onnx_path",
+            str(path),
+            f"its weights are said to be in {location!r}, outside of its folder",
+            "Do not use a file that you do not trust; export it again with modelopt_tdq.export_onnx",
+        )
+    return path.parent / location
 
 
 def _sized_by(model: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
