@@ -70,6 +70,7 @@ def _cells(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     )
     rows.append(row("export, process", value("export", "export_process_gib"), "GiB", "weights", weights))
     rows.append(row("torch's export, process", value("export_float", "export_process_gib"), "GiB", "weights", weights))
+    rows.append(row("OpenVINO opens it, process", value("deployed", "open_process_gib"), "GiB", "weights", weights))
     single = value("session", "session_process_gib")
     rows.append(row("compare, process", value("compare", "compare_process_gib"), "GiB", "a session", single))
     whole, alone, once = (value("analyze", f"{name}_s") for name in ("analyze", "headroom", "pass"))

@@ -313,6 +313,18 @@ def session(work: Work) -> None:
         session({name: call[name] for name in session.inputs})
 
 
+def deployed(work: Work) -> None:
+    """OpenVINO opens the exported graph and runs it once."""
+    from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
+
+    with work.measured("open"):
+        session = OpenVinoSession(work.folder / "scales.onnx", num_threads=1)
+    call = _flat(work.call(8, 500.0, 1))
+    with work.measured("run"):
+        [output] = session({name: call[name] for name in session.inputs}).values()
+    work.result["finite"] = bool(torch.isfinite(torch.as_tensor(output)).all())
+
+
 def compare(work: Work) -> None:
     """torch, the reference and the lowered graph, outputs and codes of every layer, at two times."""
     model = work.quantized("scales")
@@ -345,7 +357,7 @@ PARTS = {
     part.__name__: part
     for part in (
         static, scales, constant, protected, corrected, recipe, restore, forward, export_float, export,
-        session, compare, analyze, export_openvino, openvino, kernels,
+        deployed, session, compare, analyze, export_openvino, openvino, kernels,
     )
 }  # fmt: skip
 
