@@ -80,7 +80,8 @@ def _load(source: str | os.PathLike[str], subfolder: str | None) -> nn.Module:
         kind = _OWN_CLASSES.get(str(name)) or getattr(diffusers, str(name), None)
         if kind is None:
             raise TdqError("_class_name", name, "diffusers has no such model", "Upgrade diffusers")
-        local = {"local_files_only": True} if Path(source).is_dir() else {}
+        own = str(name) in _OWN_CLASSES  # which reads folders alone
+        local = {"local_files_only": True} if Path(source).is_dir() and not own else {}
         model: nn.Module = kind.from_pretrained(str(source), subfolder=subfolder, **local)
     except (OSError, ValueError) as error:
         raise TdqError(
