@@ -71,8 +71,10 @@ def _cells(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     rows.append(row("export, process", value("export", "export_process_gib"), "GiB", "weights", weights))
     rows.append(row("torch's export, process", value("export_float", "export_process_gib"), "GiB", "weights", weights))
     rows.append(row("OpenVINO opens it, process", value("deployed", "open_process_gib"), "GiB", "weights", weights))
-    single = value("session", "session_process_gib")
-    rows.append(row("compare, process", value("compare", "compare_process_gib"), "GiB", "a session", single))
+    single = value("session", "session_gib")
+    beside = None if single is None or weights is None else single + weights
+    compared = value("compare", "compare_process_gib")
+    rows.append(row("compare, process", compared, "GiB", "weights and the largest session", beside))
     whole, alone, once = (value("analyze", f"{name}_s") for name in ("analyze", "headroom", "pass"))
     sensitivity = None if whole is None or alone is None else whole - alone
     forward_s = None if once is None else once / 4

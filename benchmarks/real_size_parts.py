@@ -304,13 +304,32 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def session(work: Work) -> None:
-    """One session of ONNX Runtime on the largest graph that a comparison runs."""
-    from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
+    """Each session that a comparison opens, by itself: the largest."""
+    import gc
 
-    with work.measured("session"):
-        session = OnnxRuntimeSession(work.folder / "reference.onnx")
-        call = _flat(work.call(8, 500.0, 1))
-        session({name: call[name] for name in session.inputs})
+    import onnx
+
+    from modelopt_tdq.compare.graph_files import graph_of
+    from modelopt_tdq.compare.layers import returning_codes
+    from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
+    from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
+
+    codes = work.folder / "codes.onnx"
+    onnx.save(returning_codes(graph_of(work.folder / "reference.onnx", work.folder)), str(codes))
+    call = {name: value.numpy() for name, value in _flat(work.call(8, 500.0, 1)).items()}
+    for name, kind, file in (
+        ("reference", OnnxRuntimeSession, work.folder / "reference.onnx"),
+        ("lowered", OnnxRuntimeSession, work.folder / "scales.onnx"),
+        ("codes", OnnxRuntimeSession, codes),
+        ("openvino", OpenVinoSession, work.folder / "scales.onnx"),
+    ):
+        with work.measured(name):
+            opened = kind(file)
+            opened({key: call[key] for key in opened.inputs})
+        del opened
+        gc.collect()
+    names = ("reference", "lowered", "codes", "openvino")
+    work.result["session_gib"] = max(work.result[f"{name}_peak_gib"] for name in names)
 
 
 def deployed(work: Work) -> None:
