@@ -78,6 +78,9 @@ from .pipeline.swap import swap_denoiser as swap_denoiser
 from .pipeline.swap import restore_denoiser as restore_denoiser
 from .pipeline.by_time import time_boundary as time_boundary
 
+# Compare what is deployed with what was quantized.
+from .compare.model import compare_model as compare_model
+
 # Errors that a user can mend, and warnings.
 from .errors import MissingExtraError as MissingExtraError
 from .errors import TdqError as TdqError
