@@ -50,20 +50,35 @@ class Row:
     trajectories: int
     sqnr_db: list[list[float]]
     psnr_db: list[float]
-    off_sqnr_db: list[list[float]]
-    off_psnr_db: list[float]
-    uncorrected_sqnr_db: list[list[float]]
-    uncorrected_psnr_db: list[float]
     run_s: float
     scales_s: float
-    uncorrected_s: float
     calibration_s: float
+    off_sqnr_db: list[list[float]] | None = None  # None of a row of an earlier version, before `margin: auto`
+    off_psnr_db: list[float] | None = None
+    uncorrected_sqnr_db: list[list[float]] | None = None
+    uncorrected_psnr_db: list[float] | None = None
+    uncorrected_s: float | None = None
 
-    @property
-    def gains_db(self) -> list[float]:
-        """Of the SQNR by corrections, step by step, of all seeds: against the model with its corrections taken off."""
-        pairs = zip(self.sqnr_db, self.off_sqnr_db, strict=True)
-        return [new - old for one in pairs for new, old in zip(*one, strict=True)]
+    def about_corrections(self) -> list[str]:
+        """Cells: what they change in the same model; the recipe without them, and its time."""
+        off, off_psnr, never, never_psnr = (
+            self.off_sqnr_db,
+            self.off_psnr_db,
+            self.uncorrected_sqnr_db,
+            self.uncorrected_psnr_db,
+        )
+        if off is None or off_psnr is None or never is None or never_psnr is None or self.uncorrected_s is None:
+            return ["-"] * 5
+        pairs = zip(self.sqnr_db, off, strict=True)
+        gains = [new - old for one in pairs for new, old in zip(*one, strict=True)]
+        images = statistics.fmean(self.psnr_db) - statistics.fmean(off_psnr)
+        return [
+            f"{statistics.fmean(gains):+.2f}, {min(gains):+.2f}",
+            f"{images:+.2f}",
+            f"{statistics.fmean(statistics.fmean(one) for one in never):.2f}",
+            f"{statistics.fmean(never_psnr):.2f}",
+            f"{self.uncorrected_s / self.run_s:.1f}",
+        ]
 
 
 def measured(name: str, recipe: str, samples: int, held_out: int) -> Row:
@@ -101,34 +116,27 @@ def measured(name: str, recipe: str, samples: int, held_out: int) -> Row:
         tdq.set_layer_correction(quantized, None)
         taken_off = judged(quantized)
     plain, without = calibrated(correction="none")
-    return Row(name, recipe, samples, *corrected, *taken_off, *judged(plain), run, scales, without, whole)
+    return Row(name, recipe, samples, *corrected, run, scales, whole, *taken_off, *judged(plain), without)
 
 
 def _table(rows: list[Row]) -> str:
     lines = [
-        "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on, of two seeds. "
-        "Corrections: what they change in the same model, mean of all steps and the step that gains least, of both "
-        "seeds, and PSNR. Never fitted: the recipe without corrections, mean of both seeds. Time: of the whole "
-        "calibration, of that without corrections, and of scales alone, relative to one run of the data through the "
-        "model in full precision.",
+        "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on, of two seeds. Time: of "
+        "the whole calibration, and of scales alone, relative to one run of the data through the model in full "
+        "precision. Corrections: what they change in the same model, mean of all steps and the step that gains least, "
+        "of both seeds, and PSNR. Never fitted: the recipe without corrections, mean of both seeds, and its time. "
+        "Rows that lack these are of an earlier version, whose recipes had no margin.",
         "",
-        "| model | recipe | trajectories | SQNR | PSNR | SQNR | PSNR | corrections: mean, least | PSNR "
-        "| never fitted: SQNR | PSNR | time | of it without corrections | scales alone |",
+        "| model | recipe | trajectories | SQNR | PSNR | SQNR | PSNR | time | scales alone "
+        "| corrections: mean, least | PSNR | never fitted: SQNR | PSNR | time |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(rows, key=lambda row: (row.model != "unet", row.model, row.recipe, row.trajectories)):
         pairs = zip(row.sqnr_db, row.psnr_db, strict=True)
-        judged = " | ".join(f"{statistics.fmean(s):.2f} / {min(s):.2f} | {psnr:.2f}" for s, psnr in pairs)
-        gains = row.gains_db
-        images = statistics.fmean(row.psnr_db) - statistics.fmean(row.off_psnr_db)
-        never = statistics.fmean(statistics.fmean(one) for one in row.uncorrected_sqnr_db)
-        lines.append(
-            f"| {row.model} | {row.recipe} | {row.trajectories} | {judged} "
-            f"| {statistics.fmean(gains):+.2f}, {min(gains):+.2f} | {images:+.2f} "
-            f"| {never:.2f} | {statistics.fmean(row.uncorrected_psnr_db):.2f} "
-            f"| {row.calibration_s / row.run_s:.1f} | {row.uncorrected_s / row.run_s:.1f} "
-            f"| {row.scales_s / row.run_s:.1f} |"
-        )
+        judged = [f"{statistics.fmean(s):.2f} / {min(s):.2f} | {psnr:.2f}" for s, psnr in pairs]
+        times = [f"{seconds / row.run_s:.1f}" for seconds in (row.calibration_s, row.scales_s)]
+        cells = [row.model, row.recipe, str(row.trajectories), *judged, *times, *row.about_corrections()]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
