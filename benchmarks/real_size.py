@@ -49,7 +49,7 @@ def _cells(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
         beside = against if other is None else f"{against}: {shown.format(other, unit)}"
         return what, said, beside, ratio
 
-    static_s, weights = value("static", "quantize_s"), value("static", "weights_gib")
+    static_s, weights = value("static", "quantize_s"), value("scales", "weights_gib")
     rows = []
     for part, what in {
         "scales": "quantize: scales over time",
@@ -59,6 +59,9 @@ def _cells(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     }.items():
         rows.append(row(what, value(part, "quantize_s"), "s", "ModelOpt max", static_s))
         rows.append(row("the same, memory", value(part, "quantize_peak_gib"), "GiB", "weights", weights))
+    long_s = value("static_long", "quantize_s")
+    for part, what in {"scales_long": "scales over time", "protected_long": "scales, steps protected"}.items():
+        rows.append(row(f"quantize, twenty steps: {what}", value(part, "quantize_s"), "s", "ModelOpt max", long_s))
     rows.append(row("restore, memory", value("restore", "restore_peak_gib"), "GiB", "weights", weights))
     for folded in ("", "_folded"):
         what = "forward" + (", weights folded" if folded else "")
@@ -93,7 +96,7 @@ def _table(found: Found) -> str:
         "four steps of four samples on latents of 8 x 8. OpenVINO: median of seven calls by turns.",
     ]
     for model, parts in found.items():
-        about = parts.get("static", {})
+        about = parts.get("scales", {})
         size = f", {about['parameters'] / 1e6:.0f} M parameters" if "parameters" in about else ""
         dtype = str(ARCHITECTURES[model].dtype).removeprefix("torch.")
         lines += ["", f"## {model}{size}, {dtype}", "", "| what | measured | against | ratio |", "|---|--:|---|--:|"]

@@ -30,6 +30,7 @@ from modelopt_tdq.compare import compare_model
 from modelopt_tdq.lab.bench.gpu.model import static_config
 
 TIMES = (981.0, 661.0, 341.0, 21.0)
+LONG = tuple(float(50 * step + 1) for step in range(20, 0, -1))
 SAMPLES = 4
 _GIB = 2**30
 
@@ -123,7 +124,7 @@ class Work:
     """What the parts share: a model, its calls, a folder for what they leave behind."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.about, self.folder = ARCHITECTURES[name], folder
+        self.about, self.folder, self.times = ARCHITECTURES[name], folder, TIMES
         self.result: dict[str, Any] = {}
 
     def model(self) -> nn.Module:
@@ -158,10 +159,10 @@ class Work:
         return value.to(self.about.dtype)
 
     def forward_loop(self, model: nn.Module) -> None:
-        """One run of the data: four steps of four samples on latents of 8 x 8."""
+        """One run of the data: each time, four samples on latents of 8 x 8."""
         torch.manual_seed(1)
         with torch.no_grad():
-            for at in TIMES:
+            for at in self.times:
                 model(**self.call(8, at))
 
     @contextmanager
@@ -213,6 +214,24 @@ def constant(work: Work) -> None:
 
 def protected(work: Work) -> None:
     """Scales over time, each step protected."""
+    _quantize(work, tdq.make_config(8, 8, **{**SCALES, "protect_steps": True}))
+
+
+def static_long(work: Work) -> None:
+    """ModelOpt's max over twenty steps, as people calibrate: what is done once counts less."""
+    work.times = LONG
+    _quantize(work, static_config(tdq.make_config(8, 8, **SCALES)))
+
+
+def scales_long(work: Work) -> None:
+    """Scales over time alone, over twenty steps."""
+    work.times = LONG
+    _quantize(work, tdq.make_config(8, 8, **SCALES))
+
+
+def protected_long(work: Work) -> None:
+    """Scales over time, each step protected, over twenty steps."""
+    work.times = LONG
     _quantize(work, tdq.make_config(8, 8, **{**SCALES, "protect_steps": True}))
 
 
@@ -375,7 +394,7 @@ def kernels(work: Work) -> None:
 PARTS = {
     part.__name__: part
     for part in (
-        static, scales, constant, protected, corrected, recipe, restore, forward, export_float, export,
+        static, scales, constant, protected, static_long, scales_long, protected_long, corrected, recipe, restore, forward, export_float, export,
         deployed, session, compare, analyze, export_openvino, openvino, kernels,
     )
 }  # fmt: skip
