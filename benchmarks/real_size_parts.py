@@ -394,8 +394,8 @@ def kernels(work: Work) -> None:
 PARTS = {
     part.__name__: part
     for part in (
-        static, scales, constant, protected, static_long, scales_long, protected_long, corrected, recipe, restore, forward, export_float, export,
-        deployed, session, compare, analyze, export_openvino, openvino, kernels,
+        static, scales, constant, protected, static_long, scales_long, protected_long, corrected, recipe, restore,
+        forward, export_float, export, deployed, session, compare, analyze, export_openvino, openvino, kernels,
     )
 }  # fmt: skip
 
