@@ -7,7 +7,7 @@ corrected whether it is quantized or not, for what all before it leave behind. S
 
 ``auto`` fits to one half of the replayed samples and judges by the other: each layer by its output, all together by the
 model's; the model's once more with the halves exchanged, unless every time gains. What it chooses is fitted anew to all
-samples. At a time at which the model predicts worse with corrections, by either half, nothing is corrected.
+samples. At a time at which the model predicts worse with corrections, nothing is corrected.
 """
 
 from __future__ import annotations
@@ -289,12 +289,12 @@ def _verdict(gains: Tensor) -> tuple[Tensor, float]:
     """From ``gains`` [F, K] of corrections fitted to parts of the samples, each judged on the others.
 
     Returns:
-        [K] bool, the times that lose by any part: where the parts disagree, the few samples of a time do not tell that
-        it gains. And the mean gain if nothing is corrected at those. For the mean, whether a time loses is told by the
-        other part: times that lose by chance and are left out would count as a gain.
+        [K] bool, the times that lose; and the mean gain if nothing is corrected at those. For the mean, whether a time
+        loses is told by the other part: times that lose by chance and are left out would count as a gain.
     """
-    loses = gains < -_NO_WORSE
-    return loses.any(0), float(torch.where(loses.flip(0), 0.0, gains).nanmean())
+    worse = gains.nanmean(0) < -_NO_WORSE
+    told = (gains < -_NO_WORSE).flip(0)
+    return worse, float(torch.where(told, 0.0, gains).nanmean())
 
 
 def _kind(errors: Tensor) -> Kind:

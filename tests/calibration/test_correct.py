@@ -282,18 +282,6 @@ def test_a_time_that_gets_worse_is_not_corrected(monkeypatch: pytest.MonkeyPatch
         assert found.bias[name][0].any()
 
 
-def test_a_time_that_gets_worse_by_either_half_is_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gain in one half that the other does not see is what few samples make of chance."""
-    found = [torch.tensor([0.3, 0.5, 0.06, 0.2]), torch.tensor([0.2, -0.1, 0.05, 0.2])]
-    monkeypatch.setattr(correct, "_gains", lambda *args: found.pop(0))
-    monkeypatch.setattr(correct, "_kind", lambda errors: "per_step")
-    made = rows(corrected("auto", calls(samples=16)))
-    assert not found
-    for name in made.names:
-        assert not made.bias[name][1].any()
-        assert all(made.bias[name][row].any() for row in (0, 2, 3))
-
-
 def test_corrections_that_do_not_help_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     real = correct.fit_corrections
 
