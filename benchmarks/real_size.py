@@ -77,7 +77,7 @@ def _cells(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     single = value("session", "session_gib")
     beside = None if single is None or weights is None else single + weights
     compared = value("compare", "compare_process_gib")
-    rows.append(row("compare, process", compared, "GiB", "weights and the largest session", beside))
+    rows.append(row("compare, process", compared, "GiB", "weights and a process with the largest session", beside))
     whole, alone, once = (value("analyze", f"{name}_s") for name in ("analyze", "headroom", "pass"))
     sensitivity = None if whole is None or alone is None else whole - alone
     forward_s = None if once is None else once / 4

@@ -348,7 +348,7 @@ def session(work: Work) -> None:
         del opened
         gc.collect()
     names = ("reference", "lowered", "codes", "openvino")
-    work.result["session_gib"] = max(work.result[f"{name}_peak_gib"] for name in names)
+    work.result["session_gib"] = max(work.result[f"{name}_process_gib"] for name in names)
 
 
 def deployed(work: Work) -> None:

@@ -60,7 +60,7 @@ _WORTH = 0.002
 
 #: In dB: by so much the model has to predict better with corrections, and no time may be worse than without. The latter
 #: is larger where corrections cannot be left out at a time.
-_CLEAR, _NO_WORSE, _NO_WORSE_STATIC = 0.03, 0.02, 0.1
+_CLEAR, _NO_WORSE, _NO_WORSE_STATIC = 0.02, 0.02, 0.1
 
 #: In dB: a model that gains this at every time is not judged twice.
 _OBVIOUS = 0.1
