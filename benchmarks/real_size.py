@@ -36,7 +36,7 @@ def run_part(part: str, model: str, folder: Path) -> dict[str, Any]:
 
 
 def _cells(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """What, measured, against what, ratio; a dash where something is missing."""
+    """What, measured, against what, ratio, of what was measured."""
 
     def value(part: str, name: str) -> float | None:
         found: float | None = parts.get(part, {}).get(name)
@@ -87,7 +87,7 @@ def _cells(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
         rows.append(row(f"OpenVINO, latents {size} x {size}", ours, "s", "constant scales", constant))
     ours, constant = value("kernels", "scales_kernels"), value("kernels", "constant_kernels")
     rows.append(row("TensorRT-RTX", ours, "kernels", "constant scales", constant))
-    return rows
+    return [row for row in rows if row[1] != "-"]
 
 
 def _table(found: Found) -> str:
