@@ -28,6 +28,7 @@ from torch import nn
 import modelopt_tdq as tdq
 from modelopt_tdq.compare import compare_model
 from modelopt_tdq.lab.bench.gpu.model import static_config
+from modelopt_tdq.model.call import tensor_leaves, walk
 
 TIMES = (981.0, 661.0, 341.0, 21.0)
 LONG = tuple(float(50 * step + 1) for step in range(20, 0, -1))
@@ -151,12 +152,8 @@ class Work:
         }
         first = "hidden_states" if "PixArt" in self.about.kind else "sample"
         call = {first: torch.randn(batch, 4, size, size) * (0.5 + at / 1000), **call}
-        return {name: self._cast(value) for name, value in call.items()}
-
-    def _cast(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: self._cast(one) for name, one in value.items()}
-        return value.to(self.about.dtype)
+        cast: dict[str, Any] = walk(call, lambda _, value: value.to(self.about.dtype))
+        return cast
 
     def forward_loop(self, model: nn.Module) -> None:
         """One run of the data: each time, four samples on latents of 8 x 8."""
@@ -302,7 +299,7 @@ def openvino(work: Work) -> None:
 
     for size in (8, 32):
         sessions = {n: OpenVinoSession(work.folder / f"{n}_{size}.onnx", num_threads=1) for n in ("constant", "scales")}
-        call = _flat(work.call(size, 500.0, 1))
+        call = tensor_leaves(work.call(size, 500.0, 1))
         seconds: dict[str, list[float]] = {name: [] for name in sessions}
         for repetition, name in itertools.product(range(9), sessions):
             start = time.process_time()
@@ -313,13 +310,6 @@ def openvino(work: Work) -> None:
             work.result[f"{name}_{size}_s"] = statistics.median(values)
         pairs = zip(seconds["scales"], seconds["constant"], strict=True)
         work.result[f"ratio_{size}"] = statistics.median(a / b for a, b in pairs)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def session(work: Work) -> None:
@@ -335,7 +325,7 @@ def session(work: Work) -> None:
 
     codes = work.folder / "codes.onnx"
     onnx.save(returning_codes(graph_of(work.folder / "reference.onnx", work.folder)), str(codes))
-    call = {name: value.numpy() for name, value in _flat(work.call(8, 500.0, 1)).items()}
+    call = {name: value.numpy() for name, value in tensor_leaves(work.call(8, 500.0, 1)).items()}
     for name, kind, file in (
         ("reference", OnnxRuntimeSession, work.folder / "reference.onnx"),
         ("lowered", OnnxRuntimeSession, work.folder / "scales.onnx"),
@@ -357,7 +347,7 @@ def deployed(work: Work) -> None:
 
     with work.measured("open"):
         session = OpenVinoSession(work.folder / "scales.onnx", num_threads=1)
-    call = _flat(work.call(8, 500.0, 1))
+    call = tensor_leaves(work.call(8, 500.0, 1))
     with work.measured("run"):
         [output] = session({name: call[name] for name in session.inputs}).values()
     work.result["finite"] = bool(torch.isfinite(torch.as_tensor(output)).all())

@@ -93,8 +93,7 @@ class Analysis:
 
 
 def _single(pass_: Calibration, config: TdqCalibConfig) -> Columns:
-    growth = pass_.growth
-    return {name: columns(evidence, config, False, growth[name]) for name, evidence in pass_.evidence.items()}
+    return {name: columns(evidence, config, False) for name, evidence in pass_.evidence.items()}
 
 
 def analyze(
@@ -167,11 +166,10 @@ def _analyzed(
         output_curves(copied, calibration.evidence, half, times, settings.smoothing, progress)
         for half in calibration.replay.halves()
     )
-    growth = calibration.growth
     variants = {
         "max": _single(calibration, settings.model_copy(update={"statistic": "max"})),
         "static": _single(calibration, settings),
-        "temporal": {n: columns(evidence, settings, True, growth[n]) for n, evidence in calibration.evidence.items()},
+        "temporal": {name: columns(evidence, settings, True) for name, evidence in calibration.evidence.items()},
     }
     rows = torch.tensor(times)
     references: dict[int, torch.Tensor] = {}

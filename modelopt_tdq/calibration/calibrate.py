@@ -85,10 +85,9 @@ def calibrate_scales(
         watch_training(model)
         calibration = collect(model, forward_loop, config)
         follow = temporal_names(config.temporal, list(calibration.quantizers))
-        growth = calibration.growth
-        temporal: Columns = {n: columns(e, config, n in follow, growth[n]) for n, e in calibration.evidence.items()}
+        temporal: Columns = {n: columns(e, config, n in follow) for n, e in calibration.evidence.items()}
         if config.protect_steps and config.bins != 1:
-            static = {n: columns(e, config, False, growth[n]) for n, e in calibration.evidence.items()}
+            static = {n: columns(e, config, False) for n, e in calibration.evidence.items()}
             temporal, _ = protected_rows(
                 model, calibration.quantizers, calibration.replay, calibration.times, temporal, static, config.progress
             )

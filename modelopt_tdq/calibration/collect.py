@@ -68,11 +68,6 @@ class Calibration:
     evidence: dict[str, Evidence]
     replay: Replay
 
-    @property
-    def growth(self) -> dict[str, float]:
-        """By quantizer name: see :func:`~modelopt_tdq.calibration.growth.common_growth`."""
-        return common_growth({name: evidence.statistics.growth for name, evidence in self.evidence.items()})
-
 
 def _run(
     model: nn.Module,
@@ -191,13 +186,12 @@ def collect(
     seen = union({name for name, s in statistics.items() if s.times})
     quantizers, evidence = {}, {}
     leave_out(model, [name for name in per_tensor if name not in seen])
-    for name, quantizer in tqdm(per_tensor.items(), "errors", disable=not config.progress, unit="layer"):
-        if name not in seen:
-            continue
-        quantizers[name] = TemporalQuantizer.from_tensor_quantizer(quantizer, timestep, name)
-        evidence[name] = _settled(
-            _activation_evidence(statistics[name], times, quantizer, config), config, name in follow
-        )
+    rows = {name: _filled(statistics[name], times) for name in per_tensor if name in seen}
+    growth = common_growth({name: own.growth for name, own in rows.items()})
+    for name, own in tqdm(rows.items(), "errors", disable=not config.progress, unit="layer"):
+        quantizer = TemporalQuantizer.from_tensor_quantizer(per_tensor[name], timestep, name)
+        known = _activation_evidence(replace(own, growth=growth[name]), quantizer, config)
+        quantizers[name], evidence[name] = quantizer, _settled(known, config, name in follow)
     if config.statistic == "output":
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
             evidence[name] = _settled(replace(evidence[name], known=curves), config, name in follow)
@@ -217,9 +211,9 @@ def _require_the_same(model: nn.Module, config: CalibrationFields) -> None:
 
 
 def _activation_evidence(
-    statistics: StepStatistics, times: list[float], quantizer: TemporalQuantizer, config: CalibrationFields
+    rows: ActivationStatistics, quantizer: TemporalQuantizer, config: CalibrationFields
 ) -> Evidence:
-    rows, num_bits = _filled(statistics, times), quantizer.num_bits
+    num_bits = quantizer.num_bits
     asymmetric = bool(config.asymmetric) and isinstance(num_bits, int)  # FP8 has a sign of its own
     judged = config.statistic in ("mse", "output")
     return Evidence(rows, num_bits, asymmetric, own_curves(rows, num_bits, asymmetric) if judged else None)

@@ -21,19 +21,10 @@ _ASYMMETRIC_GAIN = 10 ** (-1.0 / 10)
 _DOUBLINGS = 2.0
 
 
-def columns(
-    evidence: Evidence, config: CalibrationFields, temporal: bool, growth: float = 0.0
-) -> tuple[Tensor, Tensor | None]:
-    """Scale [K] and offset [K] (None if symmetric) of one quantizer.
-
-    Args:
-        evidence: Of the quantizer.
-        config: Of the calibration.
-        temporal: Whether the scale follows time.
-        growth: From :func:`~modelopt_tdq.calibration.growth.common_growth`, for ``margin: auto``.
-    """
+def columns(evidence: Evidence, config: CalibrationFields, temporal: bool) -> tuple[Tensor, Tensor | None]:
+    """Scale [K] and offset [K] (None if symmetric) of one quantizer."""
     scale, offset = _chosen(evidence, config, temporal)
-    margin = _margin(growth) if config.margin == "auto" else config.margin
+    margin = _margin(evidence) if config.margin == "auto" else config.margin
     if margin:
         steps = (offset / scale).round()  # an offset is a whole number of them
         scale = scale * (1 + margin)
@@ -41,9 +32,9 @@ def columns(
     return scale.contiguous(), offset.contiguous() if bool(offset.any()) else None
 
 
-def _margin(growth: float) -> float:
+def _margin(evidence: Evidence) -> float:
     """As a fraction of the scale: how far the range would grow with as many samples again, a few times."""
-    return min(math.expm1(_DOUBLINGS * growth), 1.0)
+    return min(math.expm1(_DOUBLINGS * evidence.statistics.growth), 1.0)
 
 
 def worth_an_offset(evidence: Evidence, config: CalibrationFields, temporal: bool) -> bool:

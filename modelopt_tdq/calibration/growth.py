@@ -74,7 +74,11 @@ def mean_growth(rows: Sequence[Sequence[LargestSamples]]) -> float:
         growth = LargestSamples(sum(part.count for part in parts), magnitudes).growth()
         if growth is not None:
             found.append(growth)
-    return sum(found) / len(found) if found else 0.0
+    return _mean(found)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def common_growth(growth: Mapping[str, float]) -> dict[str, float]:
@@ -84,7 +88,6 @@ def common_growth(growth: Mapping[str, float]) -> dict[str, float]:
         growth: Logarithm of the factor of one doubling, of each activation alone.
     """
     growing = [value for value in growth.values() if value > 0.0]
-    mean = sum(growing) / len(growing) if growing else 0.0
-    growing = [value for value in growing if value >= _HARDLY * mean]
-    mean = sum(growing) / len(growing) if growing else 0.0
+    least = _HARDLY * _mean(growing)
+    mean = _mean([value for value in growing if value >= least])
     return {name: mean if value >= _HARDLY * mean else value for name, value in growth.items()}

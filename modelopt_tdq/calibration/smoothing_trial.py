@@ -162,15 +162,14 @@ class Trial:
         return count, *means, error.square().sum(), (tried * error).sum(dims), tried.square().sum(dims)
 
     def _errors(self, found: list[_Moments]) -> list[Tensor]:
-        """[] squared, of each vector, this process's share of it; see :meth:`_error`."""
+        """[] squared, of each vector, this process's share of it.
+
+        Without what a gain and a bias of each channel of the outputs take back if there will be some.
+        """
         if not self.settings.corrected:
             return [error for _, _, _, error, _, _ in found]
         parts = self._of_all.given(tuple(found))
         return [_left([part[number] for part in parts]) / len(parts) for number in range(len(found))]
-
-    def _error(self, tried: Tensor, y: Tensor) -> Tensor:
-        """[] squared, without what a gain and a bias of each channel of ``tried`` take back if there will be some."""
-        return self._errors([self._moments(tried, y)])[0]
 
     def error(self) -> Tensor:
         """[number of vectors] of each, relative to the output, summed over the times; over all processes."""

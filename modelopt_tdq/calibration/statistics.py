@@ -80,7 +80,8 @@ class ActivationStatistics:
         counts: [K, BINS] float64, row k over [-2^exponent_k, 2^exponent_k).
         exponent: [K] int64; each row has the finest bins that hold its range.
         low, high: [K] float32, exact minimum and maximum.
-        growth: Logarithm of the factor by which the range grows when the samples double, the mean over the times.
+        growth: Logarithm of the factor by which the range grows when the samples double, the mean over the times;
+            in a calibration, what :func:`~modelopt_tdq.calibration.growth.common_growth` makes of it.
     """
 
     counts: Tensor

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from modelopt_tdq.errors import require
+from modelopt_tdq.export.onnx_file import STAYS_IN_GRAPH
 from modelopt_tdq.runtime.build.onnx_model import external_file
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = ["graph_of"]
-
-#: Bytes of a tensor that stays in the graph.
-_SMALL = 1 << 16
 
 
 def graph_of(file: Path, folder: Path) -> onnx.ModelProto:
@@ -26,7 +24,7 @@ def graph_of(file: Path, folder: Path) -> onnx.ModelProto:
     own = folder / f"{file.name}.weights"
     with own.open("wb") as weights:
         for tensor in graph.graph.initializer:
-            if len(tensor.raw_data) > _SMALL:
+            if len(tensor.raw_data) > STAYS_IN_GRAPH:
                 _move_out(tensor, weights, own.name)
                 continue
             for entry in tensor.external_data:

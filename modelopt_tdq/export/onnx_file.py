@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-__all__ = ["EXTERNAL_DATA_ABOVE", "write_onnx"]
+__all__ = ["EXTERNAL_DATA_ABOVE", "STAYS_IN_GRAPH", "write_onnx"]
 
 #: A protobuf file ends at 2 GiB; larger weights go into a file beside it.
 EXTERNAL_DATA_ABOVE = 1 << 30
 
 #: Bytes of a tensor that stays in the graph: the checker has to know numbers that are sizes.
-_SMALL = 1 << 16
+STAYS_IN_GRAPH = 1 << 16
 
 #: Bytes that are copied at a time.
 _PIECE = 1 << 24
@@ -43,7 +43,7 @@ def write_onnx(model: ir.Model, target: Path, *, apart: bool = False) -> None:
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     data, graph = target.with_name(f"{target.name}.data"), target.with_name(f"{target.name}.graph")
     with replacing(data, graph, target) as (weights, partial, complete):
-        ir.save(model, partial, external_data=data.name, size_threshold_bytes=_SMALL)
+        ir.save(model, partial, external_data=data.name, size_threshold_bytes=STAYS_IN_GRAPH)
         try:
             onnx.checker.check_model(str(partial), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.model.call import walk
 
 __all__ = ["DTYPES", "OFFLOADS", "Placement"]
 
@@ -80,13 +81,13 @@ class Placement:
 
     def moved(self, value: Any) -> Any:
         """Tensors of the arguments of a call, there; floating-point ones in the model's type."""
-        if isinstance(value, dict):
-            return {name: self.moved(inner) for name, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self.moved, value))
-        if isinstance(value, Tensor):
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
-        return value
+
+        def move(_: str, leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)
+
+        return walk(value, move)
 
 
 def _device(name: str) -> torch.device:

@@ -57,22 +57,13 @@ def held_weights(model: nn.Module) -> Iterator[None]:
             left -= weight.nbytes
             if left >= 0:
                 with torch.no_grad():
-                    HeldWeight.from_tensor_quantizer(quantizer, _quantized(weight.detach(), quantizer))
+                    values = torch.cat(list(quantized_parts(weight, quantizer, dtype=None)))
+                HeldWeight.from_tensor_quantizer(quantizer, values)
                 held.append(quantizer)
         yield
     finally:
         for quantizer in held:
             quantizer.release()
-
-
-def _quantized(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """What ModelOpt's quantizer makes of a weight, in its dtype."""
-    values = torch.empty_like(weight)
-    start = 0
-    for part in quantized_parts(weight, quantizer, dtype=None):
-        values[start : start + len(part)] = part
-        start += len(part)
-    return values
 
 
 def _constant(model: nn.Module) -> dict[nn.Module, tuple[Tensor, TensorQuantizer]]:

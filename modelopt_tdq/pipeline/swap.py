@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,16 @@ def swap_denoiser(
     original = denoiser(pipeline, name)
     if isinstance(original, EngineDenoiser):
         original = original.original
+
+    def swapped_in(one: Any) -> EngineDenoiser:
+        return _swapped(one, original, timestep, backend, table, options)
+
     if isinstance(engine, Mapping):
-        swapped: EngineDenoiser = _by_time(engine, original, timestep, backend, table, boundary, free, options)
+        swapped: EngineDenoiser = _by_time(engine, original, timestep, swapped_in, boundary, free)
     elif boundary is not None:
         raise TdqError("boundary", boundary, "there is one engine", 'Pass two: {"high": engine, "low": other}')
     else:
-        swapped = _swapped(engine, original, timestep, backend, table, options)
+        swapped = swapped_in(engine)
     if free:
         original.to("meta")
     put_denoiser(pipeline, name, swapped)
@@ -143,11 +147,9 @@ def _by_time(
     engines: Mapping[str, Any],
     original: nn.Module,
     timestep: str,
-    backend: str,
-    table: Mapping[str, Any] | None,
+    swapped_in: Callable[[Any], EngineDenoiser],
     boundary: float | None,
     free: bool,
-    options: Mapping[str, Any],
 ) -> EnginesByTime:
     """Two engines in the place of ``original``."""
     if set(engines) != set(SIDES):
@@ -160,10 +162,7 @@ def _by_time(
         raise TdqError("free", free, "the torch denoiser computes one of the sides", "Leave free out")
     known = scale_table(original).timesteps.tolist() if temporal_quantizers(original) else []
     least = require_boundary(boundary, known)
-    sides = {
-        side: original if engine is None else _swapped(engine, original, timestep, backend, table, options)
-        for side, engine in engines.items()
-    }
+    sides = {side: original if engine is None else swapped_in(engine) for side, engine in engines.items()}
     return EnginesByTime(sides, least, original, timestep)
 
 

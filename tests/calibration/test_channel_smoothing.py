@@ -247,7 +247,7 @@ def test_what_corrections_take_back_does_not_count(kind: Any) -> None:
     for corrected, wanted in ((True, expected), (False, float((tried - y).square().sum()))):
         told = Settings((1.0,), (1.0,), shifted=False, corrected=corrected)
         trial = Trial(SmoothedLayer("layer", layer), [], told, temporal=True, rows=1, turns=Turns([layer]))
-        assert float(trial._error(tried, y)) == pytest.approx(wanted, rel=1e-4)
+        assert float(trial._errors([trial._moments(tried, y)])[0]) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])

@@ -91,8 +91,7 @@ def test_auto_makes_room_where_few_samples_tell_the_range_and_none_where_all_tel
 
     def scales(x: torch.Tensor) -> list[float]:
         evidence = Evidence(_observed([x]), 8, False)
-        growth = common_growth({"x": evidence.statistics.growth})["x"]
-        return [float(columns(evidence, config[margin], True, growth)[0][0]) for margin in (0.0, "auto")]
+        return [float(columns(evidence, config[margin], True)[0][0]) for margin in (0.0, "auto")]
 
     plain, wide = scales(varied[:4])
     assert 1.1 < wide / plain < 2.0

@@ -140,8 +140,8 @@ def content(file: Path) -> onnx.ModelProto:
 def test_the_graph_of_a_file_leaves_the_weights_outside(
     model: TinyDenoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
-    monkeypatch.setattr("modelopt_tdq.compare.graph_files._SMALL", 256)
-    monkeypatch.setattr("modelopt_tdq.export.onnx_file._SMALL", 256)
+    monkeypatch.setattr("modelopt_tdq.compare.graph_files.STAYS_IN_GRAPH", 256)
+    monkeypatch.setattr("modelopt_tdq.export.onnx_file.STAYS_IN_GRAPH", 256)
     if apart:
         monkeypatch.setattr("modelopt_tdq.export.onnx_file.EXTERNAL_DATA_ABOVE", 0)
     source, folder = tmp_path / "source", tmp_path / "folder"
@@ -164,7 +164,7 @@ def test_weights_outside_change_nothing(
 ) -> None:
     expected = compare_model(model, DATA, backends=["torch", "onnxruntime"], progress=False, **graphs)
     for module in ("compare.graph_files", "export.onnx_file"):
-        monkeypatch.setattr(f"modelopt_tdq.{module}._SMALL", 256)
+        monkeypatch.setattr(f"modelopt_tdq.{module}.STAYS_IN_GRAPH", 256)
     files = graphs if given else {}
     found = compare_model(model, DATA, backends=["torch", "onnxruntime"], progress=False, **files)
     assert found == expected

@@ -272,7 +272,7 @@ def test_weights_beyond_a_limit_lie_beside_the_file(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modelopt_tdq.export.onnx_file.EXTERNAL_DATA_ABOVE", 0)
-    monkeypatch.setattr("modelopt_tdq.export.onnx_file._SMALL", 256)
+    monkeypatch.setattr("modelopt_tdq.export.onnx_file.STAYS_IN_GRAPH", 256)
     report = tdq.export_onnx(model, tmp_path / "m.onnx", inputs())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     with torch.no_grad():

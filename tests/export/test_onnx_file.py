@@ -40,7 +40,7 @@ def _graph(sizes: tuple[int, ...] = (3, 500, 70_000)) -> ir.Model:
 
 @pytest.mark.parametrize("small", [0, 256, 1 << 20])
 def test_one_file_holds_what_protobuf_would_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
-    monkeypatch.setattr("modelopt_tdq.export.onnx_file._SMALL", small)
+    monkeypatch.setattr("modelopt_tdq.export.onnx_file.STAYS_IN_GRAPH", small)
     monkeypatch.setattr("modelopt_tdq.export.onnx_file._PIECE", 1000)
     write_onnx(_graph(), tmp_path / "sums.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["sums.onnx"]

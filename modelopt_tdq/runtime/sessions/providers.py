@@ -155,7 +155,11 @@ def _devices(ort: Any, provider: Provider) -> list[Any]:
     if importlib.util.find_spec(package) is None:
         raise _absent(provider, f"the package {package} is not installed")
     library: Any = importlib.import_module(package)
-    found = [device for device in ort.get_ep_devices() if device.ep_name == provider.name]
+
+    def devices() -> list[Any]:
+        return [device for device in ort.get_ep_devices() if device.ep_name == provider.name]
+
+    found = devices()
     if not found:
         try:
             ort.register_execution_provider_library(provider.name, library.get_library_path())
@@ -166,7 +170,7 @@ def _devices(ort: Any, provider: Provider) -> list[Any]:
                 f"its library cannot be loaded ({error})",
                 "It needs an NVIDIA GPU and its driver; check with nvidia-smi",
             ) from error
-        found = [device for device in ort.get_ep_devices() if device.ep_name == provider.name]
+        found = devices()
     if not found:
         raise TdqError(
             "providers",
