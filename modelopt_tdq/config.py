@@ -143,6 +143,15 @@ class CalibrationFields(RunFields):
             "another run of `forward_loop`. Not together with ModelOpt's smoothquant, beside which auto does nothing."
         ),
     )
+    channel_shift: Literal["none", "auto"] = ModeloptField(
+        default="none",
+        title="Shifts of channels",
+        description=(
+            "auto: the middle of each channel's range is subtracted in front of linear layers, and of convolutions "
+            "without padding, where this lowers the error of their outputs: chosen together with `channel_smoothing`. "
+            "Exact; when deployed, a constant of each channel beside the division by the scale, and part of the bias."
+        ),
+    )
     asymmetric: bool | Literal["auto"] = ModeloptField(
         default=False,
         title="Offset per step",

@@ -12,11 +12,15 @@ max|w_j| over all of them: the tensor is divided once. ``auto`` chooses for each
 balances errors of activation and weights in another way (:func:`modelopt_tdq.calibration.smoothed_layer.balanced`), or
 none.
 
+``channel_shift`` subtracts v_j, the middle of the channel's range, from the quotients before they are quantized, and
+adds w c v to the output (Outlier Suppression+, Wei et al. 2023): a channel whose values lie far from zero on one side
+needs no range for the other. The input of a convolution that pads is not shifted: its zeros would have no code.
+
 Attention products have no weights to multiply, and stay as they are; so do transposed convolutions, and layers whose
 weight other modules use too.
 
-The calibration data are run once for max|x_j| and for the scales of all activations, and once more for the scales of
-those that were smoothed.
+The calibration data are run once for the ranges of x_j and for the scales of all activations, and once more for the
+scales of those that were smoothed.
 """
 
 from __future__ import annotations
@@ -24,18 +28,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
+import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from modelopt_tdq.calibration.chosen_smoothing import chosen_vectors
-from modelopt_tdq.calibration.smoothed_layer import SmoothedLayer, shared_vector, smooth, smoothing_vector
+from modelopt_tdq.calibration.chosen_smoothing import chosen_maps, given_kind
+from modelopt_tdq.calibration.smoothed_layer import (
+    ChannelMap,
+    SmoothedLayer,
+    shared_map,
+    smooth,
+)
 from modelopt_tdq.config import CalibrationFields
-from modelopt_tdq.core.distributed import all_reduce, gather, union
+from modelopt_tdq.core.distributed import gather, union
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import writes
 from modelopt_tdq.model.quantizer import TemporalQuantizer
@@ -149,9 +158,10 @@ class Channels:
     def __init__(self, model: nn.Module, quantizers: dict[str, TensorQuantizer], config: CalibrationFields) -> None:
         self._layers: list[SmoothedLayer] = []
         self._readers = _Readers(0)
-        if config.channel_smoothing == "none":
+        self._over_time = config.channel_shift != "none"
+        if config.channel_smoothing == "none" and config.channel_shift == "none":
             return
-        automatic = config.channel_smoothing == "auto"
+        automatic = config.channel_smoothing in ("none", "auto")
         try:
             _require_plain(model, config)
         except TdqError as error:
@@ -165,7 +175,7 @@ class Channels:
 
     @contextmanager
     def observed(self, model: nn.Module, timestep: CurrentTimestep) -> Iterator[None]:
-        """While ``model`` runs, find the largest magnitudes of the layers' inputs, and who shares one."""
+        """While ``model`` runs, find the ranges of the layers' inputs, and who shares one."""
 
         def hook(number: int) -> Callable[..., None]:
             layer = self._layers[number]
@@ -174,7 +184,10 @@ class Channels:
                 x = args[0]
                 if x.numel() == 0 or timestep.aside:
                     return
-                layer.see(x)
+                time = timestep.value if self._over_time else None
+                if time is None or time.dim() > 1:  # tokens have times of their own
+                    time = torch.zeros(1)
+                layer.ranges.see(layer.by_channel(x), time)
                 self._readers.read(number, layer.trailing, x)
 
             return observe
@@ -192,14 +205,14 @@ class Channels:
     def undo(self, timestep: CurrentTimestep) -> None:
         """Give all layers their weights back, and their inputs as they are."""
         for layer in self._layers:
-            layer.smooth(None, timestep)
+            layer.smooth(ChannelMap(), timestep)
 
     def groups(self) -> list[list[SmoothedLayer]]:
         """The layers whose inputs are not only zeros, those that read the same tensor together; over all processes."""
         for layer in self._layers:
-            layer.largest = all_reduce(layer.largest, "max")
+            layer.agree()
         groups = [[self._layers[number] for number in group] for group in self._readers.groups()]
-        return [group for group in groups if any(bool(layer.largest.any()) for layer in group)]
+        return [group for group in groups if not all(layer.ranges.is_nothing for layer in group)]
 
 
 def smooth_channels(
@@ -218,25 +231,24 @@ def smooth_channels(
         quantizers: The enabled activation quantizers with one scale per tensor, by name.
         replay: A sample of its calls, for ``auto``.
         timestep: Of the model.
-        config: Its ``channel_smoothing`` is the strength a, ``auto``, or ``none``.
+        config: Its ``channel_smoothing`` is the strength a, ``auto``, or ``none``; ``channel_shift`` likewise.
 
     Returns:
-        Names of the quantizers whose input is divided now, and whose scales have to be found anew.
+        Names of the quantizers whose input is divided or shifted now, and whose scales have to be found anew.
     """
     groups = channels.groups()
     if not groups:
         return []
-    if config.channel_smoothing == "auto":
-        if not union(set(replay.times)):
-            _log.info("no channels smoothed: the model's calls cannot be repeated")
-            return []
-        vectors = chosen_vectors(model, groups, quantizers, replay, timestep, config)
+    automatic = "auto" in (config.channel_smoothing, config.channel_shift)
+    if automatic and union(set(replay.times)):
+        maps = chosen_maps(model, groups, quantizers, replay, timestep, config)
     else:
-        formula = partial(smoothing_vector, strength=float(config.channel_smoothing))
-        vectors = [shared_vector(group, formula) for group in groups]
-    smooth(groups, vectors, timestep)
-    pairs = zip(groups, vectors, strict=True)
-    return [f"{layer.name}.input_quantizer" for group, vector in pairs if vector is not None for layer in group]
+        if automatic:
+            _log.info("nothing is chosen for channels: the model's calls cannot be repeated")
+        maps = [shared_map(group, given_kind(config), [layer.ranges for layer in group]) for group in groups]
+    smooth(groups, maps, timestep)
+    pairs = zip(groups, maps, strict=True)
+    return [f"{layer.name}.input_quantizer" for group, done in pairs if not done.is_identity for layer in group]
 
 
 def undo_channel_smoothing(model: nn.Module) -> None:
@@ -252,4 +264,5 @@ def undo_channel_smoothing(model: nn.Module) -> None:
         if divisor is not None:
             layer = SmoothedLayer(name, module)
             layer.replace(layer.multiplied(1.0 / divisor.flatten()))
-            quantizer.set_channel_divisor(None)
+        if divisor is not None or quantizer.channel_shift is not None:
+            quantizer.set_channels(None)

@@ -136,6 +136,7 @@ class _Probe:
             if self.places:
                 self.energy[self.row] += float(y.double().square().sum())
             scale, offset = self.scale.to(x.device), self.offset.to(x.device)
+            shift = self.layer.input_quantizer.shift_at_call(x)
             batched = has_batch(self.layer, x)
             chunk = max(1, _PROBE_ELEMENTS // max(x.numel(), y.numel())) if batched else 1
             if processes() > 1:
@@ -144,9 +145,10 @@ class _Probe:
             with self._quantized_weights_only():
                 for start in range(0, len(scale), chunk):
                     part = slice(start, start + chunk)
-                    tried = fake_quantize(
-                        x.unsqueeze(0), scale[part].reshape(shape), offset[part].reshape(shape), self.num_bits
-                    )
+                    offsets = offset[part].reshape(shape)
+                    if shift is not None:
+                        offsets = offsets + shift
+                    tried = fake_quantize(x.unsqueeze(0), scale[part].reshape(shape), offsets, self.num_bits)
                     tried = tried.flatten(0, 1) if batched else tried.squeeze(0)
                     positional = [tried if value is given else value for value in args]
                     named = {name: tried if value is given else value for name, value in kwargs.items()}

@@ -1,4 +1,4 @@
-"""A layer whose input channels can be divided and its weights multiplied, and the vector that does so.
+"""A layer whose input channels can be divided and its weights multiplied, and what does so.
 
 See :mod:`modelopt_tdq.calibration.channel_smoothing`.
 """
@@ -16,14 +16,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from modelopt_tdq.core.distributed import all_reduce
+from modelopt_tdq.calibration.channel_ranges import ChannelRanges, shared_ranges
+from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.select import trailing_dimensions
 from modelopt_tdq.model.stored_weight import kept, replace_weight, stored, whole
 from modelopt_tdq.model.timestep import CurrentTimestep
 
-__all__ = ["ChannelRanges", "Formula", "SmoothedLayer", "balanced", "shared_vector", "smooth", "smoothing_vector"]
+__all__ = [
+    "ChannelMap",
+    "Formula",
+    "Kind",
+    "SmoothedLayer",
+    "balanced",
+    "shared_map",
+    "smooth",
+    "smoothing_vector",
+]
 
 #: Makes of max|x_j| and max|w_j|, [C] each, what the channels are divided by, [C].
 Formula = Callable[[Tensor, Tensor], Tensor]
@@ -81,6 +91,53 @@ def _vector(activation: Tensor, weight: Tensor, logarithm: Callable[[Tensor, Ten
     return log.exp().clamp(1 / _FURTHEST, _FURTHEST).float()
 
 
+@dataclass(frozen=True)
+class Kind:
+    """One way of smoothing.
+
+    Attributes:
+        formula: Of what the channels are divided by; None: 1.
+        shifts: Whether the middle of each channel's range is subtracted first.
+    """
+
+    formula: Formula | None = None
+    shifts: bool = False
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """What is done to the channels of a tensor before it is quantized: x / c - v.
+
+    Attributes:
+        divisor: [C] float32, c; None: 1.
+        shift: [K, C] float32, v at the times of the rows, or [1, C]; None: 0.
+        times: [K] float32 of these; None where it does not depend on time.
+    """
+
+    divisor: Tensor | None = None
+    shift: Tensor | None = None
+    times: Tensor | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether channels are left as they are."""
+        return self.divisor is None and self.shift is None
+
+    def shift_at(self, time: float) -> Tensor | None:
+        """[C] v."""
+        if self.shift is None or self.times is None:
+            return None if self.shift is None else self.shift[0]
+        return self.shift[int(row_index(torch.tensor([time]), self.times.cpu()))]
+
+    def __call__(self, channels: Tensor, shift: Tensor | None) -> Tensor:
+        """X / c - v of [C, ...] values, in float32."""
+        shape = (-1, *(1,) * (channels.dim() - 1))
+        divided = channels.float()
+        if self.divisor is not None:
+            divided = divided / self.divisor.to(channels.device).reshape(shape)
+        return divided if shift is None else divided - shift.to(channels.device).reshape(shape)
+
+
 @dataclass(eq=False)
 class SmoothedLayer:
     """A layer whose input channels can be divided.
@@ -88,19 +145,48 @@ class SmoothedLayer:
     Attributes:
         name: As in ``model.named_modules()``.
         module: The layer.
-        largest: [C] float32, max|x_j| so far.
+        ranges: Of its input's channels, so far.
     """
 
     name: str
     module: Any
-    largest: Tensor = field(init=False, repr=False)
+    ranges: ChannelRanges = field(init=False, repr=False)
     _kept: Tensor = field(init=False, repr=False)
     _bias: Tensor | None = field(init=False, repr=False)
     _copied: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         self._kept, self._bias = kept(self.module), stored(self.module, "bias")
-        self.largest = torch.zeros(self.weight.shape[1] * self.groups, device=self._kept.device)
+        self.ranges = ChannelRanges()
+
+    @property
+    def pads(self) -> bool:
+        """Whether the layer pads its input with zeros, which have no code where channels are shifted."""
+        padding: Any = getattr(self.module, "padding", ())
+        return padding != "valid" if isinstance(padding, str) else any(padding)
+
+    def agree(self) -> None:
+        """On the ranges, over all processes."""
+        self.ranges.agree(self.channels, self.device)
+
+    @property
+    def channels(self) -> int:
+        """C, of the input."""
+        return int(self.weight.shape[1]) * self.groups
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self._kept.device
+
+    def as_quantized(self, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[] the smallest and largest of what is quantized in the call in progress, if channels lie between these [C].
+
+        As the input is divided and shifted now.
+        """
+        quantizer: Any = self.quantizer
+        low, high = (quantizer.shifted(quantizer.smoothed(self.placed(end))) for end in ends)
+        return low.min(), high.max()
 
     @property
     def original(self) -> Tensor:
@@ -135,12 +221,7 @@ class SmoothedLayer:
 
     def by_channel(self, x: Tensor) -> Tensor:
         """[C, ...] an input, all else in one dimension."""
-        return x.detach().movedim(x.dim() - 1 - self.trailing, 0).reshape(self.largest.numel(), -1)
-
-    def see(self, x: Tensor) -> None:
-        """Take an input into account."""
-        largest = self.by_channel(x).abs().amax(1).float()
-        self.largest = torch.maximum(self.largest, largest.to(self.largest.device))
+        return x.detach().movedim(x.dim() - 1 - self.trailing, 0).reshape(self.channels, -1)
 
     @cached_property
     def weight_magnitude(self) -> Tensor:
@@ -149,13 +230,15 @@ class SmoothedLayer:
         grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).abs().float()  # [g, O / g, C / g, ...]
         return grouped.flatten(3).amax(3).amax(1).flatten() if grouped.dim() > 3 else grouped.amax(1).flatten()
 
-    def divisor(self, vector: Tensor) -> Tensor:
+    def placed(self, vector: Tensor) -> Tensor:
         """[C] as it broadcasts against the input."""
         return vector.reshape(-1, *(1,) * self.trailing)
 
-    def multiplied(self, vector: Tensor) -> Tensor:
+    def multiplied(self, vector: Tensor | None) -> Tensor:
         """The original weight, its input channels multiplied by ``vector`` [C] in float32; in its own dtype."""
         weight = self.original
+        if vector is None:
+            return weight
         grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).float()
         factor = vector.to(weight.device).reshape(self.groups, 1, -1, *(1,) * (weight.dim() - 2))
         return (grouped * factor).reshape(weight.shape).to(weight.dtype)
@@ -168,16 +251,24 @@ class SmoothedLayer:
             return output
         return functional.linear(x, weight, bias)
 
-    def smooth(self, vector: Tensor | None, timestep: CurrentTimestep) -> None:
-        """Divide the input by ``vector`` [C] from now on; None: leave both as they were.
+    def smooth(self, channels: ChannelMap, timestep: CurrentTimestep) -> None:
+        """Do this to the channels of the input from now on, and undo it in the weight.
 
         The multiplied weight is put in place of the original, which stays as it is: whoever raises later gives it back
         (:func:`modelopt_tdq.model.snapshot.restored_on_error`).
         """
         quantizer = TemporalQuantizer.from_tensor_quantizer(self.quantizer, timestep, f"{self.name}.input_quantizer")
-        self.replace(self.original if vector is None else self.multiplied(vector))
+        self.replace(self.multiplied(channels.divisor))
         device = execution_device(self.module)
-        quantizer.set_channel_divisor(None if vector is None else self.divisor(vector).to(device))
+        divisor, shift, times = (
+            None if vector is None else vector.to(device)
+            for vector in (channels.divisor, channels.shift, channels.times)
+        )
+        quantizer.set_channels(
+            None if divisor is None else self.placed(divisor),
+            None if shift is None else shift.reshape(*shift.shape, *(1,) * self.trailing),
+            times,
+        )
 
     def replace(self, weight: Tensor) -> None:
         """Put another weight in the place of the original."""
@@ -186,56 +277,42 @@ class SmoothedLayer:
         replace_weight(self.module, weight)
 
 
-class ChannelRanges:
-    """Smallest and largest value of each channel of one layer's input, at each time: [K, C], zero among them.
-
-    A time that was not seen has nothing but zeros.
-    """
-
-    def __init__(self, layer: SmoothedLayer, rows: int) -> None:
-        self._layer = layer
-        self.low, self.high = (torch.zeros(rows, layer.largest.numel(), device=layer.largest.device) for _ in range(2))
-
-    def see(self, x: Tensor, row: int) -> None:
-        """Take an input at one time into account."""
-        extremes = torch.aminmax(self._layer.by_channel(x), dim=1)
-        low, high = (value.float().to(self.low.device) for value in extremes)
-        self.low[row] = torch.minimum(self.low[row], low)
-        self.high[row] = torch.maximum(self.high[row], high)
-
-    def agree(self) -> None:
-        """Over all processes."""
-        self.low, self.high = all_reduce(self.low, "min"), all_reduce(self.high, "max")
-
-    @property
-    def largest(self) -> Tensor:
-        """[C] max|x_j| over the times."""
-        return torch.maximum(-self.low.amin(0), self.high.amax(0))
-
-    def divided(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """[] smallest and largest at one time, of ``row`` [1], of the input as the layer divides it now."""
-        divisor = getattr(self._layer.quantizer, "channel_divisor", None)
-        found = (values[row.to(values.device)] for values in (self.low, self.high))
-        low, high = (values if divisor is None else values / divisor.flatten().to(values.device) for values in found)
-        return low.min(), high.max()
+def _largest(low: Tensor, high: Tensor) -> Tensor:
+    """[C] max|x_j| of these smallest and largest values [K, C]; 0 where nothing was seen."""
+    low, high = low.amin(0), high.amax(0)
+    return torch.where(low <= high, torch.maximum(-low, high), 0.0)
 
 
-def shared_vector(group: list[SmoothedLayer], formula: Formula, largest: list[Tensor] | None = None) -> Tensor:
-    """The vector [C] of the layers that read one tensor.
+def shared_map(
+    group: list[SmoothedLayer], kind: Kind, ranges: list[ChannelRanges], temporal: bool = True
+) -> ChannelMap:
+    """What is done to the channels of a tensor that several layers read.
 
     Args:
         group: These layers.
-        formula: Of it.
-        largest: [C] max|x_j| of each; None: what it has seen.
+        kind: Of smoothing.
+        ranges: Of the input of each.
+        temporal: Whether a shift follows the time.
     """
-    device = group[0].largest.device
-    seen = [layer.largest for layer in group] if largest is None else largest
-    weights = torch.stack([layer.weight_magnitude.to(device) for layer in group]).amax(0)
-    return formula(torch.stack([each.to(device) for each in seen]).amax(0), weights)
+    times, low, high = shared_ranges(ranges)
+    shift = None
+    if kind.shifts and not any(layer.pads for layer in group):
+        if not temporal or len(times) < 2:
+            times, low, high = times[:1], low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+        shift = (low + (high - low) / 2).nan_to_num(0.0, 0.0, 0.0)
+        low, high = low - shift, high - shift
+    divisor = None
+    if kind.formula is not None:
+        weights = torch.stack([layer.weight_magnitude.to(low.device) for layer in group]).amax(0)
+        divisor = kind.formula(_largest(low, high), weights)
+    if shift is None:
+        return ChannelMap(divisor)
+    shift = shift if divisor is None else shift / divisor
+    return ChannelMap(divisor, shift, torch.tensor(times) if len(times) > 1 else None)
 
 
-def smooth(groups: list[list[SmoothedLayer]], vectors: list[Tensor | None], timestep: CurrentTimestep) -> None:
-    """Smooth the layers of each group by its vector [C]; None: leave them as they were."""
-    for group, vector in zip(groups, vectors, strict=True):
+def smooth(groups: list[list[SmoothedLayer]], maps: list[ChannelMap], timestep: CurrentTimestep) -> None:
+    """Do to the channels of each group's input what its map says."""
+    for group, channels in zip(groups, maps, strict=True):
         for layer in group:
-            layer.smooth(vector, timestep)
+            layer.smooth(channels, timestep)

@@ -1,4 +1,4 @@
-"""What smoothing by some vectors does to the output of one layer, on replayed samples.
+"""What some ways of smoothing do to the output of one layer, on replayed samples.
 
 See :mod:`modelopt_tdq.calibration.chosen_smoothing`.
 """
@@ -12,7 +12,8 @@ import torch
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from torch import Tensor, nn
 
-from modelopt_tdq.calibration.smoothed_layer import ChannelRanges, SmoothedLayer
+from modelopt_tdq.calibration.channel_ranges import ChannelRanges, shared_ranges
+from modelopt_tdq.calibration.smoothed_layer import ChannelMap, SmoothedLayer
 from modelopt_tdq.core.distributed import all_reduce
 from modelopt_tdq.core.fake_quant import FP8_E4M3, SUPPORTED_BITS, NumBits, code_range, fake_quantize, quantize
 from modelopt_tdq.core.turns import Turns
@@ -58,6 +59,9 @@ class OfAll:
         return [each for each in given if each is not None] or [value]
 
 
+#: Of an error that corrections take back in the trial, so much counts.
+_NOT_TAKEN = 1e-3
+
 #: Scale and offset of an activation.
 _Scale = tuple[Tensor, "Tensor | None"]
 
@@ -67,8 +71,12 @@ _Moments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _left(parts: list[_Moments]) -> Tensor:
-    """[] the squared error that is left when a gain and a bias of each channel have been fitted to all parts."""
+    """[] the squared error that is left when a gain and a bias of each channel have been fitted to all parts.
+
+    And a little of the whole, which decides where nothing is left: in a layer whose output depends on time alone.
+    """
     counts, errors, outputs, squares, products, powers = (torch.stack(values) for values in zip(*parts, strict=True))
+    whole = squares.sum() + (counts.unsqueeze(1) * errors.square()).sum()
     if len(parts) > 1:
         share = (counts / counts.sum()).unsqueeze(1)
         errors, outputs = (means - (share * means).sum(0) for means in (errors, outputs))
@@ -76,11 +84,11 @@ def _left(parts: list[_Moments]) -> Tensor:
         squares = squares + (weights * errors.square()).sum(1)
         products, powers = products + weights * outputs * errors, powers + weights * outputs.square()
     taken = products.sum(0).square() / powers.sum(0).clamp(min=1e-30)
-    return (squares.sum(0) - taken.sum()).clamp(min=0.0)
+    return (squares.sum(0) - taken.sum()).clamp(min=0.0) + _NOT_TAKEN * whole
 
 
 class Trial:
-    """Forward hook on one layer: the error of its output, quantized with each vector, against what it is.
+    """Forward hook on one layer: the error of its output, quantized in each way, against what it is.
 
     Weights and activations have their bits, activations a scale for each call, as close to the final one as the
     samples of one time allow.
@@ -89,80 +97,91 @@ class Trial:
     def __init__(
         self,
         layer: SmoothedLayer,
-        vectors: list[Tensor],
+        maps: list[ChannelMap],
         settings: Settings,
         temporal: bool,
-        rows: int,
+        times: list[float],
         turns: Turns,
     ) -> None:
         self._of_all = OfAll(turns, layer.module)
-        self.layer, self.vectors, self.settings = layer, vectors, settings
-        self.static = not temporal
-        self.squares = torch.zeros(rows, len(vectors) + 1, dtype=torch.float64)  # of the errors, and of the output
-        self.ranges = ChannelRanges(layer, rows)
+        self.layer, self.maps, self.settings = layer, maps, settings
+        self.static, self.times = not temporal, times
+        self.squares = torch.zeros(len(times), len(maps) + 1, dtype=torch.float64)  # of the errors, and of the output
+        self.ranges = ChannelRanges()
         self.row = 0
         self.places: tuple[int, ...] = ()
-        self.weights = [_rounded_weight(layer, vector, settings.weight_clips) for vector in vectors]
+        self.weights = [_rounded_weight(layer, channels.divisor, settings.weight_clips) for channels in maps]
         # processes bring their parts together while all are here
         spread = layer.is_spread and None in self.weights
-        self._plain = [layer.multiplied(vector) if spread else None for vector in vectors]
+        self._plain = [layer.multiplied(channels.divisor) if spread else None for channels in maps]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """See the layer's input and output, and what it would make of each vector."""
+        """See the layer's input and output, and what it would make of it in each way."""
         layer, num_bits = self.layer, self.layer.quantizer.num_bits
         x, y = layer_input(args, kwargs), first_output(output)
         if self.places:
-            self.ranges.see(x, self.row)
-        chosen = self._scales(x)
+            self.ranges.see(layer.by_channel(x), torch.tensor([self.times[self.row]]))
+        shifts = [channels.shift_at(self.times[self.row]) for channels in self.maps]
+        chosen = self._scales(x, shifts)
         found = []
-        for vector, rounded, plain, scale in zip(self.vectors, self.weights, self._plain, chosen, strict=True):
+        ways = zip(self.maps, shifts, self.weights, self._plain, chosen, strict=True)
+        for channels, shift, rounded, plain, scale in ways:
             if not self.places:
                 continue
             if rounded is None:
-                weight = layer.multiplied(vector) if plain is None else plain
+                weight = layer.multiplied(channels.divisor) if plain is None else plain
             else:
                 codes, steps = (part.to(x.device) for part in rounded)
                 weight = (codes.float() * steps).to(layer.weight.dtype)
-            quantized = fake_quantize(self._divided(x, vector), *scale, num_bits)
+            quantized = fake_quantize(self._mapped(x, channels, shift), *scale, num_bits)
+            if shift is not None:
+                quantized = quantized + layer.placed(shift).to(x.device)
             tried = layer.compute(quantized.to(x.dtype), weight)
             found.append(self._moments(tried.float(), y.float()))
         errors = self._errors(found)
         if self.places:
             self.squares[self.row] += torch.stack([*errors, y.float().square().sum()]).double().cpu()
 
-    def _divided(self, x: Tensor, vector: Tensor) -> Tensor:
-        return x.float() / self.layer.divisor(vector).to(x.device)
+    def _mapped(self, x: Tensor, channels: ChannelMap, shift: Tensor | None) -> Tensor:
+        axis = x.dim() - 1 - self.layer.trailing
+        return channels(x.movedim(axis, 0), shift).movedim(0, axis)
 
-    def _scales(self, x: Tensor) -> list[_Scale]:
-        """For each vector, the scale and the offset of the divided input."""
+    def _scales(self, x: Tensor, shifts: list[Tensor | None]) -> list[_Scale]:
+        """In each way, the scale and the offset of the input that is quantized."""
         layer, settings, num_bits = self.layer, self.settings, self.layer.quantizer.num_bits
         low, high = self._of_all.extent(*torch.aminmax(layer.by_channel(x), dim=1))
         options, errors = [], []
-        for vector in self.vectors:
-            divisor, largest = vector.to(x.device), layer.largest / vector.to(layer.largest.device)
-            extent = (low.float() / divisor).min(), (high.float() / divisor).max()
-            options.append(settings.options(extent, num_bits, largest.max() if self.static else None))
+        _, least, greatest = shared_ranges([layer.ranges])
+        for channels, shift in zip(self.maps, shifts, strict=True):
+            extent = channels(low, shift).min(), channels(high, shift).max()
+            bound = None
+            if self.static:
+                ends = channels(least.amin(0), shift), channels(greatest.amax(0), shift)
+                bound = torch.maximum(-ends[0].min(), ends[1].max())
+            options.append(settings.options(extent, num_bits, bound))
             if len(options[-1]) > 1:
-                part = self._of_all.part(self._divided(x, vector), _LOOKED_AT)
+                part = self._of_all.part(self._mapped(x, channels, shift), _LOOKED_AT)
                 errors.append(settings.errors(part, options[-1], num_bits))
         best = self._of_all.sum(torch.stack(errors)).argmin(1).tolist() if errors else [0] * len(options)
         return [some[number] for some, number in zip(options, best, strict=True)]
 
     def _moments(self, tried: Tensor, y: Tensor) -> _Moments:
-        """Of one vector's output, and of its error; about their means where a gain and a bias will be fitted."""
+        """Of the output in one way, and of its error; about their means where a gain and a bias will be fitted."""
         error = y - tried
         if not self.settings.corrected:
             nothing = torch.zeros(0, device=y.device)
             return torch.ones((), device=y.device), nothing, nothing, error.square().sum(), nothing, nothing
         dims = [d for d in range(y.dim()) if d != y.dim() - 1 - self.layer.trailing]
-        means = error.mean(dims), tried.mean(dims)
+        means = error.mean(dims).double(), tried.mean(dims).double()
         error = error - error.mean(dims, keepdim=True)
         tried = tried - tried.mean(dims, keepdim=True)
-        count = torch.tensor(float(y.numel() // means[0].numel()), device=y.device)
-        return count, *means, error.square().sum(), (tried * error).sum(dims), tried.square().sum(dims)
+        count = torch.tensor(float(y.numel() // means[0].numel()), dtype=torch.float64, device=y.device)
+        # squares of these sums exceed float32 where outputs are 1e10
+        products, powers = (tried * error).sum(dims).double(), tried.square().sum(dims).double()
+        return count, *means, error.square().sum().double(), products, powers
 
     def _errors(self, found: list[_Moments]) -> list[Tensor]:
-        """[] squared, of each vector, this process's share of it.
+        """[] squared, in each way, this process's share of it.
 
         Without what a gain and a bias of each channel of the outputs take back if there will be some.
         """
@@ -171,8 +190,12 @@ class Trial:
         parts = self._of_all.given(tuple(found))
         return [_left([part[number] for part in parts]) / len(parts) for number in range(len(found))]
 
+    def agree(self) -> None:
+        """On the ranges of the input, over all processes."""
+        self.ranges.agree(self.layer.channels, self.layer.device)
+
     def error(self) -> Tensor:
-        """[number of vectors] of each, relative to the output, summed over the times; over all processes."""
+        """[number of ways] relative to the output, summed over the times; over all processes."""
         squares = all_reduce(self.squares, "sum")
         return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30)).sum(0)
 
@@ -184,13 +207,13 @@ class Settings:
     Attributes:
         clips: Multiples of the largest magnitude of an activation that are tried, below 8 bits.
         weight_clips: Of a weight.
-        shifted: Whether activations may have offsets.
+        asymmetric: Whether activations may have offsets.
         corrected: Whether the layers' outputs are corrected.
     """
 
     clips: tuple[float, ...]
     weight_clips: tuple[float, ...]
-    shifted: bool
+    asymmetric: bool
     corrected: bool
 
     def options(self, extent: tuple[Tensor, Tensor], num_bits: NumBits, bound: Tensor | None = None) -> list[_Scale]:
@@ -206,7 +229,7 @@ class Settings:
         amax = (torch.maximum(-low, high) if bound is None else bound.to(low.device)).clamp(min=1e-30)
         clips = _clips_of(num_bits, self.clips)
         options: list[_Scale] = [(amax * clip / largest, None) for clip in clips]
-        if self.shifted and isinstance(num_bits, int):
+        if self.asymmetric and isinstance(num_bits, int):
             for clip in clips:
                 scale = ((high * clip - low) / (largest - smallest)).clamp(min=1e-30)
                 options.append((scale, scale * torch.round(low / scale - smallest)))
@@ -237,7 +260,9 @@ def _clips_of(num_bits: NumBits, clips: tuple[float, ...]) -> tuple[float, ...]:
     return clips if isinstance(num_bits, int) and num_bits < 8 else clips[:1]
 
 
-def _rounded_weight(layer: SmoothedLayer, vector: Tensor, clips: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
+def _rounded_weight(
+    layer: SmoothedLayer, vector: Tensor | None, clips: tuple[float, ...]
+) -> tuple[Tensor, Tensor] | None:
     """Codes and scales [O, 1, ...] of the multiplied weight, for each output channel; None if it stays in float."""
     quantizer = layer.module.weight_quantizer
     plain = isinstance(quantizer, TensorQuantizer) and not isinstance(quantizer, SequentialQuantizer)

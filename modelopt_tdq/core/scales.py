@@ -38,18 +38,23 @@ class Scales(NamedTuple):
         """The offset that turns codes back into values, o'; None where it is 0."""
         return self.offset if self.dequant_scale is None else self.dequant_offset
 
-    def over_channels(self, divisor: Tensor) -> Scales:
-        """Of an activation whose channels are divided by ``divisor`` c before it is quantized.
+    def over_channels(self, divisor: Tensor | None, shift: Tensor | None = None) -> Scales:
+        """Of an activation whose channels are divided by ``divisor`` c, and then shifted by ``shift`` v.
 
-            q = rne((x / c - o) / s) = rne((x - p) / d),    d = s * c,    p = o * c,    x_hat / c = q * s' + o'
+            q = rne((x / c - v - o) / s) = rne((x - p) / d),    d = s * c,    p = (o + v) * c
+            x_hat / c = q * s' + (o' + v)
 
-        The definition is the form with d and p, each a float32 product: one division instead of two.
+        The definition is the form with d and p, each of float32 products: one division instead of two.
 
         Args:
-            divisor: float32, positive; broadcasts against the activation, as [C] or [C, 1, 1].
+            divisor: float32, positive; broadcasts against the activation, as [C] or [C, 1, 1]. None: 1.
+            shift: float32, likewise. None: 0.
         """
-        offset = None if self.offset is None else self.offset * divisor
-        return Scales(self.scale * divisor, offset, self.value_scale, self.value_offset)
+        offset, value_offset = _sum(self.offset, shift), _sum(self.value_offset, shift)
+        if divisor is None:
+            return Scales(self.scale, offset, self.dequant_scale, None if self.dequant_scale is None else value_offset)
+        offset = None if offset is None else offset * divisor
+        return Scales(self.scale * divisor, offset, self.value_scale, value_offset)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Scales:
         """``function`` of each of those that are there."""
@@ -62,6 +67,10 @@ class Scales(NamedTuple):
         if dequant_scale is None or (torch.equal(dequant_scale, self.scale) and _equal(offset, dequant_offset)):
             dequant_scale = dequant_offset = None
         return Scales(self.scale, offset, dequant_scale, dequant_offset)
+
+
+def _sum(offset: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    return shift if offset is None else offset if shift is None else offset + shift
 
 
 def _equal(left: Tensor | None, right: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ The codes equal those of :func:`modelopt_tdq.core.fake_quant.quantize` bit for b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
@@ -31,6 +31,13 @@ __all__ = ["CODES_SUFFIX", "ActivationEmitter"]
 CODES_SUFFIX = "/codes"
 
 
+class Shifts(Protocol):
+    """What is added to the offsets of the channels of activations."""
+
+    def offset(self, emitter: ActivationEmitter, quantity: str) -> ir.Value:
+        """The "offset" or "dequant_offset" of each channel, to broadcast against the activation."""
+
+
 class ActivationEmitter:
     """Emits the nodes of one marker, in front of it.
 
@@ -40,11 +47,19 @@ class ActivationEmitter:
         spec: The quantizer.
         marker: Its node in the marker graph.
         layout: Where the times are in the activation, where they are per sample or token.
+        shifts: Of its channels; None: there are none.
     """
 
     def __init__(
-        self, editor: GraphEditor, lookup: Lookup, spec: ActivationSpec, marker: ir.Node, layout: Layout
+        self,
+        editor: GraphEditor,
+        lookup: Lookup,
+        spec: ActivationSpec,
+        marker: ir.Node,
+        layout: Layout,
+        shifts: Shifts | None = None,
     ) -> None:
+        self.shifts = shifts
         self.editor, self.lookup, self.spec, self.marker, self.layout = editor, lookup, spec, marker, layout
         self.input = cast("ir.Value", marker.inputs[0])
         self.shape = self.input.shape
@@ -57,7 +72,9 @@ class ActivationEmitter:
         return value
 
     def quantity(self, name: str) -> ir.Value:
-        """The scale, ratio or offset, to broadcast against the activation."""
+        """The scale, ratio or offset, to broadcast against the activation; an offset with its channel's shift."""
+        if self.shifts is not None and name in ("offset", "dequant_offset"):
+            return self.shifts.offset(self, name)
         return self.lookup.value(self.spec.name, name, self.rank, self.layout)
 
     @property
@@ -87,7 +104,7 @@ class ActivationEmitter:
         """
         editor, spec = self.editor, self.spec
         x = editor.cast(self.marker, self.input, editor.ir.DataType.FLOAT, f"{spec.name}/float32")
-        if spec.offset is not None:
+        if spec.offset is not None or self.shifts is not None:
             x = self._emit("Sub", [x, self.quantity("offset")], "centered")
         low, high = spec.code_range
         temporal = self.lookup.is_temporal(spec.name, "scale")
@@ -147,7 +164,7 @@ class ActivationEmitter:
             x = self._emit("Mul", [x, self.quantity("ratio")], "scaled")
         elif self.temporal_values and self.lookup.per_sample:
             x = self._emit("Mul", [x, self.quantity("dequant_scale")], "scaled")
-        if self.spec.value_offset is not None:
+        if self.spec.moves_values:
             x = self._emit("Add", [x, self.quantity("dequant_offset")], "value")
         dtype = self.marker.outputs[0].dtype
         return x if dtype is None else self.editor.cast(self.marker, x, dtype, f"{self.spec.name}/output")

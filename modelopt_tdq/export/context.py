@@ -85,6 +85,7 @@ class LoweringContext:
         """
         name = marker_name(marker)
         temporal = self.lookup.is_temporal(name, "scale", "offset", "dequant_scale", "ratio", "dequant_offset")
+        temporal |= self.spec.activations[name].is_shifted_over_time
         return self._layout(name) if temporal else Layout(0)
 
     def layout_of_correction(self, marker: ir.Node) -> Layout:

@@ -6,7 +6,8 @@ codes anyway (:mod:`modelopt_tdq.export.rescale`), a row of channels each:
 
     factor = gain * s' / s_ref,    addend = gain * (bias of the layer + o' * sum(w)) + bias        [K, C] float32
 
-Elsewhere it is a Mul and an Add in place. All rows are parts of one row of one table.
+Elsewhere it is a Mul and an Add in place. Rows are those of
+:class:`~modelopt_tdq.export.channel_rows.ChannelRows`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 
-from modelopt_tdq.core.schedule import edges
+from modelopt_tdq.export.channel_rows import ChannelRows
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.graph import GraphEditor
 from modelopt_tdq.export.markers import CORRECTION_MARKER, DOMAIN, WEIGHT_MARKER
@@ -26,12 +26,11 @@ from modelopt_tdq.export.product import PRODUCTS, bias_of, computes_bias
 from modelopt_tdq.export.spec import CorrectionSpec, QuantizationSpec, WeightSpec
 from modelopt_tdq.export.weights import marker_name
 from modelopt_tdq.model.kinds import kind_of_operator
-from modelopt_tdq.model.token_times import Layout
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["CorrectionRows", "add_in_place", "correction_behind", "corrections", "fold_static", "lower_correction"]
+__all__ = ["add_in_place", "correction_behind", "corrections", "fold_static", "lower_correction"]
 
 _Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -134,106 +133,18 @@ def _fold_bias(editor: GraphEditor, place: _Static, correction: CorrectionSpec) 
             editor.graph.remove(node, safe=True)
 
 
-class CorrectionRows:
-    """Rows [K, C] of channels, of which the graph takes that of the time: all are added, then emitted together.
-
-    Args:
-        context: Of the lowering.
-    """
-
-    def __init__(self, context: LoweringContext) -> None:
-        self._context = context
-        self._added: dict[tuple[Any, str], tuple[_Array, int, int]] = {}
-        self._values: dict[tuple[Any, str], ir.Value] = {}
-        times = context.spec.correction_times
-        self.same_times = times is not None and np.array_equal(times, context.spec.timesteps)
-        self._time = context.lookup.time
-        if times is not None and not self.same_times:
-            self._time = self._time.with_edges(edges(torch.from_numpy(times)).numpy())
-
-    def add(self, owner: Any, what: str, rows: _Array, rank: int, trailing: int) -> None:
-        """Rows for a tensor of ``rank`` dimensions, with ``trailing`` ones behind that of the channels."""
-        self._added[owner, what] = rows.astype(np.float32), rank, trailing
-
-    def emit(self) -> None:
-        """Look up the row of the time: one Gather, laid out as most of the channels want it."""
-        editor, anchor = self._context.editor, self._time.anchor
-        widths: dict[tuple[int, int], int] = defaultdict(int)
-        temporal = []
-        for key, (rows, rank, trailing) in self._added.items():
-            if len(rows) == 1:
-                self._values[key] = editor.constant(f"correction/{key[1]}", _placed(rows, rank, trailing)[0])
-            else:
-                widths[rank, trailing] += rows.shape[1]
-                temporal.append(key)
-        if not temporal:
-            return
-        layout = max(widths, key=lambda kind: widths[kind])
-        axis = layout[0] - 1 - layout[1]
-        parts = [_placed(self._added[key][0], *layout) for key in temporal]
-        # beside the scales, where they are laid out so: one Gather, one kernel
-        scales = self._time.taken if layout == (4, 2) else None
-        others = [] if scales is None else [scales[0]]
-        packed = np.ascontiguousarray(np.concatenate([*others, *parts], axis))
-        table, shape = editor.constant("correction/table", packed), [self._time.size, *packed.shape[1:]]
-        row = editor.before(anchor, "Gather", [table, self._time.row], "correction/row", shape=shape, axis=0)
-        widths_of = [1] * (0 if scales is None else len(scales[1])) + [part.shape[axis] for part in parts]
-        values = [row]
-        if len(widths_of) > 1:
-            sizes = editor.ints(widths_of)
-            values = editor.before(anchor, "Split", [row, sizes], "correction/part", outputs=len(widths_of), axis=axis)
-        if scales is not None:
-            shared, values = values[: len(scales[1])], values[len(scales[1]) :]
-            for value in shared:
-                value.shape = editor.ir.Shape([self._time.size, 1, 1, 1])
-            self._context.lookup.replace(dict(zip(scales[1], shared, strict=True)))
-        for key, part, value in zip(temporal, parts, values, strict=True):
-            value.shape = editor.ir.Shape([self._time.size, *part.shape[1:]])
-            rows, rank, trailing = self._added[key]
-            self._values[key] = value
-            if (rank, trailing) != layout:
-                placed = [self._time.size, *_placed(rows, rank, trailing).shape[1:]]
-                inputs = [value, editor.ints([-1, *placed[1:]])]
-                self._values[key] = editor.before(anchor, "Reshape", inputs, f"correction/{key[1]}", shape=placed)
-
-    def value(self, owner: Any, what: str, layout: Layout) -> ir.Value:
-        """The row of each time, to broadcast; ``layout`` says where the times are in the tensor."""
-        value = self._values[owner, what]
-        rows, rank, trailing = self._added[owner, what]
-        if layout == Layout(0) or len(rows) == 1 or not self._context.lookup.per_sample:
-            return value
-        editor, anchor = self._context.editor, self._time.anchor
-        channels, channel = rows.shape[1], rank - 1 - trailing
-        if layout.repeats > 1:
-            flat = editor.before(anchor, "Reshape", [value, editor.ints([-1, 1, channels])], f"correction/{what}_rows")
-            repeats = editor.ints([1, layout.repeats, 1])
-            value = editor.before(anchor, "Expand", [flat, repeats], f"correction/{what}_folded")
-        shape = self._context.lookup.placed(rank, layout)
-        shape[channel] = channels
-        if channel < layout.axis:  # channels in front of the tokens
-            tokens = editor.ints([-1, shape[layout.axis], channels])
-            value = editor.before(anchor, "Reshape", [value, tokens], f"correction/{what}_tokens")
-            value = editor.before(anchor, "Transpose", [value], f"correction/{what}_channels", perm=[0, 2, 1])
-        return cast("ir.Value", editor.before(anchor, "Reshape", [value, editor.ints(shape)], f"correction/{what}"))
-
-
-def _placed(rows: _Array, rank: int, trailing: int) -> _Array:
-    """[K, C] -> [K, 1, ..., C, 1, ...] of ``rank`` dimensions."""
-    return rows.reshape(len(rows), *(1,) * (rank - 2 - trailing), -1, *(1,) * trailing)
-
-
 def _rank(marker: ir.Node) -> int:
     """Dimensions of the corrected output."""
     return len(marker.outputs[0].shape or ())
 
 
-def add_in_place(rows: CorrectionRows, marker: ir.Node, spec: CorrectionSpec) -> None:
+def add_in_place(rows: ChannelRows, marker: ir.Node, spec: CorrectionSpec) -> None:
     """The rows that :func:`lower_correction` wants."""
     for what, values in (("gain", spec.gain), ("bias", spec.bias)):
         rows.add(marker, what, values, _rank(marker), spec.trailing)
 
 
-def lower_correction(context: LoweringContext, rows: CorrectionRows, marker: ir.Node) -> None:
+def lower_correction(context: LoweringContext, rows: ChannelRows, marker: ir.Node) -> None:
     """Replace the marker by a Mul and an Add in float32."""
     editor, layer = context.editor, context.spec.corrections[marker_name(marker)].layer
     value, layout = cast("ir.Value", marker.inputs[0]), context.layout_of_correction(marker)

@@ -198,6 +198,7 @@ class Lookup:
         self.tokens = tokens
         self._divisors = {name: a.divisor for name, a in spec.activations.items() if a.divisor is not None}
         self._of_channels: dict[tuple[ir.Value | float, bytes, int], ir.Value] = {}
+        self._shifted: dict[tuple[ir.Value | None, ir.Value, bytes | None, int], ir.Value] = {}
         self.per_sample = times != 1
         columns: dict[str, _Array] = {}
         for name, activation in spec.activations.items():
@@ -244,6 +245,32 @@ class Lookup:
         if divisor is not None:
             return self._channels(quantizer, quantity, rank, layout, divisor)
         return self._value(quantizer, quantity, rank, layout)
+
+    def shifted(self, quantizer: str, quantity: str, rank: int, layout: Layout, shift: ir.Value) -> ir.Value:
+        """The offset of each channel: of a quantizer's own, and its shift.
+
+        Args:
+            quantizer: Its name.
+            quantity: "offset" or "dequant_offset".
+            rank: As for :meth:`value`.
+            layout: Likewise.
+            shift: At the time, to broadcast against the activation.
+        """
+        name, own = f"{quantizer}/{quantity}", None
+        if name in self._constant or name in self._temporal:
+            own = self._value(quantizer, quantity, rank, layout)
+        divisor = self._divisors.get(quantizer) if quantity == "offset" else None
+        key = own, shift, None if divisor is None else divisor.tobytes(), rank
+        if key not in self._shifted:
+            found = shift
+            if own is not None:
+                found = self._editor.before(self.time.anchor, "Add", [own, shift], f"{name}_shifted")
+            if divisor is not None:
+                factors = divisor.reshape((1,) * (rank - divisor.ndim) + divisor.shape)
+                inputs = [found, self._editor.constant(f"{quantizer}/divisor", factors)]
+                found = self._editor.before(self.time.anchor, "Mul", inputs, f"{name}_of_channels")
+            self._shifted[key] = found
+        return self._shifted[key]
 
     def _channels(self, quantizer: str, quantity: str, rank: int, layout: Layout, divisor: _Array) -> ir.Value:
         """A quantity times the divisor of the channels, a float32 product."""

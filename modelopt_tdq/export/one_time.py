@@ -28,7 +28,7 @@ def rows_of_a_sample(shapes: Sequence[tuple[int, ...]], samples: int) -> int | N
 
 def _is_temporal(spec: ActivationSpec) -> bool:
     rows = (spec.scale, spec.offset, spec.dequant_scale, spec.dequant_offset)
-    return any(row is not None and row.size > 1 for row in rows)
+    return any(row is not None and row.size > 1 for row in rows) or spec.is_shifted_over_time
 
 
 def needs_one_time(spec: QuantizationSpec, shapes: Mapping[str, Sequence[tuple[int, ...]]], times: Tensor) -> bool:

@@ -3,7 +3,8 @@
     Cast(x, f32) -> [Pad(x, 0)] -> [Sub(o)] -> Div(s) -> [Clip] -> Q(1) -> DQ(s_ref) -> product, no bias
                  -> Mul(s' / s_ref) -> Add(bias + o' * sum(weights))
 
-Codes are turned back with s' = s and o' = o, unless the quantizer has others.
+Codes are turned back with s' = s and o' = o, unless the quantizer has others. Where the channels of the activation are
+shifted, their offsets are vectors, and so is what is added: :mod:`modelopt_tdq.export.shift`.
 
 The scale of QuantizeLinear is a constant, so every backend keeps its low-precision kernel, and dividing
 first makes the codes those of the definition. An offset o' of the values is a constant of each output
@@ -22,13 +23,7 @@ from typing import TYPE_CHECKING, Any
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.activation import ActivationEmitter
 from modelopt_tdq.export.context import LoweringContext
-from modelopt_tdq.export.layer_correction import (
-    CorrectionRows,
-    add_in_place,
-    correction_behind,
-    corrections,
-    lower_correction,
-)
+from modelopt_tdq.export.layer_correction import add_in_place, corrections, lower_correction
 from modelopt_tdq.export.product import (
     LAYOUT,
     PRODUCTS,
@@ -40,7 +35,8 @@ from modelopt_tdq.export.product import (
     per_sample_problem,
     tokens_problem,
 )
-from modelopt_tdq.export.rescale import Correction, plan_correction, rescale_product
+from modelopt_tdq.export.rescale import Plan, plan, rescale_product
+from modelopt_tdq.export.shift import GraphShifts, all_channel_rows
 from modelopt_tdq.export.weights import marker_name
 from modelopt_tdq.model.kinds import kind_of_operator, number_format, title, without_kernel
 
@@ -71,22 +67,26 @@ def lower_ratio(context: LoweringContext) -> None:
         TdqError: A convolution pads, and its input has an offset that leaves zero without a code.
     """
     products: dict[ir.Node, dict[int, ActivationEmitter]] = defaultdict(dict)
+    emitted: list[tuple[ActivationEmitter, list[Path]]] = []
+    shift_rows, rows = all_channel_rows(context)
+    shifts = GraphShifts(context, shift_rows)
     for marker in context.markers():
-        spec = context.activation(marker)
-        emitter = ActivationEmitter(context.editor, context.lookup, spec, marker, context.layout(marker))
+        emitter = shifts.emitter(marker)
         paths = paths_to_products(marker.outputs[0])
         problem = paths if isinstance(paths, str) else _problem(context, emitter, paths)
         if isinstance(paths, str) or problem is not None:
-            context.skip(spec.name, str(problem))
-            context.editor.replace(marker.outputs[0], emitter.in_place(constant_scale=True))
+            context.skip(emitter.spec.name, str(problem))
+            shifts.add(emitter, "offset", "dequant_offset")
+            emitted.append((emitter, []))
             continue
-        context.quantized(spec.name)
+        context.quantized(emitter.spec.name)
+        shifts.add(emitter, "offset")
+        emitted.append((emitter, paths))
         for path in paths:
             products[path.product][path.index] = emitter
             limited = _limited(path, emitter)
             if limited is not None:
-                context.limited[spec.name] = limited
-        _emit_operand(context, emitter, paths)
+                context.limited[emitter.spec.name] = limited
     for weight, lowered in context.weights.items():
         for node, _ in weight.uses():
             if node.op_type in PRODUCTS and not products.get(node):
@@ -95,20 +95,23 @@ def lower_ratio(context: LoweringContext) -> None:
                 context.skip(
                     lowered.spec.name, f"stored in low precision, but {node.op_type} computes in floating point"
                 )
-    rows = CorrectionRows(context)
-    planned: dict[ir.Node, Correction] = {}
+    plans: dict[ir.Node, Plan] = {}
     for product, operands in products.items():
         _report_float_partner(context, product, operands)
-        corrected = correction_behind(product)
-        if corrected is not None and context.spec.corrections[marker_name(corrected)].is_temporal:
-            planned[product] = plan_correction(context, rows, product, operands, corrected)
-    behind = {id(correction.marker) for correction in planned.values()}
+        plans[product] = plan(context, product, operands, shift_rows, rows)
+    behind = {id(found.corrected) for found in plans.values()}
     others = [marker for marker in corrections(context.editor.graph) if id(marker) not in behind]
     for marker in others:
         add_in_place(rows, marker, context.spec.corrections[marker_name(marker)])
-    rows.emit()
+    for some in {id(rows): rows, id(shift_rows): shift_rows}.values():
+        some.emit()
+    for emitter, paths in emitted:
+        if paths:
+            _emit_operand(context, emitter, paths)
+        else:
+            context.editor.replace(emitter.marker.outputs[0], emitter.in_place(constant_scale=True))
     for product, operands in products.items():
-        rescale_product(context, product, operands, planned.get(product))
+        rescale_product(context, product, operands, plans[product])
     for marker in others:
         lower_correction(context, rows, marker)
 
@@ -124,11 +127,12 @@ def _problem(context: LoweringContext, emitter: ActivationEmitter, paths: list[P
         if path.product.outputs[0].shape is None:
             return "the shape of its product's output is not known"
         moved = emitter.temporal_values or context.lookup.is_temporal(spec.name, "dequant_offset")
+        moved |= spec.is_shifted_over_time
         if context.lookup.per_sample and moved:
             problem = tokens_problem(path) if emitter.layout.axis else per_sample_problem(path)
             if problem is not None:
                 return problem
-        if spec.value_offset is None:
+        if not spec.moves_values:
             continue
         problem = offset_problem(path, lambda value: _is_constant(context, value))
         if problem is None and len(paths) > 1 and any(any(pads_of(p.product)) for p in paths):
@@ -141,7 +145,8 @@ def _problem(context: LoweringContext, emitter: ActivationEmitter, paths: list[P
                 spec.name,
                 "the convolution behind this quantizer pads with zeros, and with this offset zero has no code",
                 "Use offsets that are whole multiples of the scale, as calibration does (and a dequantize offset that "
-                "turns the code of zero back into zero), or leave the layer out with the quant_cfg rule "
+                'turns the code of zero back into zero) and no shifts of its channels (`"channel_shift": "none"`), or '
+                "leave the layer out with the quant_cfg rule "
                 f"{{'quantizer_name': '{spec.name}', 'enable': False}}",
             )
     return None
@@ -151,7 +156,7 @@ def _emit_operand(context: LoweringContext, emitter: ActivationEmitter, paths: l
     """The codes, dequantized with a constant scale, in place of the marker."""
     editor = context.editor
     types = editor.ir.DataType
-    if emitter.spec.value_offset is not None and any(pads_of(paths[0].product)):
+    if emitter.spec.moves_values and any(pads_of(paths[0].product)):
         emitter.pad(pads_of(paths[0].product))
     operand = emitter.operand()
     for path in paths:

@@ -1,10 +1,11 @@
 """Behind a product of codes: what makes it the product of the values.
 
-    product(s_ref q, w) -> Mul(s' / s_ref) -> Add(bias + o' * sum(w))
+    product(s_ref q, w) -> Mul(s' / s_ref) -> Add(bias + o' * sum(w) + sum(w v))
 
 A part that does not depend on time becomes the bias of the product itself, where it has one. Where the output is
-corrected over time, y <- gain * y + b, the factor is gain * s' / s_ref and the addend gain * (bias + o' * sum(w)) + b,
-of each channel: two rows of :class:`~modelopt_tdq.export.layer_correction.CorrectionRows`. The nodes are the same.
+corrected over time, y <- gain * y + b, the factor is gain * s' / s_ref and the addend gain * (bias + ...) + b, of each
+channel: two rows of :class:`~modelopt_tdq.export.channel_rows.ChannelRows`; shifts v over time are part of the addend.
+The nodes are the same.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import numpy as np
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.activation import ActivationEmitter
+from modelopt_tdq.export.channel_rows import ChannelRows
 from modelopt_tdq.export.context import LoweringContext
-from modelopt_tdq.export.layer_correction import CorrectionRows
+from modelopt_tdq.export.layer_correction import correction_behind
 from modelopt_tdq.export.lookup import reference_scale
 from modelopt_tdq.export.product import CONVOLUTIONS, bias_of, computes_bias, constant_of, pads_of
 from modelopt_tdq.export.weights import marker_name
@@ -26,79 +28,123 @@ from modelopt_tdq.model.token_times import Layout
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Correction", "plan_correction", "rescale_product"]
-
-
-@dataclass(frozen=True)
-class Correction:
-    """The correction behind a product.
-
-    Attributes:
-        rows: Those of the graph; ``factor``, ``addend`` and ``moved`` of the marker are among them.
-        marker: Behind the product and its bias.
-        parts: Of the product.
-        with_ratio: Whether the factor is that of the ratio as well.
-        with_offset: Whether the addend is that of the offset as well.
-    """
-
-    rows: CorrectionRows
-    marker: ir.Node
-    parts: _Parts
-    with_ratio: bool
-    with_offset: bool
+__all__ = ["Plan", "plan", "rescale_product"]
 
 
 class _Parts:
-    """What a product of codes consists of besides the codes."""
+    """What a product of codes consists of besides the codes.
+
+    Attributes:
+        shifted: The activation whose code 0 has another value than 0; None: there is none.
+        ratios: Those whose scale depends on time.
+        bias: [C] of the product, with what offsets add that do not depend on time; None where there is none.
+        biased: The value that has the bias.
+        moving: The activation whose offset depends on time; None: there is none.
+        moved: [K, C] what shifts of channels add that depend on time; None where there are none.
+    """
 
     def __init__(self, context: LoweringContext, product: ir.Node, operands: dict[int, ActivationEmitter]) -> None:
-        self.shifted = next((e for e in operands.values() if e.spec.value_offset is not None), None)
+        self.shifted = next((e for e in operands.values() if e.spec.moves_values), None)
         self.ratios = [e for e in operands.values() if e.temporal_values]
         self.bias, self.biased = bias_of(product)
         if computes_bias(product):
             raise TdqError("model", product.name, "the bias of this operator is computed", "Use a constant bias")
-        self.moving = self.shifted  # unless its offset is a constant
-        if self.shifted is not None and not context.lookup.is_temporal(self.shifted.spec.name, "dequant_offset"):
-            constant = context.lookup.constant(self.shifted.spec.name, "dequant_offset")
-            moved = constant * _weight_sum(context, product)
-            self.bias = moved if self.bias is None else self.bias + moved
-            self.moving = None
+        self.moving: ActivationEmitter | None = None
+        self.moved: Any | None = None
+        if self.shifted is None:
+            return
+        spec = self.shifted.spec
+        constants = []
+        if spec.value_offset is not None:
+            if context.lookup.is_temporal(spec.name, "dequant_offset"):
+                self.moving = self.shifted
+            else:
+                constants.append(
+                    context.lookup.constant(spec.name, "dequant_offset") * _weighted_sum(context, product)[0]
+                )
+        if spec.shift is not None:
+            moved = _weighted_sum(context, product, spec.shift.reshape(len(spec.shift), -1))
+            if spec.is_shifted_over_time:
+                self.moved = moved
+            else:
+                constants.append(moved[0])
+        for constant in constants:
+            self.bias = constant if self.bias is None else self.bias + constant
 
 
-def plan_correction(
+@dataclass(frozen=True)
+class Plan:
+    """What comes behind a product.
+
+    Attributes:
+        parts: Of the product.
+        rows: Of the graph, among them ``factor``, ``addend`` and ``moved`` of ``owner``; None: there are none.
+        corrected: The marker of the correction over time that is part of it; None: there is none.
+        with_ratio: Whether the factor is that of the ratio as well.
+        with_offset: Whether the addend is that of the offset as well.
+    """
+
+    parts: _Parts
+    rows: ChannelRows | None = None
+    corrected: ir.Node | None = None
+    with_ratio: bool = False
+    with_offset: bool = False
+
+
+def plan(
     context: LoweringContext,
-    rows: CorrectionRows,
     product: ir.Node,
     operands: dict[int, ActivationEmitter],
-    marker: ir.Node,
-) -> Correction:
-    """Add the rows of a correction that depends on time, behind a product of codes.
+    shift_rows: ChannelRows,
+    correction_rows: ChannelRows,
+) -> Plan:
+    """Add the rows of a correction that depends on time, and of shifts that do, behind a product of codes.
 
     Ratio and offset become part of them, unless these are inputs of the graph or have rows at other times. So does the
     ratio not where several products take the codes of one tensor (q, k, v): TensorRT-RTX scales the outputs of all in
     one kernel where they share a factor.
     """
-    spec, parts = context.spec.corrections[marker_name(marker)], _Parts(context, product, operands)
+    parts = _Parts(context, product, operands)
+    marker = correction_behind(product)
+    if marker is not None and not context.spec.corrections[marker_name(marker)].is_temporal:
+        marker = None
+    if marker is not None and parts.moved is not None and shift_rows is not correction_rows:
+        marker = None  # rows at other times: a Mul and an Add of its own
+    if marker is None and parts.moved is None:
+        return Plan(parts)
+    rows = shift_rows if marker is None else correction_rows
     whole = rows.same_times and not context.table_input
-    with_ratio = whole and not any(_is_shared(emitter) for emitter in parts.ratios)
-    gain, shift = spec.gain.astype(np.float64), spec.bias.astype(np.float64)
-    factor: Any = spec.gain
-    addend = shift if parts.bias is None else gain * parts.bias + shift
-    if with_ratio:
-        for emitter in parts.ratios:  # of one operand: the other is a weight
-            factor = factor * (emitter.spec.value_scale / reference_scale(emitter.spec))[:, None]
-    found = {"factor": factor, "addend": addend}
+    with_ratio = marker is not None and whole and not any(_is_shared(emitter) for emitter in parts.ratios)
+    gain: Any = 1.0
+    shift: Any = 0.0
+    rank, trailing = len(product.outputs[0].shape or ()), 0
+    if marker is None:
+        trailing = rank - 2 if product.op_type in CONVOLUTIONS else 0
+    else:
+        spec = context.spec.corrections[marker_name(marker)]
+        gain, shift = spec.gain.astype(np.float64), spec.bias.astype(np.float64)
+        rank, trailing = len(marker.outputs[0].shape or ()), spec.trailing
+    addend: Any = 0.0 if parts.bias is None else parts.bias
+    if parts.moved is not None:
+        addend = addend + parts.moved
+    found = {"addend": gain * addend + shift}
+    if marker is not None:
+        factor: Any = spec.gain
+        if with_ratio:
+            for emitter in parts.ratios:  # of one operand: the other is a weight
+                factor = factor * (emitter.spec.value_scale / reference_scale(emitter.spec))[:, None]
+        found["factor"] = factor
     if parts.moving is not None:
-        moved = gain * _weight_sum(context, product)
+        moved = gain * _weighted_sum(context, product)
         offset = parts.moving.spec.value_offset
         if whole and offset is not None:
-            found["addend"] = addend + offset.astype(np.float64)[:, None] * moved
+            found["addend"] = found["addend"] + offset.astype(np.float64)[:, None] * moved
         else:
             found["moved"] = moved
-    rank = len(marker.outputs[0].shape or ())
+    owner = product if marker is None else marker
     for what, values in found.items():
-        rows.add(marker, what, values, rank, spec.trailing)
-    return Correction(rows, marker, parts, with_ratio, whole)
+        rows.add(owner, what, values, rank, trailing)
+    return Plan(parts, rows, marker, with_ratio, whole)
 
 
 def _is_shared(emitter: ActivationEmitter) -> bool:
@@ -108,10 +154,7 @@ def _is_shared(emitter: ActivationEmitter) -> bool:
 
 
 def rescale_product(
-    context: LoweringContext,
-    product: ir.Node,
-    operands: dict[int, ActivationEmitter],
-    correction: Correction | None = None,
+    context: LoweringContext, product: ir.Node, operands: dict[int, ActivationEmitter], planned: Plan
 ) -> None:
     """product(s_ref q, w) with its bias -> product(s_ref q, w) * s' / s_ref + (bias + o' * sum(w)), corrected.
 
@@ -119,13 +162,13 @@ def rescale_product(
         context: Of the lowering.
         product: A convolution or matrix product whose operands are in place already.
         operands: Its quantized activations by operand index.
-        correction: What :func:`plan_correction` made; its rows are emitted.
+        planned: What :func:`plan` made; its rows are emitted.
     """
     editor = context.editor
     types = editor.ir.DataType
     output = product.outputs[0]
-    parts = _Parts(context, product, operands) if correction is None else correction.parts
-    if not parts.ratios and parts.shifted is None and output.dtype == types.FLOAT and correction is None:
+    parts, corrected = planned.parts, planned.corrected
+    if not parts.ratios and parts.shifted is None and output.dtype == types.FLOAT and corrected is None:
         return
     name, rank = next(iter(operands.values())).spec.name.rpartition(".")[0] or "product", len(output.shape or ())
     inputs = [_float32(context, product, value, f"{name}/operand") for value in product.inputs[:2] if value is not None]
@@ -133,47 +176,50 @@ def rescale_product(
     attributes: dict[str, Any] = {k: v for k, v in product.attributes.items() if k != "beta"}
     if parts.shifted is not None and any(pads_of(product)):
         attributes["pads"] = editor.ir.AttrInt64s("pads", [0] * len(pads_of(product)))
-    inside = not parts.ratios and parts.moving is None and correction is None
+    inside = not parts.ratios and parts.moving is None and planned.rows is None
     if inside and bias is not None and product.op_type != "MatMul":
         inputs.append(editor.constant(f"{name}/bias", bias.astype(np.float32)))
         bias = None
     y = editor.before(product, product.op_type, inputs, f"{name}/product", shape=output.shape, **attributes)
-    factors = [] if correction is not None and correction.with_ratio else parts.ratios
+    factors = [] if planned.with_ratio else parts.ratios
     values = [context.lookup.value(e.spec.name, "ratio", rank, e.layout) for e in factors]
     layout = Layout(0)
-    if correction is not None:
-        layout = context.layout_of_correction(correction.marker)
-        values.append(correction.rows.value(correction.marker, "factor", layout))
+    if corrected is not None and planned.rows is not None:
+        layout = context.layout_of_correction(corrected)
+        values.append(planned.rows.value(corrected, "factor", layout))
+    elif parts.moved is not None and parts.shifted is not None:
+        layout = parts.shifted.layout
     if values:
         factor = values[0]
         for value in values[1:]:
             factor = editor.before(product, "Mul", [factor, value], f"{name}/ratio")
         y = editor.before(product, "Mul", [y, factor], f"{name}/scaled", shape=output.shape)
-    if correction is None:
+    if planned.rows is None:
         addend = _addend(context, product, parts.moving, bias, rank, name)
     else:
-        addend = _corrected_addend(context, product, parts.moving, correction, rank, layout, name)
+        addend = _planned_addend(context, product, planned, planned.rows, rank, layout, name)
     if addend is not None:
         y = editor.before(product, "Add", [y, addend], f"{name}/biased", shape=output.shape)
     if output.dtype is not None:
         y = editor.cast(product, y, output.dtype, f"{name}/result")
-    editor.replace(parts.biased if correction is None else correction.marker.outputs[0], y)
+    editor.replace(parts.biased if corrected is None else corrected.outputs[0], y)
 
 
-def _corrected_addend(
+def _planned_addend(
     context: LoweringContext,
     product: ir.Node,
-    moving: ActivationEmitter | None,
-    correction: Correction,
+    planned: Plan,
+    rows: ChannelRows,
     rank: int,
     layout: Layout,
     name: str,
 ) -> ir.Value:
-    addend = correction.rows.value(correction.marker, "addend", layout)
-    if moving is None or correction.with_offset:
+    owner, moving = planned.corrected or product, planned.parts.moving
+    addend = rows.value(owner, "addend", layout)
+    if moving is None or planned.with_offset:
         return addend
     offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.layout)
-    moved = correction.rows.value(correction.marker, "moved", layout)
+    moved = rows.value(owner, "moved", layout)
     moved = context.editor.before(product, "Mul", [offset, moved], f"{name}/offset_sum")
     return cast("ir.Value", context.editor.before(product, "Add", [addend, moved], f"{name}/offset_bias"))
 
@@ -189,18 +235,28 @@ def _float32(context: LoweringContext, anchor: ir.Node, value: ir.Value, name: s
     return context.editor.cast(anchor, value, types.FLOAT, name)
 
 
-def _weight_sum(context: LoweringContext, product: ir.Node) -> Any:
-    """[C] float64: the sum of the weights of each output channel."""
+def _weighted_sum(context: LoweringContext, product: ir.Node, shift: Any | None = None) -> Any:
+    """[K, C] float64: the sums of the weights of each output channel, times ``shift`` [K, C'] of each input channel.
+
+    None: times 1, [1, C].
+    """
     weight = product.inputs[1]
     lowered = None if weight is None else context.weights.get(weight)
     values: Any = constant_of(weight) if lowered is None else lowered.values()
     values = values.astype(np.float64)
     if product.op_type in CONVOLUTIONS:
-        return values.reshape(values.shape[0], -1).sum(1)
-    if product.op_type == "Gemm":
-        axis = 1 if product.attributes.get_int("transB", 0) else 0
-        return values.sum(axis) * product.attributes.get_float("alpha", 1.0)
-    return values.sum(0)
+        values = values.reshape(*values.shape[:2], -1).sum(2)  # [C, C' / groups]
+        groups = product.attributes.get_int("group", 1)
+    else:
+        groups = 1
+        if product.op_type != "Gemm" or not product.attributes.get_int("transB", 0):
+            values = values.T
+        values = values * product.attributes.get_float("alpha", 1.0)
+    if shift is None:
+        return values.sum(1)[None]
+    grouped = values.reshape(groups, -1, values.shape[1])  # [g, C / g, C' / g]
+    found = np.einsum("goc,kgc->kgo", grouped, shift.astype(np.float64).reshape(len(shift), groups, -1))
+    return found.reshape(len(shift), -1)
 
 
 def _addend(
@@ -221,7 +277,7 @@ def _addend(
     if moving is None:
         return constant
     offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.layout)
-    sums = channels("weight_sum", _weight_sum(context, product))
+    sums = channels("weight_sum", _weighted_sum(context, product)[0])
     moved: ir.Value = context.editor.before(product, "Mul", [offset, sums], f"{name}/offset_sum")
     if constant is not None:
         moved = context.editor.before(product, "Add", [moved, constant], f"{name}/offset_bias")

@@ -156,6 +156,8 @@ class ActivationSpec:
         dequant_offset: [K] or [1] float32, the value of code 0 in a quantizer with ``dequant_scale``; None where 0.
         divisor: [C] or [C, 1, ...] float32, as it broadcasts against the activation: what its channels are divided by,
             and scale and offset of each are multiplied with; None where nothing.
+        shift: [K', C] or [K', C, 1, ...] float32, what each channel's offset is more, of either kind; [1, C] where it
+            does not depend on time; None where nothing.
     """
 
     name: str
@@ -165,6 +167,7 @@ class ActivationSpec:
     dequant_scale: _Rows | None = None
     dequant_offset: _Rows | None = None
     divisor: _Rows | None = None
+    shift: _Rows | None = None
 
     @property
     def value_scale(self) -> _Rows:
@@ -175,6 +178,16 @@ class ActivationSpec:
     def value_offset(self) -> _Rows | None:
         """The offset that turns codes back into values: the value of code 0; None where it is 0."""
         return self.offset if self.dequant_scale is None else self.dequant_offset
+
+    @property
+    def moves_values(self) -> bool:
+        """Whether the value of code 0 is another than 0, in some channel."""
+        return self.value_offset is not None or self.shift is not None
+
+    @property
+    def is_shifted_over_time(self) -> bool:
+        """Whether ``shift`` depends on time."""
+        return self.shift is not None and len(self.shift) > 1
 
     @property
     def code_range(self) -> tuple[float, float]:
@@ -197,6 +210,8 @@ class ActivationSpec:
 
         True if the code of zero, turned back, is zero up to the float32 rounding of the offset.
         """
+        if self.shift is not None:
+            return False
         scale, offset = np.broadcast_arrays(self.scale, np.float32(0.0) if self.offset is None else self.offset)
         rows = torch.from_numpy(scale.copy()), torch.from_numpy(offset.copy())
         code = quantize(torch.zeros(scale.shape), *rows, self.num_bits).double().numpy()
@@ -243,6 +258,7 @@ class QuantizationSpec:
             whether their layers run or not.
         corrections: Of layers' outputs, by the name of the quantizer in whose place they are.
         correction_times: [K] float32, the times of their rows; None if none depends on time.
+        shift_times: [K'] float32, those of the rows of shifts; None if none depends on time.
     """
 
     activations: dict[str, ActivationSpec]
@@ -254,6 +270,7 @@ class QuantizationSpec:
     temporal: tuple[str, ...] = ()
     corrections: dict[str, CorrectionSpec] = field(default_factory=dict)
     correction_times: _Rows | None = None
+    shift_times: _Rows | None = None
 
     @property
     def edges(self) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -295,7 +312,7 @@ def _temporal_activations(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict
         if name.startswith(idle):
             continue
         scales = table.column(column)
-        divisor = temporal[name].channel_divisor
+        divisor, shift = temporal[name].channel_divisor, temporal[name].channel_shift
         activations[name] = ActivationSpec(
             name,
             temporal[name].num_bits,
@@ -304,9 +321,24 @@ def _temporal_activations(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict
             _optional(scales.dequant_scale),
             _optional(scales.dequant_offset),
             None if divisor is None else divisor.detach().cpu().numpy(),
+            None if shift is None else shift.detach().cpu().numpy(),
         )
         static &= bool(table.is_static[column])
     return activations, None if static else table.timesteps
+
+
+def _shift_times(model: nn.Module, activations: dict[str, ActivationSpec]) -> Tensor | None:
+    """[K'] of all shifts that depend on time."""
+    found: Tensor | None = None
+    quantizers = temporal_quantizers(model)
+    for name, activation in activations.items():
+        if activation.shift is None or len(activation.shift) == 1:
+            continue
+        times = quantizers[name].shift_times.detach().cpu()
+        if found is not None and not torch.equal(found, times):
+            raise TdqError("channel_shift", name, "its rows are not those of the others", "Calibrate the model again")
+        found = times
+    return found
 
 
 def _corrections(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict[str, CorrectionSpec], Tensor | None]:
@@ -325,10 +357,11 @@ def _corrections(model: nn.Module, idle: tuple[str, ...]) -> tuple[dict[str, Cor
 
 
 def _times(
-    model: nn.Module, scales: Tensor | None, features: FeatureTable | None, corrections: Tensor | None
+    model: nn.Module, scales: Tensor | None, features: FeatureTable | None, others: list[Tensor | None]
 ) -> tuple[Tensor, str | None]:
     """[K] the times that rows stand for, and the argument of the model that holds the time."""
-    if scales is None and features is None and corrections is None:
+    given = [scales, None if features is None else features.timesteps, *others]
+    if all(times is None for times in given):
         return torch.zeros(1), None
     if scales is not None and features is not None and not torch.equal(scales, features.timesteps):
         raise TdqError(
@@ -345,7 +378,7 @@ def _times(
             "its scales depend on time, but it is not the module that was calibrated",
             "Pass the module that mtq.quantize was called with",
         )
-    times = next(t for t in (scales, None if features is None else features.timesteps, corrections) if t is not None)
+    times = next(times for times in given if times is not None)
     return times, delivery.argument
 
 
@@ -363,7 +396,8 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
     activations, timesteps = _temporal_activations(model, idle)
     temporal = tuple(temporal_quantizers(model))
     corrections, correction_times = _corrections(model, idle)
-    times, argument = _times(model, timesteps, features, correction_times)
+    shift_times = _shift_times(model, activations)
+    times, argument = _times(model, timesteps, features, [correction_times, shift_times])
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.rotate_is_enabled:
             raise unsupported(name, "rotate", "a quantizer that rotates its input")
@@ -402,4 +436,5 @@ def read_quantization(model: nn.Module) -> QuantizationSpec:
         temporal,
         corrections,
         None if correction_times is None else correction_times.numpy(),
+        None if shift_times is None else shift_times.numpy(),
     )

@@ -30,8 +30,7 @@ from modelopt_tdq.export.lookup import ColumnSource, TimeRow, reference_scale, s
 from modelopt_tdq.export.markers import ACTIVATION_MARKER
 from modelopt_tdq.export.spec import ActivationSpec, QuantizationSpec
 from modelopt_tdq.export.weights import marker_name
-from modelopt_tdq.model.intact import checksum
-from modelopt_tdq.model.model_table import scale_table
+from modelopt_tdq.model.model_table import checksum_of_channels, scale_table
 
 if TYPE_CHECKING:
     import onnx
@@ -140,11 +139,20 @@ def _description(spec: QuantizationSpec, groups: list[list[str]]) -> dict[str, A
         "num_bits": {name: activation.num_bits for name, activation in own.items()},
         "zero_has_a_code": [n for n, a in own.items() if a.value_offset is not None and a.zero_has_a_code],
         "channel_divisors": {
-            name: int(checksum([torch.from_numpy(activation.divisor)]))
+            name: _checksum_of_channels(activation, spec.shift_times)
             for name, activation in own.items()
-            if activation.divisor is not None
+            if activation.divisor is not None or activation.shift is not None
         },
     }
+
+
+def _checksum_of_channels(activation: ActivationSpec, shift_times: _Array | None) -> int:
+    """As of the quantizer that it was read from."""
+    shift, times = activation.shift, None
+    if shift is not None:
+        times = np.zeros(1, np.float32) if shift_times is None or len(shift) == 1 else shift_times
+    vectors = (None if v is None else torch.from_numpy(v) for v in (activation.divisor, shift, times))
+    return checksum_of_channels(*vectors)
 
 
 def engine_table(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from modelopt_tdq.model.intact import Intact, checksum
 from modelopt_tdq.model.place import release
-from modelopt_tdq.model.rows import TimesKey
-from modelopt_tdq.model.timestep import CurrentTimestep
-from modelopt_tdq.model.token_times import Reader, readers
+from modelopt_tdq.model.rows import TimesKey, current_rows
+from modelopt_tdq.model.timestep import CurrentTimestep, per_sample
+from modelopt_tdq.model.token_times import Reader, find_layout, one_of_tokens, readers, spread
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,6 +102,33 @@ class KeptRows(TensorQuantizer):  # type: ignore[misc]
     def _awaits_state(self) -> bool:
         """Whether the quantizer was restored, and its rows were not loaded yet."""
         return any(bool((bits == _NAN_BITS).any()) for bits in self._kept())
+
+    def _channels_at_call(self, rows: Tensor, times: Tensor, key: TimesKey, x: Tensor, trailing: int) -> Tensor:
+        """Rows of channels at the time of the call, to broadcast against ``x``.
+
+        Args:
+            rows: [K, C] float32, or [1, C] where they do not depend on time.
+            times: [K] int32, the bits of the rows' times.
+            key: For these.
+            x: The activation.
+            trailing: Its dimensions behind that of the channels.
+
+        Returns:
+            [C, 1, ...], or [B * n, 1, ..., C, 1, ...] for a time per sample, [B, N, C] for one per token.
+        """
+        rows, behind = rows.to(x.device), (1,) * trailing
+        if len(rows) > 1:
+            found = current_rows(self._timestep, times, key, x.device)
+            if found.dim() > 1:
+                layout = find_layout(found.shape, x.shape, self._reader, self._timestep.per_frame)
+                if layout is not None:
+                    return spread(rows[found], layout, x.dim(), x.dim() - 1 - trailing)
+                found = one_of_tokens(found, rows[found], x.shape, self._reader, self._quantizer_name)
+            rows = rows[per_sample(found, x).flatten()]
+        if len(rows) == 1:
+            return rows.reshape(-1, *behind)
+        between = (1,) * (x.dim() - 2 - trailing)
+        return rows.reshape(len(rows), *between, -1, *behind)
 
     def _reset_pytorch_state_from_metadata(self, metadata: dict[str, Any]) -> None:
         super()._reset_pytorch_state_from_metadata(metadata)

@@ -16,7 +16,7 @@ from modelopt_tdq.model.place import execution_device, require_tensors_on_hand, 
 from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.wrapped import unwrapped
 
-__all__ = ["channel_divisors", "scale_table", "set_scale_table", "temporal_quantizers"]
+__all__ = ["checksum_of_channels", "divided_channels", "scale_table", "set_scale_table", "temporal_quantizers"]
 
 
 def temporal_quantizers(model: nn.Module) -> dict[str, TemporalQuantizer]:
@@ -82,9 +82,9 @@ def scale_table(model: nn.Module) -> ScaleTable:
         "num_bits": {name: quantizer.num_bits for name, quantizer in quantizers.items()},
         "timestep_argument": longest._timestep.argument,
     }
-    divisors = channel_divisors(quantizers)
-    if divisors:
-        metadata["channel_divisors"] = divisors
+    divided = divided_channels(quantizers)
+    if divided:
+        metadata["channel_divisors"] = divided
     return ScaleTable(
         timesteps,
         torch.stack([column.scale for column in columns], 1),
@@ -96,10 +96,20 @@ def scale_table(model: nn.Module) -> ScaleTable:
     )
 
 
-def channel_divisors(quantizers: Mapping[str, TemporalQuantizer]) -> dict[str, int]:
-    """A checksum of what the channels in front of each quantizer are divided by; of those that have such a vector."""
-    found = {name: quantizer.channel_divisor for name, quantizer in quantizers.items()}
-    return {name: int(checksum([divisor])) for name, divisor in found.items() if divisor is not None}
+def divided_channels(quantizers: Mapping[str, TemporalQuantizer]) -> dict[str, int]:
+    """A checksum of what the channels in front of each quantizer are divided and shifted by; of those that are."""
+    found = {}
+    for name, quantizer in quantizers.items():
+        divisor, shift = quantizer.channel_divisor, quantizer.channel_shift
+        if divisor is not None or shift is not None:
+            found[name] = checksum_of_channels(divisor, shift, None if shift is None else quantizer.shift_times)
+    return found
+
+
+def checksum_of_channels(divisor: Tensor | None, shift: Tensor | None, shift_times: Tensor | None) -> int:
+    """Of a divisor, a shift with its times, or both; of a divisor alone, that of files that know no shifts."""
+    given = [vector for vector in (shift, shift_times) if vector is not None]
+    return int(checksum([torch.ones_like(given[0][:1]) if divisor is None else divisor, *given]))
 
 
 def _is_empty(rows: Tensor | None) -> bool:
@@ -131,7 +141,7 @@ def set_scale_table(model: nn.Module, table: ScaleTable) -> None:
     table.require_names(quantizers, "model", "Use a table made for this model and this quant_cfg")
     bits = {name: quantizer.num_bits for name, quantizer in quantizers.items()}
     table.require_formats(bits, "model", "Use a table made for this quant_cfg")
-    table.require_divisors(channel_divisors(quantizers), quantizers, "model")
+    table.require_divisors(divided_channels(quantizers), quantizers, "model")
     for column, name in enumerate(table.names):
         layer = model.get_submodule(name.rpartition(".")[0])
         device = execution_device(layer)

@@ -13,10 +13,8 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import averaged
 from modelopt_tdq.model.kept_rows import CHECKSUM, KeptRows, mark_readers
 from modelopt_tdq.model.place import execution_device, require_tensors_on_hand, require_unattended
-from modelopt_tdq.model.rows import current_rows
 from modelopt_tdq.model.select import LAYERS, trailing_dimensions
-from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep, per_sample
-from modelopt_tdq.model.token_times import find_layout, one_of_tokens, spread
+from modelopt_tdq.model.timestep import CurrentTimestep, find_timestep
 from modelopt_tdq.model.wrapped import unwrapped
 
 __all__ = [
@@ -110,25 +108,12 @@ class OutputCorrection(KeptRows):
             return inputs
         if not torch.compiler.is_compiling():
             self.require_usable()
-        gain, bias = (self._of_call(rows.to(inputs.device), inputs) for rows in (self.gain, self.bias))
+        times, key = self._correction_times_bits, self._times_key
+        gain, bias = (
+            self._channels_at_call(rows, times, key, inputs, self._trailing) for rows in (self.gain, self.bias)
+        )
         corrected: Tensor = (inputs.float() * gain + bias).to(inputs.dtype)
         return corrected
-
-    def _of_call(self, rows: Tensor, y: Tensor) -> Tensor:
-        """[C, 1, ...], or [B * n, 1, ..., C, 1, ...] for a time per sample, [B, N, C] for one per token."""
-        behind = (1,) * self._trailing
-        if len(rows) > 1:
-            found = current_rows(self._timestep, self._correction_times_bits, self._times_key, y.device)
-            if found.dim() > 1:
-                layout = find_layout(found.shape, y.shape, self._reader, self._timestep.per_frame)
-                if layout is not None:
-                    return spread(rows[found], layout, y.dim(), y.dim() - 1 - self._trailing)
-                found = one_of_tokens(found, rows[found], y.shape, self._reader, self._quantizer_name)
-            rows = rows[per_sample(found, y).flatten()]
-        if len(rows) == 1:
-            return rows.reshape(-1, *behind)
-        between = (1,) * (y.dim() - 2 - self._trailing)
-        return rows.reshape(len(rows), *between, -1, *behind)
 
     def extra_repr(self) -> str:
         """What ModelOpt's summaries show."""

@@ -15,7 +15,7 @@ from modelopt_tdq.core.scales import Scales
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import averaged
 from modelopt_tdq.model.kept_rows import CHECKSUM, KeptRows
-from modelopt_tdq.model.rows import call_rows, current_rows
+from modelopt_tdq.model.rows import TimesKey, call_rows, current_rows
 from modelopt_tdq.model.saving import SAVING, no_checkpoint
 from modelopt_tdq.model.timestep import CurrentTimestep, matched
 
@@ -23,8 +23,9 @@ __all__ = ["TemporalQuantizer"]
 
 _TABLE_BUFFERS = ("_timesteps_bits", "_scale_bits", "_offset_bits", "_dequant_scale_bits", "_dequant_offset_bits")
 
-#: What the channels of the activation are divided by, as long as the table is that of the quotient.
-_DIVISOR = "_channel_divisor_bits"
+#: What the channels of the activation are divided by, and what is subtracted from the quotients, at which times: the
+#: table is that of the differences.
+_DIVISOR, _SHIFT, _SHIFT_TIMES = "_channel_divisor_bits", "_channel_shift_bits", "_shift_times_bits"
 
 
 class TemporalQuantizer(KeptRows):
@@ -42,10 +43,13 @@ class TemporalQuantizer(KeptRows):
 
     Where the channels of the activation are smoothed (:mod:`modelopt_tdq.calibration.channel_smoothing`), they are
     divided by ``channel_divisor``, kept likewise as ``_channel_divisor_bits`` [C] or [C, 1, ...], whether the quantizer
-    is enabled or not: the weights behind it are multiplied. All its scales are those of the quotient.
+    is enabled or not: the weights behind it are multiplied. ``channel_shift``, kept as ``_channel_shift_bits``
+    [K', C, 1, ...] with ``_shift_times_bits`` [K'], is subtracted from the quotients before they are quantized, and
+    added again. All scales are those of the differences.
     """
 
-    _row_buffers = (*_TABLE_BUFFERS, _DIVISOR)
+    _row_buffers = (*_TABLE_BUFFERS, _DIVISOR, _SHIFT, _SHIFT_TIMES)
+    _skip_properties_for_save_restore = KeptRows._skip_properties_for_save_restore | {"_shift_key"}
 
     #: Why a kind of quantizer has no table; None: it has, once it is calibrated.
     no_table: ClassVar[str | None] = None
@@ -105,20 +109,49 @@ class TemporalQuantizer(KeptRows):
         """
         return self._optional(_DIVISOR) if self._enable_pre_quant_scale else None
 
-    def set_channel_divisor(self, divisor: Tensor | None) -> None:
-        """Divide the channels of the activation by ``divisor`` from now on; None: no longer.
+    @property
+    def channel_shift(self) -> Tensor | None:
+        """[K', C, 1, ...] float32: an offset of each channel, once it is divided; K' is 1 where it stays the same.
+
+        None: 0.
+        """
+        return self._optional(_SHIFT)
+
+    @property
+    def shift_times(self) -> Tensor:
+        """[K'] float32, the times of the rows of ``channel_shift``."""
+        return self._read(_SHIFT_TIMES)
+
+    def set_channels(
+        self, divisor: Tensor | None, shift: Tensor | None = None, shift_times: Tensor | None = None
+    ) -> None:
+        """Divide the channels of the activation by ``divisor`` from now on, and shift the quotients by ``shift``.
 
         The scales, if there are any, stay what they are: they have to be calibrated anew.
 
         Args:
             divisor: Positive; [C] where channels are the last dimension, [C, 1, ...] where the inputs of a convolution
-                have them.
+                have them; None: 1.
+            shift: [K', C] or [K', C, 1, ...] likewise, of any sign; None: 0. Not for the input of a layer that pads it
+                with zeros, which would have no code.
+            shift_times: [K'] float32, ascending; may be left out where K' is 1.
         """
-        self._buffers.pop(_DIVISOR, None)
-        if divisor is not None:
-            self._keep(_DIVISOR, divisor)
+        if shift is not None and (shift_times is None or len(shift) == 1):
+            shift_times = torch.zeros(1, device=shift.device)
+        for name, value in ((_DIVISOR, divisor), (_SHIFT, shift), (_SHIFT_TIMES, shift_times)):
+            self._buffers.pop(name, None)
+            if value is not None:
+                self._keep(name, value)
         if CHECKSUM in self._buffers:
             self._sign()
+
+    def shift_at_call(self, x: Tensor) -> Tensor | None:
+        """``channel_shift`` at the time of the call, to broadcast against the activation ``x``; None: 0."""
+        shift = self.channel_shift
+        if shift is None:
+            return None
+        key = self.__dict__.setdefault("_shift_key", TimesKey())
+        return self._channels_at_call(shift.flatten(1), self._on_hand(_SHIFT_TIMES), key, x, shift.dim() - 2)
 
     def smoothed(self, inputs: Tensor) -> Tensor:
         """``inputs`` with their channels divided, in their dtype."""
@@ -127,17 +160,27 @@ class TemporalQuantizer(KeptRows):
             return inputs
         return (inputs.to(torch.float32) / divisor.to(inputs.device)).to(inputs.dtype)
 
+    def shifted(self, smoothed: Tensor, sign: float = -1.0) -> Tensor:
+        """What :meth:`smoothed` gives, less the ``channel_shift``, in its dtype; for ``sign`` 1, with it again."""
+        shift = self.shift_at_call(smoothed)
+        return smoothed if shift is None else smoothed.to(torch.float32).add(shift, alpha=sign).to(smoothed.dtype)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """As of ModelOpt's quantizer; with a ``channel_divisor``, what is quantized, collected or passed on is divided.
 
-        Where it is quantized, by the product of divisor and scale: see
-        :meth:`modelopt_tdq.core.scales.Scales.over_channels`.
+        What is collected is also less the ``channel_shift``. Where it is quantized, it is divided by the product of
+        divisor and scale: see :meth:`modelopt_tdq.core.scales.Scales.over_channels`.
         """
         passes = self._disabled or not self._if_quant
         # of a DTensor, ModelOpt comes back with the part of this process
-        if passes and _DIVISOR in self._buffers and not isinstance(inputs, DTensor):
+        if not passes or isinstance(inputs, DTensor):
+            return cast("Tensor", super().forward(inputs))
+        if _DIVISOR in self._buffers:
             inputs = self.smoothed(inputs)
-        return cast("Tensor", super().forward(inputs))
+        if _SHIFT not in self._buffers or self._disabled or not self._if_calib:
+            return cast("Tensor", super().forward(inputs))
+        super().forward(self.shifted(inputs))
+        return inputs
 
     def set_rows(
         self,
@@ -216,7 +259,8 @@ class TemporalQuantizer(KeptRows):
     def _rows(self, inputs: Tensor) -> Scales:
         """The scales of each sample: [1] for one time, [B, 1, ...] for a time per sample, [B, N, 1] for one per token.
 
-        With a ``channel_divisor``, scale and offset are those of each channel of ``inputs`` before they are divided.
+        With a ``channel_divisor`` or a ``channel_shift``, scale and offset are those of each channel of ``inputs`` as
+        they come.
         """
         if not self.has_table:
             raise TdqError(
@@ -233,8 +277,10 @@ class TemporalQuantizer(KeptRows):
             scales = scales.map(
                 lambda value: matched(value, inputs, self._timestep, self._reader, self._quantizer_name)
             )
-        divisor = self.channel_divisor
-        return scales if divisor is None else scales.over_channels(divisor.to(device))
+        divisor, shift = self.channel_divisor, self.shift_at_call(inputs)
+        if divisor is None and shift is None:
+            return scales
+        return scales.over_channels(None if divisor is None else divisor.to(device), shift)
 
     def _at_call(self, device: torch.device) -> Scales:
         """The scales at each time of the call, [1], [B] or [B, N], on ``device``."""

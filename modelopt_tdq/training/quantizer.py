@@ -98,7 +98,8 @@ class LearnedQuantizer(TemporalQuantizer):
                 "Call train() or eval() on the whole model",
             )
         interval = per_sample(intervals[:, self._column].to(inputs.device), inputs)
-        return self.learned_values(self.smoothed(inputs), interval)
+        values = self.learned_values(self.shifted(self.smoothed(inputs)), interval)
+        return self.shifted(values, 1.0)
 
     def learned_values(self, inputs: Tensor, interval: Tensor) -> Tensor:
         """x_hat with the scheme's gradient, for an interval that goes with ``inputs``."""
@@ -115,9 +116,9 @@ class DynamicQuantizer(LearnedQuantizer):
         self.intervals = intervals
 
     def _fake_quantize(self, inputs: Tensor) -> Tensor:
-        inputs = self.smoothed(inputs)
+        inputs = self.shifted(self.smoothed(inputs))
         interval = self.intervals(inputs, self._timestep.require())
         if self.training:
-            return self.learned_values(inputs, interval)
+            return self.shifted(self.learned_values(inputs, interval), 1.0)
         with torch.no_grad():
-            return self.deployed(interval)(inputs, self._num_bits)
+            return self.shifted(self.deployed(interval)(inputs, self._num_bits), 1.0)

@@ -231,22 +231,25 @@ def test_codes_divide_by_one_product() -> None:
     assert (twice == codes).mean() > 0.999
 
 
+@pytest.mark.parametrize("size", [1.0, 1e11])
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
-def test_what_corrections_take_back_does_not_count(kind: Any) -> None:
-    """The error that is left is that of the least squares of each channel."""
+def test_what_corrections_take_back_hardly_counts(kind: Any, size: float) -> None:
+    """The error that is left is that of the least squares of each channel; of converged models' outputs as well."""
     spatial = kind is nn.Conv2d
     layer = mtq.quantize(kind(3, 5, 1) if spatial else kind(3, 5), {"quant_cfg": [], "algorithm": None})
     y, tried = (noise(4, 5, 6, 7, seed=seed) for seed in (0, 1))
-    tried = tried + 0.5 * y + torch.arange(5.0).reshape(-1, 1, 1)
+    tried = (tried + 0.5 * y + torch.arange(5.0).reshape(-1, 1, 1)) * size
+    y = y * size
     expected = 0.0
     for channel in range(5):
         known = np.stack([tried[:, channel].flatten().numpy(), np.ones(4 * 42)], 1).astype(np.float64)
         expected += float(np.linalg.lstsq(known, y[:, channel].flatten().numpy(), rcond=None)[1][0])
     if not spatial:
         y, tried = y.movedim(1, -1), tried.movedim(1, -1)
-    for corrected, wanted in ((True, expected), (False, float((tried - y).square().sum()))):
-        told = Settings((1.0,), (1.0,), shifted=False, corrected=corrected)
-        trial = Trial(SmoothedLayer("layer", layer), [], told, temporal=True, rows=1, turns=Turns([layer]))
+    whole = float((tried - y).double().square().sum())
+    for corrected, wanted in ((True, expected + 1e-3 * whole), (False, whole)):
+        told = Settings((1.0,), (1.0,), asymmetric=False, corrected=corrected)
+        trial = Trial(SmoothedLayer("layer", layer), [], told, temporal=True, times=[0.0], turns=Turns([layer]))
         assert float(trial._errors([trial._moments(tried, y)])[0]) == pytest.approx(wanted, rel=1e-4)
 
 
@@ -325,10 +328,10 @@ def test_a_layer_computes_the_same(kind: Any, groups: int, width: int, padding_m
         else torch.randn(2, groups * width, *(5,) * spatial)
     )
     layer = SmoothedLayer("layer", module)
-    layer.see(x)
-    assert layer.largest.shape == layer.weight_magnitude.shape == (groups * width,)
-    vector = smoothing_vector(layer.largest * torch.rand(groups * width) * 10, layer.weight_magnitude, 0.5)
-    found = layer.compute(x / layer.divisor(vector), layer.multiplied(vector))
+    largest = layer.by_channel(x).abs().amax(1)
+    assert largest.shape == layer.weight_magnitude.shape == (layer.channels,) == (groups * width,)
+    vector = smoothing_vector(largest * torch.rand(groups * width) * 10, layer.weight_magnitude, 0.5)
+    found = layer.compute(x / layer.placed(vector), layer.multiplied(vector))
     torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-5)
 
 

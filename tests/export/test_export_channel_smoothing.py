@@ -189,7 +189,7 @@ def test_equal_scales_of_different_channels() -> None:
     names = tuple(temporal_quantizers(model))
     column = torch.tensor([[0.01], [0.02], [0.03], [0.05]])
     tdq.set_scale_table(model, tdq.ScaleTable(torch.tensor(TIMES), column.expand(4, len(names)), names))
-    model.conv.input_quantizer.set_channel_divisor(torch.tensor([1.0, 2.0, 3.0, 0.3]).reshape(-1, 1, 1))
+    model.conv.input_quantizer.set_channels(torch.tensor([1.0, 2.0, 3.0, 0.3]).reshape(-1, 1, 1))
     inputs = {"sample": noise(2, 4, 8, 8, seed=3), "timestep": torch.tensor(450.0)}
     for lowering in LOWERINGS:
         low = lowered(trace(model, inputs), lowering)

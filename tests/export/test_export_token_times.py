@@ -127,7 +127,7 @@ def test_outputs_are_those_of_the_torch_model(
         for name, quantizer in tdq.temporal_quantizers(model).items():
             layer: Any = model.get_submodule(name.rpartition(".")[0])
             divisor = 2.0 ** (torch.arange(layer.weight.shape[1]) % 3 - 1.0)
-            quantizer.set_channel_divisor(divisor.reshape(-1, *(1,) * (layer.weight.dim() - 2)))
+            quantizer.set_channels(divisor.reshape(-1, *(1,) * (layer.weight.dim() - 2)))
     set_table(model, list(TIMES), base=0.05, offset=True, dequant=True)
     as_input = lowering == "table_input"
     graph = lowered(graphs[kind, corrected], "ratio" if as_input else lowering, model, table_input=as_input)

@@ -65,7 +65,7 @@ def test_each_as_if_all_had_its_time(models: Any, kind: type[nn.Module], batch: 
         for quantizer in tdq.temporal_quantizers(model).values():
             layer = model.get_submodule(quantizer._quantizer_name.rpartition(".")[0])
             width = layer.weight.shape[1]
-            quantizer.set_channel_divisor(
+            quantizer.set_channels(
                 (0.5 + torch.rand(width)).reshape(-1, *(1,) * len(getattr(layer, "kernel_size", ())))
             )
         tdq.set_scale_table(model, _random_table(model, 1))

@@ -120,7 +120,7 @@ def _new_storage(model: Any) -> None:
 
 def _smoothed(model: Any) -> None:
     name = "conv1.input_quantizer"
-    temporal_quantizers(model)[name].set_channel_divisor(torch.linspace(0.5, 2.0, 8).reshape(8, 1, 1))
+    temporal_quantizers(model)[name].set_channels(torch.linspace(0.5, 2.0, 8).reshape(8, 1, 1))
 
 
 def _disabled(model: Any) -> None:

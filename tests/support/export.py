@@ -106,6 +106,10 @@ def codes_by_definition(graph: Lowered, model: nn.Module, inputs: dict[str, Any]
             offset = 0.0
             if activation.offset is not None:
                 offset = activation.offset[index if activation.offset.size > 1 else 0]
+            if activation.shift is not None:
+                times_of_shift = graph.context.spec.shift_times
+                at = oracle.row(float(t), times_of_shift) if len(activation.shift) > 1 else 0
+                offset = np.float32(offset) + activation.shift[at]
             if activation.divisor is not None:
                 scale, offset = (np.float32(value) * activation.divisor for value in (scale, offset))
             expected = oracle.codes(part, scale, offset, activation.num_bits)

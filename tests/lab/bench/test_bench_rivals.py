@@ -53,6 +53,7 @@ ORDER = [
     "time",
     "offsets",
     "smoothing",
+    "shifts",
     "margin",
     "rounding",
     "corrections",
@@ -69,6 +70,7 @@ OWN_WEIGHTS = (
     "mse",
     "nvidia-smoothquant",
     "smoothing",
+    "shifts",
     "margin",
     "rounding",
     "corrections",
@@ -322,19 +324,20 @@ def test_our_stages_add_one_thing_each(models: dict[str, nn.Module]) -> None:
 
 
 def test_our_stages_are_asked_for_one_thing_more_each(settings: dict[str, Setting]) -> None:
-    asked = ("bins", "asymmetric", "channel_smoothing", "margin", "rounding", "correction")
+    asked = ("bins", "asymmetric", "channel_smoothing", "channel_shift", "margin", "rounding", "correction")
 
     class Told(Setting):
         def quantize(self, rules: list[dict[str, Any]], algorithm: Any) -> Any:
             return {name: algorithm.get(name) for name in asked}
 
     setting = Told(**{field.name: getattr(settings["W8A8"], field.name) for field in fields(Setting)})
-    assert tuple(made(ROWS["static"], setting).values()) == (1, False, "none", None, "nearest", "none")
-    added = dict(zip(asked, (None, False, "none", None, "nearest", "none"), strict=True))
+    assert tuple(made(ROWS["static"], setting).values()) == (1, False, "none", "none", None, "nearest", "none")
+    added = dict(zip(asked, (None, False, "none", "none", None, "nearest", "none"), strict=True))
     assert made(ROWS["time"], setting) == added
     stages = {
         "offsets": "asymmetric",
         "smoothing": "channel_smoothing",
+        "shifts": "channel_shift",
         "margin": "margin",
         "rounding": "rounding",
         "corrections": "correction",

@@ -19,6 +19,7 @@ __all__ = [
     "OFFSETS",
     "PLAIN",
     "ROUNDING",
+    "SHIFTS",
     "SMOOTHING",
     "qat",
     "reconstructed",
@@ -28,14 +29,21 @@ __all__ = [
 ]
 
 #: Scales alone.
-PLAIN: dict[str, Any] = {"asymmetric": False, "channel_smoothing": "none", "rounding": "nearest", "correction": "none"}
+PLAIN: dict[str, Any] = {
+    "asymmetric": False,
+    "channel_smoothing": "none",
+    "channel_shift": "none",
+    "rounding": "nearest",
+    "correction": "none",
+}
 
 #: What goes together with scales, over time or not.
 OFFSETS: dict[str, Any] = {"asymmetric": "auto"}
 SMOOTHING: dict[str, Any] = {"channel_smoothing": "auto"}
+SHIFTS: dict[str, Any] = {"channel_shift": "auto"}
 MARGIN: dict[str, Any] = {"margin": "auto"}
 ROUNDING: dict[str, Any] = {"rounding": "auto"}
-EVERYTHING: dict[str, Any] = {**OFFSETS, **SMOOTHING, **MARGIN, **ROUNDING, "correction": "auto"}
+EVERYTHING: dict[str, Any] = {**OFFSETS, **SMOOTHING, **SHIFTS, **MARGIN, **ROUNDING, "correction": "auto"}
 
 
 def stage(**fields: Any) -> Callable[[Setting], nn.Module]:
@@ -55,18 +63,19 @@ def time_linear(setting: Setting) -> nn.Module:
 
 
 def static_with_everything(setting: Setting) -> nn.Module:
-    """One scale per quantizer; offsets, smoothing, margin, rounding and corrections as over time, these static."""
+    """One scale per quantizer; all else as over time, shifts and corrections static."""
     return stage(bins=1, **EVERYTHING)(setting)
 
 
 def reconstructed(setting: Setting) -> nn.Module:
-    """Rounding and intervals learned block by block, behind offsets and smoothing; then corrections."""
-    config = setting.config("tdq_reconstruct", **OFFSETS, **SMOOTHING, correction="auto", iterations=setting.iterations)
+    """Rounding and intervals learned block by block, behind offsets, smoothing and shifts; then corrections."""
+    fields = {**OFFSETS, **SMOOTHING, **SHIFTS, "correction": "auto", "iterations": setting.iterations}
+    config = setting.config("tdq_reconstruct", **fields)
     return setting.quantize(config["quant_cfg"], config["algorithm"])
 
 
 def qat(setting: Setting) -> nn.Module:
-    """Weights and intervals trained on images, behind offsets and smoothing; without corrections, which would undo it.
+    """Weights and intervals trained on images, behind offsets, smoothing and shifts; corrections would undo it.
 
     Raises:
         TdqError: There are no images.
@@ -82,5 +91,5 @@ def qat(setting: Setting) -> nn.Module:
     weights, activations = setting.bits.weights, setting.bits.activations
     if not isinstance(weights, int) or not isinstance(activations, int):
         raise TdqError("formats", setting.bits.name, "the bench trains integers", "Use W4A4")
-    run = QatRun(weights, activations, options={**SMOOTHING})
+    run = QatRun(weights, activations, options={**SMOOTHING, **SHIFTS})
     return train_qat(setting.model, setting.scheduler, setting.images, run, cost).eval()

@@ -204,7 +204,8 @@ _ALL = (
     Row(
         "static-all",
         "static, with everything else ours",
-        "as static, with offsets, smoothing over channels, a margin, rounding by the inputs and static corrections",
+        "as static, with offsets, smoothing and static shifts of channels, a margin, rounding by the inputs, static "
+        "corrections",
         _CONSTANT,
         "static",
         ours.static_with_everything,
@@ -237,12 +238,21 @@ _ALL = (
         ours.stage(**ours.OFFSETS, **ours.SMOOTHING),
     ),
     Row(
+        "shifts",
+        "+ shifts",
+        "and the middle of each channel's range over time subtracted, where nothing pads: an offset of each channel, "
+        "and part of the bias",
+        _LOOKUP,
+        "ours",
+        ours.stage(**ours.OFFSETS, **ours.SMOOTHING, **ours.SHIFTS),
+    ),
+    Row(
         "margin",
         "+ margin",
         "and room above the ranges that calibration saw, by how they grew with its samples",
         _LOOKUP,
         "ours",
-        ours.stage(**ours.OFFSETS, **ours.SMOOTHING, **ours.MARGIN),
+        ours.stage(**ours.OFFSETS, **ours.SMOOTHING, **ours.SHIFTS, **ours.MARGIN),
     ),
     Row(
         "rounding",
@@ -250,7 +260,7 @@ _ALL = (
         "and weights rounded by what their layers read (GPTQ), convolutions among them",
         _LOOKUP,
         "ours",
-        ours.stage(**ours.OFFSETS, **ours.SMOOTHING, **ours.MARGIN, **ours.ROUNDING),
+        ours.stage(**ours.OFFSETS, **ours.SMOOTHING, **ours.SHIFTS, **ours.MARGIN, **ours.ROUNDING),
     ),
     Row(
         "corrections",
