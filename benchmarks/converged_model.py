@@ -27,6 +27,9 @@ from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
 #: Without what takes most of the time.
 _PLAIN = {"correction": "none"}
 
+#: Without time, one shift for all times.
+_SHIFTED = {"channel_shift": "auto"}
+
 #: The rows: what differs from the default.
 ROWS: dict[str, dict[str, Any]] = {
     "static-max": {"bins": 1, "statistic": "max", "channel_smoothing": "none", "correction": "none"},
@@ -36,6 +39,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "time": {"asymmetric": "auto", "channel_smoothing": "auto"},
     "static-margin": {"bins": 1, "asymmetric": "auto", "channel_smoothing": "auto", "margin": "auto"},
     "time-margin": {"asymmetric": "auto", "channel_smoothing": "auto", "margin": "auto"},
+    "static-shift": {"bins": 1, "asymmetric": "auto", "channel_smoothing": "auto", "margin": "auto", **_SHIFTED},
+    "time-shift": {"asymmetric": "auto", "channel_smoothing": "auto", "margin": "auto", **_SHIFTED},
     "time-margin-plain": {"asymmetric": "auto", "channel_smoothing": "auto", "margin": "auto", **_PLAIN},
 }
 
@@ -48,6 +53,7 @@ class Row:
     kept: list[str]
     quantized: int
     smoothed: int
+    shifted: int
     corrected: int
     sqnr_db: list[float]
     psnr_db: float
@@ -71,6 +77,7 @@ def measured(scales: str, kept: list[str], held_out: int) -> Row:
         kept,
         len(quantizers),
         sum(quantizer.channel_divisor is not None for quantizer in quantizers.values()),
+        sum(quantizer.channel_shift is not None for quantizer in quantizers.values()),
         0 if correction is None else len(correction.names),
         found.sqnr_db,
         found.psnr_db,
@@ -82,15 +89,16 @@ def _table(rows: list[Row]) -> str:
     lines = [
         "The terrain model, W8A8; SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on. "
         "Static and time: with offsets where they pay, smoothing and corrections chosen by auto. "
-        "Margin: scales larger by what the growth of their ranges with the samples tells; plain: without corrections.",
+        "Margin: scales larger by what the growth of their ranges with the samples tells; shift: the middles of "
+        "channels' ranges subtracted as well; plain: without corrections.",
         "",
-        "| scales | layers quantized | smoothed | corrected | SQNR | PSNR | calibration, s |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| scales | layers quantized | smoothed | shifted | corrected | SQNR | PSNR | calibration, s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         decibels = torch.tensor(row.sqnr_db)
         lines.append(
-            f"| {row.scales} | {row.quantized} | {row.smoothed} | {row.corrected} "
+            f"| {row.scales} | {row.quantized} | {row.smoothed} | {row.shifted} | {row.corrected} "
             f"| {decibels.mean():.2f} / {decibels.min():.2f} | {row.psnr_db:.2f} | {row.calibration_s:.0f} |"
         )
     kept = sorted({glob for row in rows for glob in row.kept})
