@@ -186,7 +186,7 @@ class _Judge:
                 return self._settings.rounded(output.float(), quantizer.num_bits, None, of_all).to(output.dtype)
             extent = layer.as_quantized(self._ranges[id(quantizer)].at(self._time()))
             rounded = self._settings.rounded(quantizer.shifted(output.float()), quantizer.num_bits, extent, of_all)
-            restored: Tensor = quantizer.shifted(rounded, 1.0)
+            restored: Tensor = quantizer.shifted_back(rounded)
             return restored.to(output.dtype)
 
         handles = [quantizer.register_forward_hook(hook) for quantizer in self._activations]

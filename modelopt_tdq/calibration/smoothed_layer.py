@@ -130,7 +130,7 @@ class ChannelMap:
         return self.shift[int(row_index(torch.tensor([time]), self.times.cpu()))]
 
     def __call__(self, channels: Tensor, shift: Tensor | None) -> Tensor:
-        """X / c - v of [C, ...] values, in float32."""
+        """[C, ...] values divided, and shifted by ``shift`` [C], in float32."""
         shape = (-1, *(1,) * (channels.dim() - 1))
         divided = channels.float()
         if self.divisor is not None:

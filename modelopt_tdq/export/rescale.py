@@ -78,7 +78,8 @@ class Plan:
 
     Attributes:
         parts: Of the product.
-        rows: Of the graph, among them ``factor``, ``addend`` and ``moved`` of ``owner``; None: there are none.
+        rows: Of the graph, among them ``factor``, ``addend`` and ``moved`` of the corrected marker, or of the product;
+            None: there are none.
         corrected: The marker of the correction over time that is part of it; None: there is none.
         with_ratio: Whether the factor is that of the ratio as well.
         with_offset: Whether the addend is that of the offset as well.

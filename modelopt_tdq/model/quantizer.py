@@ -160,10 +160,15 @@ class TemporalQuantizer(KeptRows):
             return inputs
         return (inputs.to(torch.float32) / divisor.to(inputs.device)).to(inputs.dtype)
 
-    def shifted(self, smoothed: Tensor, sign: float = -1.0) -> Tensor:
-        """What :meth:`smoothed` gives, less the ``channel_shift``, in its dtype; for ``sign`` 1, with it again."""
+    def shifted(self, smoothed: Tensor) -> Tensor:
+        """What :meth:`smoothed` gives, less the ``channel_shift``, in its dtype: what the scales are for."""
         shift = self.shift_at_call(smoothed)
-        return smoothed if shift is None else smoothed.to(torch.float32).add(shift, alpha=sign).to(smoothed.dtype)
+        return smoothed if shift is None else (smoothed.to(torch.float32) - shift).to(smoothed.dtype)
+
+    def shifted_back(self, values: Tensor) -> Tensor:
+        """What :meth:`shifted` was made from."""
+        shift = self.shift_at_call(values)
+        return values if shift is None else (values.to(torch.float32) + shift).to(values.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """As of ModelOpt's quantizer; with a ``channel_divisor``, what is quantized, collected or passed on is divided.

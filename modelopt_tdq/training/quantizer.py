@@ -99,7 +99,7 @@ class LearnedQuantizer(TemporalQuantizer):
             )
         interval = per_sample(intervals[:, self._column].to(inputs.device), inputs)
         values = self.learned_values(self.shifted(self.smoothed(inputs)), interval)
-        return self.shifted(values, 1.0)
+        return self.shifted_back(values)
 
     def learned_values(self, inputs: Tensor, interval: Tensor) -> Tensor:
         """x_hat with the scheme's gradient, for an interval that goes with ``inputs``."""
@@ -119,6 +119,6 @@ class DynamicQuantizer(LearnedQuantizer):
         inputs = self.shifted(self.smoothed(inputs))
         interval = self.intervals(inputs, self._timestep.require())
         if self.training:
-            return self.shifted(self.learned_values(inputs, interval), 1.0)
+            return self.shifted_back(self.learned_values(inputs, interval))
         with torch.no_grad():
-            return self.shifted(self.deployed(interval)(inputs, self._num_bits), 1.0)
+            return self.shifted_back(self.deployed(interval)(inputs, self._num_bits))
