@@ -132,8 +132,10 @@ def _rounded(rank: int, **fields: Any) -> dict[str, Any]:
 
 def _channels(rank: int, **fields: Any) -> dict[str, Any]:
     model = quantized(data=_share(rank), **fields)
-    found = {name: q.channel_divisor for name, q in tdq.temporal_quantizers(model).items()}
-    return {**_columns(model), **{name: divisor for name, divisor in found.items() if divisor is not None}}
+    quantizers = tdq.temporal_quantizers(model).items()
+    found = {name: q.channel_divisor for name, q in quantizers}
+    found |= {f"{name}, shift": q.channel_shift for name, q in quantizers}
+    return {**_columns(model), **{name: vector for name, vector in found.items() if vector is not None}}
 
 
 def _layer_in_second(rank: int) -> dict[str, Any]:
@@ -267,6 +269,7 @@ _SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "channels, chosen": functools.partial(
         _channels, channel_smoothing="auto", statistic="mse", activation_bits=4, asymmetric="auto"
     ),
+    "channels, shifted": functools.partial(_channels, channel_smoothing="auto", channel_shift="auto"),
     "rounding": _rounded,
     "rounding, few bits": functools.partial(_rounded, activation_bits=4),
     "a layer in one only": _layer_in_second,
