@@ -23,7 +23,7 @@ import torch
 import modelopt_tdq as tdq
 from modelopt_tdq.compare import StepComparator, given_codes, returning_codes, with_given_codes
 from modelopt_tdq.export.onnx_export import MarkerGraph, lower, marker_graph
-from modelopt_tdq.export.spec import read_quantization
+from modelopt_tdq.export.read import read_quantization
 from modelopt_tdq.lab.model_folder import load_quantized
 from modelopt_tdq.lab.reference_models import bundled_model
 from modelopt_tdq.lab.trajectories import load_scheduler, noise, sample, sample_shape

@@ -1,6 +1,7 @@
 """Export: torch to a marker graph, and its lowerings to standard ONNX operators.
 
-Read ``onnx_export`` first, then ``markers``, ``spec``, ``lookup`` and the lowerings ``reference`` and ``ratio``.
+Read ``onnx_export`` first, then ``markers``, ``spec``, ``read``, ``lookup``, and the lowerings ``reference`` and
+``ratio``.
 """
 
 from modelopt_tdq.export.onnx_export import ExportReport, export_onnx

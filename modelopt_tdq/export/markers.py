@@ -21,7 +21,7 @@ from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
 from torch import _VF, Tensor, nn
 from torch.nn import functional
 
-from modelopt_tdq.export.spec import weight_quantizers
+from modelopt_tdq.export.read import weight_quantizers
 from modelopt_tdq.model.call import layer_input
 from modelopt_tdq.model.output_correction import OutputCorrection
 from modelopt_tdq.model.quantizer import TemporalQuantizer

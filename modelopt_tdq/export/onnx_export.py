@@ -26,9 +26,10 @@ from modelopt_tdq.export.open_sizes import open_sizes
 from modelopt_tdq.export.plugin import PLUGIN_DOMAIN, looked_up_by_plugin
 from modelopt_tdq.export.portable import portable
 from modelopt_tdq.export.ratio import lower_ratio
+from modelopt_tdq.export.read import read_quantization
 from modelopt_tdq.export.reference import lower_reference
 from modelopt_tdq.export.report import ExportReport, report_of
-from modelopt_tdq.export.spec import QuantizationSpec, read_quantization
+from modelopt_tdq.export.spec import QuantizationSpec
 from modelopt_tdq.export.table_input import all_rows, looked_up_in_input, require_table_input
 from modelopt_tdq.export.trace import trace
 from modelopt_tdq.export.weights import PACKINGS, PackWeights, lower_weights

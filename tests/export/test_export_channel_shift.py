@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq.export.onnx_export import lower
 from modelopt_tdq.export.plugin import plugin_free
-from modelopt_tdq.export.spec import read_quantization
+from modelopt_tdq.export.read import read_quantization
 from modelopt_tdq.model.model_table import temporal_quantizers
 from modelopt_tdq.model.output_correction import output_channels
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq.export.onnx_export import MarkerGraph, lower
 from modelopt_tdq.export.plugin import plugin_free
-from modelopt_tdq.export.spec import read_quantization
+from modelopt_tdq.export.read import read_quantization
 from modelopt_tdq.model.output_correction import correctable_layers, output_channels
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 

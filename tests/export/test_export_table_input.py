@@ -22,7 +22,7 @@ import modelopt_tdq as tdq
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.export import engine_table, plugin_free
 from modelopt_tdq.export.onnx_export import lower
-from modelopt_tdq.export.spec import read_quantization
+from modelopt_tdq.export.read import read_quantization
 from modelopt_tdq.export.table_input import EDGES_INPUT, TABLE_INPUT
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from modelopt_tdq.temporal_features.runtime import install_features

@@ -16,7 +16,8 @@ from support.models import TinyDenoiser, noise, quantized
 import modelopt_tdq as tdq
 from modelopt_tdq.export.markers import with_markers
 from modelopt_tdq.export.onnx_file import write_onnx
-from modelopt_tdq.export.spec import WeightSpec, read_quantization
+from modelopt_tdq.export.read import read_quantization
+from modelopt_tdq.export.spec import WeightSpec
 
 
 def _graph(sizes: tuple[int, ...] = (3, 500, 70_000)) -> ir.Model:

@@ -11,7 +11,8 @@ import torch
 from support.models import noise
 from torch import Tensor, nn
 
-from modelopt_tdq.export.spec import WeightSpec, read_weight
+from modelopt_tdq.export.read import read_weight
+from modelopt_tdq.export.spec import WeightSpec
 from modelopt_tdq.model import quantized_weight
 from modelopt_tdq.model.quantized_weight import quantized_parts
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import modelopt_tdq as tdq
 from modelopt_tdq.core.metrics import sqnr_db
-from modelopt_tdq.export.spec import read_quantization
+from modelopt_tdq.export.read import read_quantization
 from modelopt_tdq.reconstruction.blocks import find_blocks
 from modelopt_tdq.reconstruction.reconstruct import tdq_reconstruct
 from modelopt_tdq.training.learned import learned_intervals

@@ -15,7 +15,7 @@ import modelopt_tdq as tdq
 from modelopt_tdq.export.activation import CODES_SUFFIX
 from modelopt_tdq.export.context import LoweringContext
 from modelopt_tdq.export.onnx_export import MarkerGraph, lower, marker_graph
-from modelopt_tdq.export.spec import read_quantization
+from modelopt_tdq.export.read import read_quantization
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession, add_outputs
 from support import oracle
 from support.tables import with_dequantization
