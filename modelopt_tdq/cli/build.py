@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from modelopt_tdq.cli.options import Program
 from modelopt_tdq.errors import TdqError
 
 __all__ = ["build"]
@@ -30,8 +31,13 @@ def build(
         Path | None, typer.Option(help="Engine to write. Default: beside the ONNX file.", show_default=False)
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="tensorrt_rtx builds ahead of time, also without a GPU; tensorrt for the GPU here.")
-    ] = "tensorrt_rtx",
+        str | None,
+        typer.Option(
+            help="tensorrt_rtx builds ahead of time, also without a GPU; tensorrt for the GPU here. Default: "
+            "tensorrt_rtx, or what the program of --for runs.",
+            show_default=False,
+        ),
+    ] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(help="GPU to compile for, such as 8.9; may be repeated. Default: 8.9 and 12.0.", metavar="X.Y"),
@@ -65,8 +71,13 @@ def build(
     ] = None,
     print_trtexec: Annotated[
         bool,
-        typer.Option("--print-trtexec", help="Build nothing; print the command of trtexec (or tensorrt_rtx) instead."),
+        typer.Option(
+            "--print-trtexec",
+            help="Build nothing; print the command of trtexec (or tensorrt_rtx) instead, with --for that of Polygraphy "
+            "as well.",
+        ),
     ] = False,
+    program: Program = None,
 ) -> None:
     """Build a TensorRT engine and show the precision in which every quantized layer really runs.
 
@@ -78,12 +89,19 @@ def build(
     from rich.console import Console
 
     from modelopt_tdq.runtime.build.build import DEFAULT_COMPUTE_CAPABILITIES, build_engine
+    from modelopt_tdq.runtime.build.onnx_model import read_onnx
     from modelopt_tdq.runtime.build.precision import FloatLayersError, float_layers, render_precision
+    from modelopt_tdq.runtime.build.programs import backend_of, engine_lines, place_of, sizes_of
     from modelopt_tdq.runtime.build.trtexec import trtexec_command
 
     target = output or onnx.with_suffix(".engine")
     capabilities = tuple(compute_capability or DEFAULT_COMPUTE_CAPABILITIES)
     sizes = _sizes(dynamic_size or [])
+    lines = []
+    if program is not None:
+        lines = list(engine_lines(program, onnx, target, sizes))
+        sizes = sizes_of(place_of(program, onnx)[1], read_onnx(onnx), sizes)
+    backend = backend or backend_of(program)
     options: dict[str, Any] = {
         "backend": backend,
         "compute_capabilities": capabilities,
@@ -94,7 +112,7 @@ def build(
         "timing_cache": timing_cache,
     }
     if print_trtexec:
-        typer.echo(shlex.join(trtexec_command(onnx, target, **options)))
+        typer.echo("\n".join(lines or [shlex.join(trtexec_command(onnx, target, **options))]))
         return
     try:
         report = build_engine(onnx, target, allow_float=allow_float, **options)
@@ -109,3 +127,5 @@ def build(
         f"{report.engine}: {report.kernels} kernels, {low} of {len(report.quantized)} quantized layers in low "
         f"precision, {len(fallen)} in float ({report.backend} {report.backend_version})"
     )
+    for line in lines:
+        typer.echo(line)

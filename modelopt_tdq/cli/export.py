@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from modelopt_tdq.cli.options import Device, Folder, check_file
+from modelopt_tdq.cli.options import Device, Folder, Program, check_file
 from modelopt_tdq.errors import TdqError, TdqWarning
 
 __all__ = ["export"]
@@ -84,11 +84,13 @@ def export(
     names: Annotated[
         list[str] | None,
         typer.Option(
-            help="What inputs and outputs are called. forward: as the arguments of the model; demo-diffusion: as "
-            "NVIDIA's demoDiffusion calls them; or OWN=NEW, such as output=latent, which may be repeated.",
+            help="What inputs and outputs are called. forward: as the arguments of the model; demo-diffusion, "
+            "diffusion-trt, rtx-demo: as these programs of NVIDIA's call them, see --for; or OWN=NEW, such as "
+            "output=latent, which may be repeated.",
             metavar="PRESET|OWN=NEW",
         ),
     ] = None,
+    program: Program = None,
     table_input: Annotated[
         bool,
         typer.Option(
@@ -122,9 +124,15 @@ def export(
     import warnings
 
     from modelopt_tdq.export import export_onnx
+    from modelopt_tdq.export.names import opens_batch
     from modelopt_tdq.lab.model_folder import load_quantized, make_inputs
+    from modelopt_tdq.model.call import tensor_leaves
+    from modelopt_tdq.runtime.build.programs import onnx_lines
 
     axes = _axes(dynamic_axis or [])
+    if program is not None and names:
+        raise TdqError("names", names, f"--for {program} gives the names", "Leave out one of the two")
+    called = program or _names(names or ["forward"])
     # torch's exporter tells of its own deprecations and of packages that it does without
     warnings.simplefilter("ignore")
     warnings.simplefilter("default", TdqWarning)
@@ -133,6 +141,11 @@ def export(
     placement = Placement.of(device, dtype or found.description.get("dtype", "fp32"))
     placement.place(found.model)
     inputs = placement.moved(make_inputs(found.inputs, batch))
+    if program is not None and batch is None and opens_batch(program, tensor_leaves(inputs)):
+        dynamic_batch = True
+        if next(len(each) for each in tensor_leaves(inputs).values() if each.dim()) < 2:
+            # an export cannot tell a batch of 1 from "any"
+            inputs = placement.moved(make_inputs(found.inputs, 2))
     report = export_onnx(
         found.model,
         output,
@@ -143,7 +156,7 @@ def export(
         table_input=table_input,
         pack_weights=pack_weights.value,
         constants=constant or (),
-        names=_names(names or ["forward"]),
+        names=called,
     )
     typer.echo(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
     for name, reason in report.skipped:
@@ -156,7 +169,11 @@ def export(
         typer.echo(f"NaN for inputs that decide otherwise: {line}")
     if report.weights_form:
         typer.echo(f"weights: {report.weights_form}")
-    if lowering is Lowering.RATIO:
+    if program is not None:
+        for line in onnx_lines(program, report.path):
+            typer.echo(line)
+        typer.echo(f"Next, if the engine shall be built beforehand: modelopt-tdq build {report.path} --for {program}")
+    elif lowering is Lowering.RATIO:
         typer.echo(f"Next: modelopt-tdq build {report.path}")
     elif lowering is Lowering.PLUGIN:
         typer.echo(f"For backends without the plugin: modelopt-tdq twin {report.path}")

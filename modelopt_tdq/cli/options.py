@@ -19,6 +19,7 @@ __all__ = [
     "Maintenance",
     "Model",
     "Offload",
+    "Program",
     "Recipe",
     "Samples",
     "Seed",
@@ -70,6 +71,17 @@ Offload = Annotated[
         help="What waits in CPU memory until it is needed. sequential: each layer (accelerate); group: each block "
         "(diffusers).",
         metavar="none|sequential|group",
+    ),
+]
+Program = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="Program of NVIDIA's that runs the engine: names and open sizes are what it expects, and where it looks "
+        "for the file is printed. demo-diffusion: of TensorRT; diffusion-trt: ModelOpt's example; rtx-demo: of "
+        "TensorRT-RTX.",
+        metavar="demo-diffusion|diffusion-trt|rtx-demo",
+        show_default=False,
     ),
 ]
 Samples = Annotated[

@@ -19,7 +19,7 @@ from modelopt_tdq.export.inputs import FIXED, Inputs, flatten_inputs
 from modelopt_tdq.export.layer_correction import fold_static
 from modelopt_tdq.export.lookup import ColumnSource, Lookup, gathered
 from modelopt_tdq.export.markers import DOMAIN, with_markers
-from modelopt_tdq.export.names import Names, as_passed, names_of, rename
+from modelopt_tdq.export.names import Names, as_passed, names_of, open_batch, rename
 from modelopt_tdq.export.one_time import nan_where_times_differ, needs_one_time
 from modelopt_tdq.export.onnx_file import write_onnx
 from modelopt_tdq.export.open_sizes import open_sizes
@@ -107,9 +107,9 @@ def export_onnx(
             takes lengths or places from the numbers of a mask (``.item()``, ``.tolist()``, an index of truth values),
             torch cannot export it otherwise. Never the time.
         names: What inputs and outputs are called in the file at ``path``. "forward": as the arguments of the model;
-            "demo-diffusion": as NVIDIA's demoDiffusion calls them, see
-            :data:`modelopt_tdq.export.names.DEMO_DIFFUSION`; or a mapping from the former to others,
-            ``{"output": "latent"}``. A swapped denoiser knows them all.
+            "demo-diffusion": as NVIDIA's demoDiffusion calls them, "diffusion-trt": ModelOpt's diffusion_trt.py,
+            "rtx-demo": the demo of TensorRT-RTX, see :data:`modelopt_tdq.export.conventions.PROGRAMS`; or a mapping
+            from the former to others, ``{"output": "latent"}``. A swapped denoiser knows them all.
 
     Returns:
         What was written, and which quantizers are deployed in low precision.
@@ -130,7 +130,10 @@ def export_onnx(
         raise TdqError("reference_path", str(reference), "it is path as well", "Name another file for the reference")
     warn_of_changed_weights(model)
     timestep = find_timestep(unwrapped(model))
-    sample_inputs = as_passed(names, sample_inputs, None if timestep is None else timestep.argument)
+    argument = None if timestep is None else timestep.argument
+    sample_inputs = as_passed(names, sample_inputs, argument, getattr(unwrapped(model), "config", None))
+    if dynamic_batch:
+        dynamic_axes = open_batch(names, sample_inputs, dynamic_axes)
     graph = marker_graph(
         model, sample_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes, constants=constants
     )
@@ -157,7 +160,7 @@ def export_onnx(
     if twin is not None and reference is not None:
         lower(twin, "reference")
         write_onnx(twin.model, reference)
-    rename(graph.model, *renamed)
+    rename(graph.model, renamed)
     write_onnx(graph.model, target)
     return report_of(context, target, lowering, unquantized_layers(model), graph.constants, graph.decisions)
 

@@ -15,9 +15,10 @@ from modelopt_tdq.export.inputs import Inputs
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OpenSizes", "open_sizes"]
+__all__ = ["BATCH", "OpenSizes", "open_sizes"]
 
-_BATCH = "batch"
+#: Name of the open batch.
+BATCH = "batch"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def open_sizes(
         batch = _batch(inputs, timestep)
         for name, tensor in zip(inputs.names, inputs.tensors, strict=True):
             if tensor.dim() and tensor.shape[0] == batch:
-                names[name] = {0: _BATCH}
+                names[name] = {0: BATCH}
     for name, axes in (dynamic_axes or {}).items():
         if name not in inputs.names:
             raise TdqError("dynamic_axes", name, "no such input", f"Use some of {', '.join(inputs.names)}")

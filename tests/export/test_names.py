@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq import TdqError
 from modelopt_tdq.compare import compare_model
-from modelopt_tdq.export.names import DEMO_DIFFUSION, as_passed, names_of
+from modelopt_tdq.export.conventions import PROGRAMS
+from modelopt_tdq.export.names import as_passed, names_of
 from modelopt_tdq.pipeline.engine_denoiser import EngineDenoiser
 from modelopt_tdq.runtime.build.report import require_low_precision
 
@@ -42,7 +44,16 @@ FACTS: dict[str, tuple[dict[str, str], str, tuple[int, ...], torch.dtype]] = {
         torch.float16,
     ),
     "sd3.5": (
-        {name: name for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")},
+        {
+            name: name
+            for name in (
+                "hidden_states",
+                "encoder_hidden_states",
+                "pooled_projections",
+                "timestep",
+                "block_controlnet_hidden_states",
+            )
+        },
         "latent",
         (2,),
         torch.float32,
@@ -77,7 +88,7 @@ FACTS: dict[str, tuple[dict[str, str], str, tuple[int, ...], torch.dtype]] = {
 @pytest.mark.parametrize("time", [torch.tensor(500.0), torch.tensor([500.0]), torch.tensor([500.0, 500.0]), 500])
 def test_facts_of_demo_diffusion(family: str, time: Any) -> None:
     inputs, output, shape, dtype = FACTS[family]
-    new, _ = names_of("demo-diffusion", inputs, ["output"])
+    new = names_of("demo-diffusion", inputs, ["output"]).names
     assert {own: new.get(own, own) for own in inputs} == inputs
     assert new["output"] == output
     given: dict[str, Any] = {}
@@ -92,9 +103,31 @@ def test_facts_of_demo_diffusion(family: str, time: Any) -> None:
     assert {name: value for name, value in passed.items() if name != "timestep"}.keys() == given.keys() - {"timestep"}
 
 
-def test_no_two_kinds_of_model_have_the_same_inputs() -> None:
-    kinds = [frozenset(set(convention.inputs) - set(convention.optional)) for convention in DEMO_DIFFUSION]
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_two_kinds_of_model_have_the_same_inputs(program: str) -> None:
+    kinds = [frozenset(set(each.inputs) - set(each.optional) - set(each.zeros)) for each in PROGRAMS[program]]
     assert len(set(kinds)) == len(kinds)
+    assert len({each.of for each in PROGRAMS[program]}) == len(kinds)
+
+
+def test_what_the_program_always_passes_is_added() -> None:
+    """Residuals of a ControlNet, which demoDiffusion has as zeros where there is none."""
+    given: dict[str, Any] = {
+        name: torch.zeros(2, 4, 16, 8, dtype=torch.float16)
+        for name in ("hidden_states", "encoder_hidden_states", "pooled_projections")
+    }
+    config = SimpleNamespace(patch_size=2, num_attention_heads=3, attention_head_dim=4)
+    passed = as_passed("demo-diffusion", {**given, "timestep": torch.tensor(5.0)}, "timestep", config)
+    residuals = passed["block_controlnet_hidden_states"]
+    assert residuals.shape == (19, 2, 8 * 4, 12)
+    assert residuals.dtype == torch.float16
+    assert not residuals.any()
+    own = as_passed("demo-diffusion", {**passed, "block_controlnet_hidden_states": residuals + 1}, "timestep", config)
+    assert bool(own["block_controlnet_hidden_states"].all())
+    # the example of ModelOpt, whose inputs are filled by their order, does not pass them
+    example = names_of("diffusion-trt", [*given, "timestep"], ["output"])
+    assert example.order == (*given, "timestep")
+    assert example.names == {"output": "sample"}
 
 
 def test_what_fits_no_program_is_refused_with_what_is_missing() -> None:
@@ -161,7 +194,8 @@ def conditioned() -> nn.Module:
 def exported(conditioned: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     axes = {"sample": {2: "height", 3: "width"}}
     file = tmp_path_factory.mktemp("names") / "unet.onnx"
-    tdq.export_onnx(conditioned, file, _call(600.0), names="demo-diffusion", dynamic_batch=True, dynamic_axes=axes)
+    call = dict(reversed(_call(600.0).items()))  # the order of the inputs is the program's all the same
+    tdq.export_onnx(conditioned, file, call, names="demo-diffusion", dynamic_batch=True, dynamic_axes=axes)
     return file
 
 
@@ -171,6 +205,8 @@ def _sizes(value: onnx.ValueInfoProto) -> list[Any]:
 
 def test_the_file_has_the_programs_names_and_axes(exported: Path) -> None:
     graph = onnx.load(exported).graph
+    order = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]
+    assert [value.name for value in graph.input] == order
     assert {value.name: _sizes(value) for value in graph.input} == {
         "sample": ["2B", 3, "H", "W"],
         "timestep": [1],
