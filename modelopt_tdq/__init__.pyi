@@ -62,6 +62,9 @@ from .temporal_features.runtime import remove_features as remove_features
 from .export.onnx_export import export_onnx as export_onnx
 from .export.report import ExportReport as ExportReport
 from .export.table_input import engine_table as engine_table
+from .export.static_scales import static_scales as static_scales
+from .export.static_scales import write_static_checkpoint as write_static_checkpoint
+from .export.static_scales import write_static_json as write_static_json
 from .pipeline.inputs import sample_inputs as sample_inputs
 from .pipeline.inputs import trajectory_inputs as trajectory_inputs
 

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from modelopt_tdq.cli import analyze, bench, build, compare, demo, doctor, export, quantize, report, twin
+from modelopt_tdq.cli import analyze, bench, build, compare, demo, doctor, export, quantize, report, table, twin
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.version import __version__
 
@@ -65,6 +65,7 @@ app.command("analyze")(analyze.analyze)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
 app.command("twin")(twin.twin)
+app.command("table")(table.table)
 app.command("build")(build.build)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)

@@ -26,7 +26,7 @@ def no_checkpoint() -> TdqError:
         "export_hf_checkpoint",
         "one scale per layer",
         "the scales of this model depend on time, and such a checkpoint would forget them",
-        SAVING,
+        f"{SAVING}. modelopt_tdq.write_static_checkpoint(model, folder) writes such a one with the table beside it",
     )
 
 

@@ -16,7 +16,7 @@ from modelopt_tdq.lab.model_folder import describe_inputs, load_quantized, make_
 
 diffusers = pytest.importorskip("diffusers")
 
-COMMANDS = ("demo", "analyze", "quantize", "export", "twin", "build", "compare", "report", "doctor")
+COMMANDS = ("demo", "analyze", "quantize", "export", "twin", "table", "build", "compare", "report", "doctor")
 SMALL = {
     "sample_size": 8,
     "block_out_channels": (8,),
