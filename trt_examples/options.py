@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from modelopt_tdq.export.conventions import PROGRAMS
 from modelopt_tdq.lab.placement import DTYPES, OFFLOADS, Placement
 from modelopt_tdq.runtime.build.build import DEFAULT_COMPUTE_CAPABILITIES
 from trt_examples.family import Family
@@ -46,6 +47,12 @@ def parse(family: Family, description: str | None, arguments: list[str] | None) 
     add("--shard", action="store_true", help="quantize: spread the denoiser over the processes (fully_shard)")
     export = parser.add_argument_group("export, build")
     export.add_argument("--dynamic-batch", action="store_true", help="leave the batch size open")
+    export.add_argument(
+        "--for",
+        dest="program",
+        choices=list(PROGRAMS),
+        help="program of NVIDIA's that runs the engine: names and open sizes are its own; what to do next is printed",
+    )
     export.add_argument("--builder", default="tensorrt_rtx", choices=["tensorrt_rtx", "tensorrt"])
     export.add_argument(
         "--compute-capability", action="append", metavar="X.Y", help="GPU for tensorrt_rtx; may be repeated (8.9, 12.0)"

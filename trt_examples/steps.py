@@ -13,7 +13,11 @@ from rich.console import Console
 
 import modelopt_tdq as tdq
 from modelopt_tdq.compare import ModelComparison, compare_model, render
+from modelopt_tdq.export.names import as_passed, opens_batch
+from modelopt_tdq.model.call import tensor_leaves
+from modelopt_tdq.runtime.build.onnx_model import read_onnx
 from modelopt_tdq.runtime.build.precision import render_precision
+from modelopt_tdq.runtime.build.programs import engine_lines, onnx_lines, place_of, sizes_of
 from trt_examples.family import Family
 from trt_examples.images import Images, compared
 from trt_examples.loading import calls, denoiser_folder, load
@@ -56,28 +60,38 @@ def quantize(family: Family, options: argparse.Namespace) -> tdq.ScaleTable:
 def export(family: Family, options: argparse.Namespace) -> tdq.ExportReport:
     """The denoiser as ONNX, with the inputs that the pipeline passes."""
     pipeline = load(family, options, quantized=True)
-    inputs = tdq.sample_inputs(pipeline, family.denoiser, **calls(family, options)[0])
+    call, names = calls(family, options)[0], options.program or "forward"
+    inputs = tdq.sample_inputs(pipeline, family.denoiser, **call)
+    opens = options.dynamic_batch or opens_batch(names, tensor_leaves(inputs))
+    if opens and len(next(each for each in tensor_leaves(inputs).values() if each.dim())) < 2:
+        # a batch of 1 cannot be told from any other
+        inputs = tdq.sample_inputs(pipeline, family.denoiser, **call, num_images_per_prompt=2)
     report = tdq.export_onnx(
         getattr(pipeline, family.denoiser),
         options.output / "model.onnx",
         inputs,
-        dynamic_batch=options.dynamic_batch,
+        dynamic_batch=opens,
         reference_path=_reference(options),
+        names=names,
     )
     print(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
     for name, reason in report.skipped:
         print(f"  skipped {name}: {reason}")
+    if options.program is not None:
+        print("\n".join(onnx_lines(options.program, report.path)))
     return report
 
 
 def build(family: Family, options: argparse.Namespace) -> tdq.EngineReport:
     """A TensorRT engine, and which of its quantized layers got low-precision kernels."""
     chosen: dict[str, Any] = {"allow_float": True} if options.allow_float else {}
+    file, engine = options.output / "model.onnx", options.output / "model.engine"
     if options.builder == "tensorrt_rtx":
         chosen["compute_capabilities"] = options.compute_capability
-    report = tdq.build_engine(
-        options.output / "model.onnx", options.output / "model.engine", backend=options.builder, **chosen
-    )
+    if options.program is not None:
+        chosen["dynamic_sizes"] = sizes_of(place_of(options.program, file)[1], read_onnx(file))
+        print("\n".join(engine_lines(options.program, file, engine)))
+    report = tdq.build_engine(file, engine, backend=options.builder, **chosen)
     Console().print(render_precision(report))
     print(f"{report.engine}: {report.kernels} kernels ({report.backend} {report.backend_version})")
     return report
@@ -91,9 +105,13 @@ def compare(family: Family, options: argparse.Namespace) -> ModelComparison:
         pipeline, family.denoiser, **calls(family, options)[0], num_inference_steps=options.steps
     )
     wanted = torch.linspace(0, len(trajectory) - 1, min(options.compare_steps, len(trajectory))).round().int()
+    denoiser = getattr(pipeline, family.denoiser)
+    passed = [trajectory[step] for step in wanted.tolist()]
+    if options.program is not None:
+        passed = [dict(as_passed(options.program, call, "timestep", denoiser.config)) for call in passed]
     comparison = compare_model(
-        getattr(pipeline, family.denoiser),
-        [trajectory[step] for step in wanted.tolist()],
+        denoiser,
+        passed,
         backends=("torch", "onnxruntime"),
         layers=options.layers,
         reference_path=_reference(options),

@@ -22,10 +22,24 @@ from modelopt_tdq.model.call import tensor_leaves, walk
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["NAMES", "Called", "Names", "as_passed", "convention_of", "names_of", "open_batch", "opens_batch", "rename"]
+__all__ = [
+    "NAMES",
+    "ZEROS",
+    "Called",
+    "Names",
+    "as_passed",
+    "convention_of",
+    "names_of",
+    "open_batch",
+    "opens_batch",
+    "rename",
+]
 
 #: Key, in the metadata of an ONNX file, of the mapping from the model's own names to the graph's: JSON.
 NAMES = "modelopt_tdq.names"
+
+#: Key of the inputs that a program passes as zeros where a pipeline passes nothing: JSON, their batch axes by name.
+ZEROS = "modelopt_tdq.zeros"
 
 #: How the inputs and outputs of a graph are called: "forward", as the model's own; as one of
 #: :data:`~modelopt_tdq.export.conventions.PROGRAMS` calls them; or a mapping from the former to others.
@@ -40,11 +54,13 @@ class Called:
         names: New names by the model's own, of those that change.
         axes: Names of open sizes, by the new names.
         order: New names of inputs, of those that have to come first, in this order.
+        zeros: Batch axes of the inputs that are zeros where a pipeline passes nothing, by the model's own names.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    zeros: Mapping[str, int] = field(default_factory=dict)
 
 
 def as_passed(
@@ -148,7 +164,8 @@ def names_of(names: Names, inputs: Iterable[str], outputs: Iterable[str]) -> Cal
             raise TdqError("names", names, f"it has one output, the model {', '.join(outputs)}", "Use a mapping")
         found = {**convention.inputs, OUTPUT: convention.output}
         new_names = {own: new for own, new in found.items() if own != new and own in known}
-        return Called(new_names, convention.axes, tuple(convention.inputs.values()))
+        zeros = {name: axis for name, axis in convention.batch_axes.items() if name in convention.zeros}
+        return Called(new_names, convention.axes, tuple(convention.inputs.values()), zeros)
     for own, new in names.items():
         if own not in known:
             raise TdqError("names", own, "no input or output of the graph", f"Use some of {', '.join(known)}")
@@ -220,6 +237,8 @@ def rename(model: ir.Model, called: Called) -> None:
         model.graph.inputs[:] = [inputs[name] for name in [*first, *(name for name in inputs if name not in first)]]
     if names:
         model.metadata_props[NAMES] = json.dumps(dict(names))
+    if called.zeros:
+        model.metadata_props[ZEROS] = json.dumps(dict(called.zeros))
 
 
 def _values(model: ir.Model) -> list[Any]:

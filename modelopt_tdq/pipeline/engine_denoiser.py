@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.export.inputs import FIXED, as_real, fixed_arguments, fixed_value
+from modelopt_tdq.export.names import ZEROS
 from modelopt_tdq.model.call import named_arguments, plain_leaves, tensor_leaves
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.timestep import times_of_samples
@@ -92,6 +93,7 @@ class EngineDenoiser(StandIn):
         for name in set(wanted) - set(tensors):
             if isinstance(numbers.get(name), (int, float)):
                 tensors[name] = torch.as_tensor(numbers[name])
+        tensors |= self._zeros(set(wanted) - set(tensors), next(v for n, v in tensors.items() if n != self._timestep))
         missing = sorted(set(wanted) - set(tensors))
         further = sorted(set(tensors) - set(wanted) - {self._timestep} - set(self._exported or ()))
         if missing or further:
@@ -105,6 +107,17 @@ class EngineDenoiser(StandIn):
             )
         shapes = getattr(self.session, "shapes", {})
         return {**self.table, **{name: self._fitted(name, tensors[name], shapes.get(name)) for name in wanted}}
+
+    def _zeros(self, names: Set[str], like: Tensor) -> dict[str, Tensor]:
+        """Of these inputs, those that the program whose names the graph has would pass as zeros."""
+        axes: dict[str, int] = json.loads(getattr(self.session, "metadata", {}).get(ZEROS, "{}"))
+        found = {}
+        for name in names & set(axes):
+            shape = list(self.session.shapes[name])
+            shape[axes[name]] = len(like)
+            if all(isinstance(size, int) for size in shape):
+                found[name] = like.new_zeros(shape)
+        return found
 
     @functools.cached_property
     def _exported(self) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from modelopt_tdq.pipeline.by_time import SIDES, EnginesByTime, require_boundary
 from modelopt_tdq.pipeline.component import denoiser, denoiser_name, put_denoiser
 from modelopt_tdq.pipeline.engine_denoiser import EngineDenoiser
 from modelopt_tdq.runtime.build.options import BUILDERS
+from modelopt_tdq.runtime.sessions.forward_names import by_forward_names
 from modelopt_tdq.runtime.sessions.open_session import open_session
 
 __all__ = ["restore_denoiser", "swap_denoiser"]
@@ -132,7 +133,7 @@ def _swapped(
             session.set_table(table)
         table = None
     parameters = inspect.signature(original.forward).parameters
-    unknown = [i for i in session.inputs if i.partition(".")[0] not in parameters]
+    unknown = [i for i in by_forward_names(session).inputs if i.partition(".")[0] not in parameters]
     if set(unknown) == {TABLE_INPUT, EDGES_INPUT}:
         table = _table(engine, original) if table is None else table
         unknown = [i for i in unknown if i not in table]

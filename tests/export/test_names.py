@@ -234,9 +234,12 @@ def test_it_computes_what_torch_does(exported: Path, conditioned: nn.Module) -> 
 
 def test_a_swapped_denoiser_and_a_comparison_know_them(exported: Path, conditioned: nn.Module) -> None:
     call = _call(300.0)
+    pipeline = SimpleNamespace(unet=conditioned, components={"unet": conditioned})
+    tdq.swap_denoiser(pipeline, exported)
     with torch.no_grad():
         expected = conditioned(**call)
-        found = EngineDenoiser(tdq.OnnxRuntimeSession(exported), conditioned)(**call)[0]
+        found = pipeline.unet(**call)[0]
+    assert isinstance(pipeline.unet, EngineDenoiser)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     as_exported = {**call, "timestep": call["timestep"].reshape(1)}
     compared = compare_model(

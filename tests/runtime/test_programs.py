@@ -189,6 +189,15 @@ def test_it_computes_what_torch_does(exported: Exported) -> None:
     assert sqnr_db(expected.float(), torch.from_numpy(found).float()) > 30
 
 
+def test_a_swapped_denoiser_takes_the_calls_of_the_pipeline(exported: Exported) -> None:
+    """Without what only the program passes, whose zeros it adds."""
+    engine = tdq.EngineDenoiser(tdq.OnnxRuntimeSession(exported.file), exported.model)
+    call = {name: value for name, value in exported.inputs.items() if name != "block_controlnet_hidden_states"}
+    with torch.no_grad():
+        expected, found = exported.model(**call)[0], engine(**call)[0]
+    assert sqnr_db(expected.float(), found.float()) > 30
+
+
 def test_polygraphy_reads_the_command_and_builds_it(exported: Exported, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("polygraphy")
