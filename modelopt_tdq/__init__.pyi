@@ -73,6 +73,7 @@ from .runtime.build.build import build_engine as build_engine
 from .runtime.build.report import EngineReport as EngineReport
 from .runtime.build.trtexec import trtexec_command as trtexec_command
 from .runtime.sessions.onnxruntime import OnnxRuntimeSession as OnnxRuntimeSession
+from .runtime.sessions.compiled_graph import compile_graph as compile_graph
 from .runtime.sessions.openvino import OpenVinoSession as OpenVinoSession
 from .runtime.sessions.tensorrt import TensorRTSession as TensorRTSession
 from .runtime.sessions.open_session import open_session as open_session

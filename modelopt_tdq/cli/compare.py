@@ -45,7 +45,10 @@ def compare(
     batch: Annotated[int, typer.Option(min=1, help="Batch size; that of --onnx, if given.")] = 1,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="torch, onnxruntime, openvino; may be repeated. Default: those that are installed."),
+        typer.Option(
+            help="torch, onnxruntime, openvino, or onnxruntime: with a provider behind it (cpu, cuda, tensorrt, "
+            "tensorrt_rtx); may be repeated. Default: the first three that are installed."
+        ),
     ] = None,
     engine: Annotated[
         Path | None,

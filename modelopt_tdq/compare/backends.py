@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,7 @@ from torch import nn
 from modelopt_tdq.compare.graph_files import graph_of
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
+from modelopt_tdq.runtime.sessions.providers import PROVIDERS
 
 if TYPE_CHECKING:
     import onnx
@@ -49,11 +51,13 @@ class ComparedBackend:
         layers: Whether its codes can be compared, layer by layer. Not if it fuses differently once it is to return
             them, for then it would be another program that is compared.
         engine: Whether it runs an engine, which ``files`` has to name, rather than the ONNX file.
+        usual: Whether it is compared where the caller names no backend.
     """
 
     open: Callable[..., Session]
     layers: bool
     engine: bool = False
+    usual: bool = True
 
 
 def _tensorrt(path: Path, table: Mapping[str, Any]) -> Session:
@@ -62,16 +66,22 @@ def _tensorrt(path: Path, table: Mapping[str, Any]) -> Session:
     return TensorRTSession(path, table=table or None)
 
 
-#: By name.
+#: By name; ``onnxruntime:<provider>`` is ONNX Runtime with one of its providers.
 COMPARED: Mapping[str, ComparedBackend] = {
     "onnxruntime": ComparedBackend(OnnxRuntimeSession, layers=True),
     "openvino": ComparedBackend(OpenVinoSession, layers=False),
-    "tensorrt": ComparedBackend(_tensorrt, layers=False, engine=True),
-    "tensorrt_rtx": ComparedBackend(_tensorrt, layers=False, engine=True),
+    "tensorrt": ComparedBackend(_tensorrt, layers=False, engine=True, usual=False),
+    "tensorrt_rtx": ComparedBackend(_tensorrt, layers=False, engine=True, usual=False),
+    **{
+        f"onnxruntime:{provider}": ComparedBackend(
+            partial(OnnxRuntimeSession, providers=[provider]), layers=False, usual=False
+        )
+        for provider in PROVIDERS
+    },
 }
 
-#: What can be compared with nothing but the model.
-WITHOUT_ENGINE = (TORCH, *(name for name, backend in COMPARED.items() if not backend.engine))
+#: What is compared by default: with nothing but the model, and no GPU.
+WITHOUT_ENGINE = (TORCH, *(name for name, backend in COMPARED.items() if backend.usual))
 
 
 @dataclass(frozen=True)

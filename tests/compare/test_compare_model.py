@@ -21,6 +21,7 @@ from polygraphy.comparator import Comparator
 
 from modelopt_tdq.compare import (
     COMPARED,
+    WITHOUT_ENGINE,
     ComparedBackend,
     PrintedComparator,
     StepComparator,
@@ -248,6 +249,20 @@ def test_a_backend_is_a_line_in_a_mapping(
     monkeypatch.setattr("modelopt_tdq.compare.model.COMPARED", {**COMPARED, "another": needs_one})
     with pytest.raises(tdq.TdqError, match="another runs an engine"):
         compare_model(model, DATA, backends=["another"], files={"openvino": path})
+
+
+def test_providers_of_onnx_runtime(model: TinyDenoiser, graphs: dict[str, Path]) -> None:
+    """One that is there, and one that is not: what was found is kept, and what to install is said."""
+    backends = ["onnxruntime:cpu", "onnxruntime:tensorrt_rtx"]
+    comparison = compare_model(model, DATA, backends=backends, lowered_path=graphs["ratio"], progress=False)
+    assert {step.backend for step in comparison.steps} == {"onnxruntime:cpu"}
+    assert all(step.difference for step in comparison.steps)
+    (failure,) = comparison.failures
+    assert failure.backend == "onnxruntime:tensorrt_rtx"
+    assert "onnxruntime-rtx" in str(failure.error)
+    assert not set(WITHOUT_ENGINE) & set(backends)
+    with pytest.raises(tdq.TdqError, match=r"not known.*onnxruntime:cuda"):
+        compare_model(model, DATA, backends=["onnxruntime:metal"])
 
 
 def test_what_is_printed_in_polygraphy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.runtime.sessions.compiled_graph import require_runnable
 from modelopt_tdq.runtime.sessions.feeds import as_feeds
 from modelopt_tdq.runtime.sessions.providers import add_providers
 
@@ -65,9 +66,12 @@ class OnnxRuntimeSession:
             (``cpu``, ``cuda``, ``tensorrt``, ``tensorrt_rtx``) or of ONNX Runtime, or pairs of such a name and options.
             Without ``cpu`` in the list, the session is refused where a node would be left to the CPU.
         dynamic_sizes: Ranges of open sizes for providers that build engines, as of :func:`~modelopt_tdq.build_engine`.
+        trust: Open a graph that holds compiled code without the manifest that
+            :func:`~modelopt_tdq.compile_graph` writes with it: it is executed.
 
     Raises:
-        TdqError: The file is missing, ONNX Runtime cannot load the graph, or a provider is not there.
+        TdqError: The file is missing, ONNX Runtime cannot load the graph, a provider is not there, or the graph was
+            compiled for another provider, version or GPU.
         MissingExtraError: The extra ``onnx`` is not installed.
     """
 
@@ -80,6 +84,7 @@ class OnnxRuntimeSession:
         optimization: Literal["none", "basic", "extended", "all"] = "none",
         providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("cpu",),
         dynamic_sizes: Mapping[str, tuple[int, int, int]] | None = None,
+        trust: bool = False,
     ) -> None:
         ort = require("onnxruntime", "onnx")
         if optimization not in _LEVELS:
@@ -99,6 +104,7 @@ class OnnxRuntimeSession:
             source = (with_codes(model) if codes else model).SerializeToString()
         file = Path(model) if isinstance(model, (str, os.PathLike)) else None
         inside = add_providers(ort, options, providers, file, dynamic_sizes)
+        compiled = None if file is None else require_runnable(file, providers, trust)
         try:
             self._session = ort.InferenceSession(source, options, providers=inside or None)
         except Exception as error:
@@ -117,7 +123,10 @@ class OnnxRuntimeSession:
         self.outputs = [v.name for v in self._session.get_outputs()]
         #: Those that compute some of the graph, as ONNX Runtime calls them.
         self.providers: list[str] = self._session.get_providers()
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.metadata: dict[str, str] = {
+            **({} if compiled is None else compiled.onnx_metadata),
+            **self._session.get_modelmeta().custom_metadata_map,
+        }
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name; with ``codes``, also "<quantizer>/codes" as float32."""

@@ -17,7 +17,7 @@ from modelopt_tdq.errors import TdqError
 from modelopt_tdq.runtime.build.onnx_model import read_onnx
 from modelopt_tdq.runtime.build.shape_profile import shape_profile
 
-__all__ = ["PROVIDERS", "Provider", "add_providers", "profile_options"]
+__all__ = ["PROVIDERS", "Chosen", "Provider", "add_providers", "profile_options", "resolved"]
 
 #: How ONNX Runtime's options call the three shapes of a profile.
 _WHICH = ("min", "opt", "max")
@@ -63,7 +63,8 @@ PROVIDERS: Mapping[str, Provider] = {
 
 _BY_OWN_NAME = {provider.name: provider for provider in PROVIDERS.values()}
 
-_Chosen = str | tuple[str, Mapping[str, Any]]
+#: A provider by name, or by name and options.
+Chosen = str | tuple[str, Mapping[str, Any]]
 
 
 def profile_options(
@@ -98,7 +99,7 @@ def profile_options(
 def add_providers(
     ort: Any,
     options: Any,
-    chosen: Sequence[_Chosen],
+    chosen: Sequence[Chosen],
     file: Path | None = None,
     sizes: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> list[tuple[str, dict[str, str]]]:
@@ -121,7 +122,7 @@ def add_providers(
     """
     if isinstance(chosen, str) or not chosen:
         raise TdqError("providers", chosen, "not a list of providers", f"Pass some of {', '.join(PROVIDERS)}")
-    wanted = [_resolved(each) for each in chosen]
+    wanted = [resolved(each) for each in chosen]
     inside: list[tuple[str, dict[str, str]]] = []
     for provider, own in wanted:
         profile = {} if file is None else profile_options(provider, file, sizes)
@@ -137,7 +138,12 @@ def add_providers(
     return inside
 
 
-def _resolved(chosen: _Chosen) -> tuple[Provider, Mapping[str, Any]]:
+def resolved(chosen: Chosen) -> tuple[Provider, Mapping[str, Any]]:
+    """A provider and the options that the caller gives it.
+
+    Raises:
+        TdqError: There is no such provider.
+    """
     name, options = (chosen, {}) if isinstance(chosen, str) else chosen
     provider = PROVIDERS.get(name) or _BY_OWN_NAME.get(name)
     if provider is None:
