@@ -90,6 +90,14 @@ def gpu(
             help="Parts, separated by commas: machine, lookup, products, model, real_size, engines. Default: all."
         ),
     ] = "",
+    engines: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with engines that were built elsewhere, each beside its ONNX file (name.engine, name.onnx): "
+            "they are loaded, run and compared, too.",
+            show_default=False,
+        ),
+    ] = None,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="On the CPU, with stand-ins and tiny sizes: shows that the command runs.")
     ] = False,
@@ -101,7 +109,7 @@ def gpu(
     """
     from modelopt_tdq.lab.bench.gpu.command import run_gpu
 
-    for line in run_gpu(output, names(only), command_line(), rehearse):
+    for line in run_gpu(output, names(only), command_line(), rehearse, engines):
         typer.echo(line)
 
 

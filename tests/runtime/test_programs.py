@@ -37,6 +37,10 @@ from modelopt_tdq.runtime.build.trtexec import trtexec_command
 
 HALF, FLOAT, LONG = "FLOAT16", "FLOAT", "INT64"
 
+#: Inputs, in their order.
+UNET = ("sample", "timestep", "encoder_hidden_states")
+FLUX = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -236,6 +240,48 @@ def test_tensorrt_rtx_builds_it_with_every_layer_in_low_precision(exported: Expo
     assert len(report.quantized) > 10
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "program", "dtype", "expected"),
+    [
+        (
+            "flux",
+            "rtx-demo",
+            torch.bfloat16,
+            dict.fromkeys(FLUX[:4], "BFLOAT16") | dict.fromkeys(FLUX[4:], FLOAT) | {"latent": "BFLOAT16"},
+        ),
+        ("flux", "diffusion-trt", torch.bfloat16, None),
+        (
+            "wan",
+            "demo-diffusion",
+            torch.bfloat16,
+            {
+                "hidden_states": "BFLOAT16",
+                "timestep": LONG,
+                "encoder_hidden_states": "BFLOAT16",
+                "denoised_latents": "BFLOAT16",
+            },
+        ),
+        ("sdxl", "diffusion-trt", torch.float16, dict.fromkeys((*UNET, "text_embeds", "time_ids", "latent"), HALF)),
+        ("sd3", "diffusion-trt", torch.float16, dict.fromkeys((*FLUX[:4], "sample"), HALF)),
+    ],
+)
+def test_the_other_programs_and_bfloat16(
+    family: str, program: str, dtype: torch.dtype, expected: dict[str, str] | None, tmp_path: Path
+) -> None:
+    """Types of utils/model_registry.py of TensorRT-RTX's demo; order of diffusion_trt.py; built by TensorRT-RTX."""
+    pytest.importorskip("tensorrt_rtx")
+    denoiser = quantized_denoiser(family, dtype=dtype)
+    file = tdq.export_onnx(denoiser.model, tmp_path / "m.onnx", denoiser.inputs, names=program).path
+    graph = onnx.load(file).graph
+    found = {name: kind for name, (_, kind) in _described([*graph.input, *graph.output]).items()}
+    if expected is not None:
+        assert list(found.items()) == list(expected.items())
+    convention, _ = programs.place_of(program, file)
+    assert list(found) == [*convention.inputs.values(), convention.output]
+    require_low_precision(tdq.build_engine(file, tmp_path / "m.engine", compute_capabilities=("8.9",)))
+
+
 def test_where_the_files_go(exported: Exported, tmp_path: Path) -> None:
     lines = "\n".join(programs.engine_lines("demo-diffusion", exported.file, tmp_path / "m.plan"))
     assert exported.facts.loads in lines
@@ -259,10 +305,6 @@ def _graph(file: Path, *names: str, batch: int | str = 2, open_size: str | None 
     node = onnx.helper.make_node("Identity", [names[0]], ["latent"])
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", inputs, [output])), file)
     return file
-
-
-UNET = ("sample", "timestep", "encoder_hidden_states")
-FLUX = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
 
 
 def test_every_denoiser_of_a_program_has_its_place() -> None:

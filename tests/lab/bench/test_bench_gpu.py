@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from modelopt_tdq.cli.app import app
 from modelopt_tdq.errors import TdqError
-from modelopt_tdq.lab.bench.gpu import command, layer_kernels, part
+from modelopt_tdq.lab.bench.gpu import command, graphs, layer_kernels, part
 from modelopt_tdq.lab.bench.gpu.command import run_gpu
+from modelopt_tdq.lab.bench.gpu.graphs import BY_TIME, PLUGIN, TABLE
 
 pytest.importorskip("triton")
 
@@ -61,11 +64,58 @@ def test_rehearsal_of_the_real_size(tmp_path: Path) -> None:
     assert rows[-1]["by time / ModelOpt static"] > 0
 
 
-def test_rehearsal_of_the_engines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [(BY_TIME, TABLE, PLUGIN), pytest.param((), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_rehearsal_of_the_engines(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All graphs differ in what is exported alone; those of one trace are the quick ones."""
     pytest.importorskip("tensorrt_rtx")
-    engines = [row for row in _rehearsed("engines", tmp_path) if "graph" in row]
-    assert len(engines) == 1
-    assert len(set(engines[0]["quantizers whose codes are equal"].split(" of "))) == 1
+    every = graphs.graphs
+
+    def chosen(asked: part.Asked, full: Any) -> dict[str, Any]:
+        return {name: make for name, make in every(asked, full).items() if not names or name in names}
+
+    monkeypatch.setattr("modelopt_tdq.lab.bench.gpu.engines.graphs", chosen)
+    engines = {row["graph"]: row for row in _rehearsed("engines", tmp_path) if "graph" in row}
+    uses = ["another table", "several streams", "a whole pipeline", "run-time cache"]
+    assert list(engines)[-4:] == uses
+    quantized = [row for name, row in engines.items() if name not in (*uses, "float16")]
+    assert len(quantized) == (len(names) or 7)
+    for row in quantized:
+        assert len(set(row["quantizers whose codes are equal"].split(" of "))) == 1
+        assert row["kernels"] > 0
+    # the stand-in is the yardstick itself
+    assert engines["another table"]["SQNR to ONNX Runtime with another table"] == math.inf
+    assert engines["several streams"]["wrong"] == 0
+    assert engines["a whole pipeline"]["engine to quantized"] > 30
+    assert set(engines["run-time cache"]) == {"backend", "graph"} | {
+        f"s to the first answer, {what}" for what in ("no cache", "new cache", "cache")
+    }
+
+
+def test_engines_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from modelopt_tdq.lab.bench.gpu import engines
+
+    inputs = [onnx.helper.make_tensor_value_info("sample", onnx.TensorProto.FLOAT, ["batch", 3])]
+    inputs.append(onnx.helper.make_tensor_value_info("timestep", onnx.TensorProto.FLOAT, [1]))
+    output = onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["batch", 3])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Mul", ["sample", "timestep"], ["output"])], "g", inputs, [output]
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10),
+        tmp_path / "ratio.onnx",
+    )
+    (tmp_path / "ratio.engine").write_bytes(b"its stand-in is the graph")
+    (tmp_path / "alone.engine").write_bytes(b"")
+    asked = part.Asked(True, tmp_path, lambda rows: None, tmp_path)
+    alone, found = engines._from_elsewhere(asked, tmp_path)
+    assert "no such file" in alone["error"]
+    assert found["graph"] == "built elsewhere: ratio.engine"
+    assert [value for name, value in found.items() if name.startswith("SQNR")] == [math.inf]
+    with pytest.raises(TdqError, match=r"no \*\.engine in it"):
+        list(run_gpu(tmp_path / "new", [], "test", rehearse=True, engines=tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
@@ -138,6 +188,8 @@ def test_a_part_that_dies_or_hangs_ends_no_other(
     real = command.subprocess.run
 
     def run(asked_for: list[str], **options: Any) -> Any:
+        if "-m" not in asked_for:  # what the platform asks the machine
+            return real(asked_for, **options)
         assert asked_for[3] in ("machine", "lookup")
         return real([sys.executable, "-c", program if asked_for[3] == "machine" else "pass"], **options)
 

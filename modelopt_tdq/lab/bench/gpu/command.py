@@ -28,9 +28,10 @@ _LIMITS = {name: seconds for name, _, seconds in PARTS}
 _LAST_LINES = 15
 
 
-def _one(name: str, folder: Path, rehearse: bool) -> dict[str, Any]:
+def _one(name: str, folder: Path, rehearse: bool, engines: Path | None) -> dict[str, Any]:
     """Run one part; its rows, its error if it had one, and its wall time."""
     command = [sys.executable, "-m", "modelopt_tdq.lab.bench.gpu.part", name, str(folder), "1" if rehearse else "0"]
+    command += [] if engines is None else [str(engines.absolute())]
     environment = dict(os.environ)
     if rehearse:
         environment["TRITON_INTERPRET"] = "1"  # Triton's own switch: kernels run in Python
@@ -82,7 +83,9 @@ def _markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_gpu(output: Path, parts: Sequence[str], command: str, rehearse: bool) -> Iterator[str]:
+def run_gpu(
+    output: Path, parts: Sequence[str], command: str, rehearse: bool, engines: Path | None = None
+) -> Iterator[str]:
     """Run parts one after another; yields a line after each.
 
     ``<output>/gpu.json`` and ``gpu.md`` (``rehearsal.*`` for a rehearsal) are written after every part.
@@ -92,13 +95,16 @@ def run_gpu(output: Path, parts: Sequence[str], command: str, rehearse: bool) ->
         parts: Names from :data:`~modelopt_tdq.lab.bench.gpu.part.PARTS`; empty for all.
         command: To write beside the results.
         rehearse: Run every part on the CPU, with stand-ins and tiny sizes.
+        engines: Folder with engines that were built elsewhere, to be loaded and run, each beside its ONNX file.
 
     Raises:
-        TdqError: There is no such part, or no GPU.
+        TdqError: There is no such part, no GPU, or no engine in the folder.
     """
     for name in parts:
         if name not in _SHOWN:
             raise TdqError("only", name, "no such part", f"Use some of {list(_SHOWN)}")
+    if engines is not None and not list(engines.glob("*.engine")):
+        raise TdqError("engines", str(engines), "no *.engine in it", "Build them with modelopt-tdq build")
     if not rehearse and not torch.cuda.is_available():
         raise TdqError(
             "device",
@@ -112,7 +118,7 @@ def run_gpu(output: Path, parts: Sequence[str], command: str, rehearse: bool) ->
     stem = output / ("rehearsal" if rehearse else "gpu")
     with tempfile.TemporaryDirectory(prefix="tdq_gpu_") as folder:
         for name in parts or list(_SHOWN):
-            found = _one(name, Path(folder), rehearse)
+            found = _one(name, Path(folder), rehearse, engines)
             result["parts"].append(found)
             write_text(stem.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
             write_text(stem.with_suffix(".md"), _markdown(result))

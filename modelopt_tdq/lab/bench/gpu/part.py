@@ -25,7 +25,11 @@ PARTS = (
     ("products", "quantize, product and correction of one layer: scales by time against static and dynamic ones", 150),
     ("model", "calibration on the GPU against the CPU; fake-quantized forward against ModelOpt's", 150),
     ("real_size", "a UNet of SD 1.5's size, random weights: calibration, memory and forward against ModelOpt's", 150),
-    ("engines", "engines of TensorRT-RTX and TensorRT: build, load, run, compare, time", 240),
+    (
+        "engines",
+        "engines of TensorRT-RTX and TensorRT: build, load, run, compare, time, and what they are used for",
+        240,
+    ),
 )
 
 
@@ -37,11 +41,13 @@ class Asked:
         rehearse: On the CPU, with stand-ins for what needs a GPU, small sizes, and times that mean nothing.
         folder: For files of its own.
         keep: Called with rows when some are there, so that they outlive a crash of what follows.
+        engines: Folder with engines that were built elsewhere, each beside its ONNX file.
     """
 
     rehearse: bool
     folder: Path
     keep: Callable[[list[Row]], None]
+    engines: Path | None = None
 
     @property
     def device(self) -> str:
@@ -56,19 +62,20 @@ def _writer(path: Path) -> Callable[[list[Row]], None]:
     return keep
 
 
-def main(name: str, folder: str, rehearse: str) -> int:
+def main(name: str, folder: str, rehearse: str, engines: str = "") -> int:
     """Run one part; what it found is in ``<folder>/<name>.json``.
 
     Args:
         name: Of :data:`PARTS`.
         folder: Where its answer goes.
         rehearse: ``"1"`` to rehearse.
+        engines: Folder of :attr:`Asked.engines`; empty for none.
 
     Returns:
         0, also when the part failed: its answer then holds the error beside the rows that were there.
     """
     answer = Path(folder) / f"{name}.json"
-    asked = Asked(rehearse == "1", Path(folder), _writer(answer))
+    asked = Asked(rehearse == "1", Path(folder), _writer(answer), Path(engines) if engines else None)
     found: dict[str, Any] = {"rows": []}
     try:
         module = importlib.import_module(f".{name}", __package__)
