@@ -44,8 +44,9 @@ def static_scales(model: nn.Module) -> dict[str, dict[str, float | list[float]]]
     the largest of their channels, as readers of such files quantize the weights of the original model by it.
 
     Raises:
-        TdqError: The model is not calibrated; it has what single scales cannot say: offsets, smoothed channels, codes
-            that other scales turn back, temporal features in a table, formats other than INT8 and FP8 (E4M3).
+        TdqError: The model is not calibrated; it has what single scales cannot say: offsets, smoothed or shifted
+            channels, codes that other scales turn back, temporal features in a table, formats other than INT8 and FP8
+            (E4M3).
     """
     model = unwrapped(model)
     quantizers = _require_plain(model)
@@ -200,6 +201,11 @@ def _obstacles(quantizers: dict[str, TemporalQuantizer]) -> Iterator[tuple[str, 
         "their channels are smoothed, and the weights behind multiplied",
         "Calibrate with channel_smoothing='none'",
         those("channel_divisor"),
+    )
+    yield (
+        "their channels are shifted, and what is behind gets it back",
+        "Calibrate with channel_shift='none'",
+        those("channel_shift"),
     )
     formats = [name for name, quantizer in quantizers.items() if quantizer.num_bits not in (_INT8, _FP8)]
     yield "formats other than INT8 and FP8 (E4M3)", "Quantize with 8 bits", formats

@@ -125,6 +125,11 @@ def test_what_single_scales_cannot_say_is_refused(tmp_path: Path) -> None:
     for model, says in cases:
         with pytest.raises(TdqError, match=says):
             tdq.write_static_json(model, tmp_path / "scales.json")
+    shifted = quantized()
+    rows, quantizer = torch.ones(1, 8), tdq.temporal_quantizers(shifted)["mix.input_quantizer"]
+    quantizer.set_channels(None, rows)
+    with pytest.raises(TdqError, match=r"channels are shifted.*channel_shift='none'"):
+        tdq.write_static_json(shifted, tmp_path / "scales.json")
     with pytest.raises(TdqError, match=r"no diffusers model.*write_static_json"):
         tdq.write_static_checkpoint(quantized(), tmp_path / "checkpoint")
     with pytest.raises(TdqError, match=r"leave out \d+ of its \d+ quantizers.*write_static_json"):
