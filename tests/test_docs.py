@@ -12,7 +12,7 @@ from typer.main import get_command
 import modelopt_tdq as tdq
 from modelopt_tdq.cli import app
 from modelopt_tdq.export.conventions import PROGRAMS
-from modelopt_tdq.runtime.build.programs import _PLACES, SOURCES
+from modelopt_tdq.runtime.build.programs import PLACES, SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "trt_examples" / "lora" / "README.md"]
@@ -47,7 +47,7 @@ def test_the_programs_are_those_of_the_table() -> None:
         assert f"| `{program}` |" in text
         version = SOURCES[program].split()[-1]
         assert version in text
-    for place in _PLACES["demo-diffusion"].values():
+    for place in PLACES["demo-diffusion"].values():
         script = place.command.split()[1]
         assert f"`{script}`" in text
         if place.onnx_option is None:

@@ -308,11 +308,11 @@ def _graph(file: Path, *names: str, batch: int | str = 2, open_size: str | None 
 
 
 def test_every_denoiser_of_a_program_has_its_place() -> None:
-    assert set(programs.SOURCES) == set(PROGRAMS) == set(programs._PLACES)
+    assert set(programs.SOURCES) == set(PROGRAMS) == set(programs.PLACES)
     for program, conventions in PROGRAMS.items():
-        assert [convention.of for convention in conventions] == list(programs._PLACES[program])
+        assert [convention.of for convention in conventions] == list(programs.PLACES[program])
         for convention in conventions:
-            place = programs._PLACES[program][convention.of]
+            place = programs.PLACES[program][convention.of]
             assert place.onnx or place.onnx_option
             named = {size for axes in convention.axes.values() for size in axes.values()}
             assert set(place.sizes) <= named

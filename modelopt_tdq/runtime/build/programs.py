@@ -19,7 +19,7 @@ from modelopt_tdq.runtime.build.onnx_model import OnnxFacts, read_onnx
 from modelopt_tdq.runtime.build.polygraphy_convert import polygraphy_command
 from modelopt_tdq.runtime.build.trtexec import trtexec_command
 
-__all__ = ["SOURCES", "Place", "backend_of", "engine_lines", "onnx_lines", "place_of", "sizes_of"]
+__all__ = ["PLACES", "SOURCES", "Place", "backend_of", "engine_lines", "onnx_lines", "place_of", "sizes_of"]
 
 Sizes = Mapping[str, tuple[int, int, int]]
 
@@ -109,7 +109,7 @@ def _diffusion_trt(model: str, sizes: Sizes, note: str) -> Place:
 
 
 #: By program and :attr:`~modelopt_tdq.export.conventions.Convention.of`.
-_PLACES: Mapping[str, Mapping[str, Place]] = {
+PLACES: Mapping[str, Mapping[str, Place]] = {
     "demo-diffusion": {
         "the U-Net of Stable Diffusion": _older("demo_txt2img.py", "1.4", "unet", {**_TWO, **_LATENT_512}, _GUIDANCE),
         "the U-Net of Stable Diffusion with ControlNets in one graph": _older(
@@ -203,7 +203,7 @@ def place_of(program: str, file: str | os.PathLike[str]) -> tuple[Convention, Pl
         names = set(convention.inputs.values())
         optional = {convention.inputs[own] for own in convention.optional}
         if names - optional <= given <= names:
-            return convention, _PLACES[program][convention.of]
+            return convention, PLACES[program][convention.of]
     raise TdqError(
         "for",
         program,
