@@ -21,12 +21,13 @@ from modelopt_tdq.analysis.sensitivity import LayerSensitivity, sensitivities
 from modelopt_tdq.calibration.collect import Calibration, collect
 from modelopt_tdq.calibration.columns import columns
 from modelopt_tdq.calibration.output_error import output_curves
-from modelopt_tdq.calibration.protect import Columns, install, prediction_error
+from modelopt_tdq.calibration.protect import Columns, install, prediction_error, recorded_outputs
 from modelopt_tdq.config import TdqCalibConfig, make_config
 from modelopt_tdq.core.metrics import decibels
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.layer_coverage import Coverage, coverage
+from modelopt_tdq.model.held_weights import held_weights
 from modelopt_tdq.model.place import require_weights
 from modelopt_tdq.model.wrapped import unwrapped
 
@@ -144,7 +145,10 @@ def _copy(model: nn.Module) -> nn.Module:
             "its parameters are spread over processes, and such a model cannot be copied",
             "Analyze it before `fully_shard`",
         )
-    copied: nn.Module = copy.deepcopy(unwrap_model(model, force_unwrap=True))
+    plain: nn.Module = unwrap_model(model, force_unwrap=True)
+    # weights are read, or replaced by others: their values need no copy
+    shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in plain.parameters() if type(p) is nn.Parameter}
+    copied = copy.deepcopy(plain, shared)
     return copied.eval()
 
 
@@ -157,33 +161,47 @@ def _analyzed(
     probes: int,
     one_by_one: bool,
 ) -> Analysis:
-    progress = settings.progress
     mtq.quantize(copied, {"quant_cfg": rules, "algorithm": None})
     calibration = collect(copied, forward_loop, settings)
+    with held_weights(copied):
+        return _judged(copied, calibration, settings, target, probes, one_by_one)
+
+
+def _judged(
+    copied: nn.Module,
+    calibration: Calibration,
+    settings: TdqCalibConfig,
+    target: float | None,
+    probes: int,
+    one_by_one: bool,
+) -> Analysis:
+    """What the calibration and calls on its samples tell; the weights stay as they are."""
+    progress, replay = settings.progress, calibration.replay
     covered = coverage(copied)
     times, quantizers = calibration.times, calibration.quantizers
     fit, judge = (
         output_curves(copied, calibration.evidence, half, times, settings.smoothing, progress)
-        for half in calibration.replay.halves()
+        for half in replay.halves()
     )
     variants = {
         "max": _single(calibration, settings.model_copy(update={"statistic": "max"})),
         "static": _single(calibration, settings),
         "temporal": {name: columns(evidence, settings, True) for name, evidence in calibration.evidence.items()},
     }
-    rows = torch.tensor(times)
-    references: dict[int, torch.Tensor] = {}
+    rows, most = torch.tensor(times), replay.largest_batch
+    references = recorded_outputs(copied, replay, times, most)
     sqnr_db = {}
     for name, variant in variants.items():
         install(copied, quantizers, rows, variant)
-        noise = prediction_error(copied, calibration.replay, times, references, f"{name} scales", progress)
+        noise = prediction_error(copied, replay, times, references, f"{name} scales", progress, most=most)
         powers = [sums.sum(0).tolist() for sums in noise.values()]
         sqnr_db[name] = tuple(decibels(signal, error) for error, signal in powers)
     found: dict[str, list[LayerSensitivity]] = {}
     proposals: dict[str, Proposal] = {}
     chosen = sorted({round(i * (len(times) - 1) / max(probes - 1, 1)) for i in range(probes)})
     if probes:
-        probe = Probe(copied, [batch for batch in calibration.replay.batches(times) if batch.row in chosen], chosen)
+        calls = [(b, references[n]) for n, b in enumerate(replay.batches(times, most=most)) if b.row in chosen]
+        probe = Probe(copied, calls, chosen)
 
         def use(variant: str, name: str) -> None:
             if name in variants[variant]:

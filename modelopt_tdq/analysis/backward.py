@@ -5,21 +5,26 @@ components are independent, of mean 0 and variance 1, the gradient of v . y with
 times its error, is the number v . J_q e_q. Its mean square over v is |J_q e_q|^2: the squared error of the output with
 that quantizer alone (Hutchinson's estimate of a trace, 1990). A forward and a few backward passes in full precision
 give it for all quantizers. The numbers of one v add up: so they tell of any set of quantizers, too.
+
+The errors of a layer's weights are taken as what they make of its output. So no gradients of weights are needed, and
+no copy of any; and the numbers are of samples, as those of activations are, which makes the mean more certain.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm import tqdm
 
-from modelopt_tdq.analysis.probe import Probe, is_weight
+from modelopt_tdq.analysis.graph import is_too_large, recomputed_blocks
+from modelopt_tdq.analysis.probe import Probe
 from modelopt_tdq.core.distributed import gather
 from modelopt_tdq.model.call import first_output
 from modelopt_tdq.model.full_precision import full_precision
@@ -51,64 +56,112 @@ def _added(*numbers: Tensor) -> Tensor:
 
 
 class _Hooks:
-    """On the quantizers of a model in full precision: take down errors, and what gradients make of them.
+    """On the quantizers and layers of a model in full precision: take down errors, and what gradients make of them.
 
     Attributes:
         samples: Of the call that runs.
         found: By variant and quantizer, the numbers of the backward pass that runs.
-        read: What they read, each with the quantizers that read it.
+        read: What quantizers of activations read in the forward, each with those that read it.
     """
 
     def __init__(
-        self, quantizers: Mapping[str, TensorQuantizer], variants: Mapping[str, Callable[[str], None]]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, tuple[list[str], list[str]]],
+        variants: Mapping[str, Callable[[str], None]],
     ) -> None:
-        self._quantizers, self._variants = quantizers, variants
+        self._model, self._layers, self._variants = model, layers, variants
+        self._aside = False
         self.samples = 1
         self.found: dict[tuple[str, str], Tensor] = {}
-        self.read: dict[tuple[int, torch.Size], tuple[Tensor, list[str]]] = {}
+        self.read: dict[tuple[Any, ...], list[str]] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, quantizer in self._quantizers.items():
-                stack.callback(quantizer.register_forward_hook(self._hook(name)).remove)
+            for layer, (inputs, weights) in self._layers.items():
+                for name in inputs:
+                    quantizer = self._model.get_submodule(name)
+                    stack.callback(quantizer.register_forward_hook(self._input_hook(name)).remove)
+                if weights:
+                    hook = self._output_hook(weights)
+                    module = self._model.get_submodule(layer)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
-    def _hook(self, name: str) -> Callable[..., Tensor]:
-        def hook(quantizer: TensorQuantizer, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x: Tensor = args[0].detach()
-            if not is_weight(name):
-                # keeps x, so that no other tensor gets its address
-                self.read.setdefault((x.data_ptr(), x.shape), (x, []))[1].append(name)
+    def _input_hook(self, name: str) -> Callable[..., Tensor | None]:
+        """What the activation's own error does."""
+
+        def hook(quantizer: TensorQuantizer, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._aside:
+                return None
+            x: Tensor = args[0]
+            if self.read is not None:
+                # the reference to the storage is weak; as long as it is there, no other has its address
+                storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+                key = (storage, x.storage_offset(), x.shape)
+                names = self.read.setdefault(key, [])
+                names += [name] if name not in names else []
+            if not torch.is_grad_enabled():  # the block runs once more, with gradients
+                return None
             passed = output if output.requires_grad else output.detach().requires_grad_()
-            errors = self._errors(name, quantizer, x, passed.detach())
-            passed.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._take_down(name, errors, gradient)
-            )
+            errors = {}
+            with self._quantizing(quantizer):
+                for variant, use in self._variants.items():
+                    use(name)
+                    errors[variant, name] = quantizer.forward(x.detach()) - passed.detach()
+            self._watch(passed, errors)
             return passed
 
         return hook
 
-    def _errors(self, name: str, quantizer: TensorQuantizer, x: Tensor, exact: Tensor) -> dict[str, Tensor]:
-        errors = {}
+    def _output_hook(self, names: list[str]) -> Callable[..., Tensor | None]:
+        """What the errors of a layer's weights do: they make an error of its output.
+
+        Its gradient needs neither those of weights nor weights' errors, each as large as the model.
+        """
+        quantizers = {name: self._model.get_submodule(name) for name in names}
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if self._aside or not torch.is_grad_enabled():
+                return None
+            y = first_output(output)
+            errors: dict[tuple[str, str], Tensor] = {}
+            for name, quantizer in quantizers.items():
+                with self._quantizing(quantizer):
+                    error = first_output(layer(*args, **kwargs)) - y.detach()
+                errors |= {(variant, name): error for variant in self._variants}
+            alone = not y.requires_grad and output is y
+            passed = y.detach().requires_grad_().clone() if alone else y
+            if passed.requires_grad:
+                self._watch(passed, errors)
+            return passed if alone else None
+
+        return hook
+
+    @contextmanager
+    def _quantizing(self, quantizer: TensorQuantizer) -> Iterator[None]:
+        """What is called in the body is not of the model's call."""
         quantizer.enable_quant()
+        self._aside = True
         try:
             with torch.no_grad():
-                for variant, use in self._variants.items():
-                    use(name)
-                    errors[variant] = quantizer.forward(x) - exact
+                yield
         finally:
+            self._aside = False
             quantizer.disable_quant()
-        return errors
 
-    def _take_down(self, name: str, errors: Mapping[str, Tensor], gradient: Tensor) -> None:
-        whole = is_weight(name) or gradient.dim() == 0 or gradient.shape[0] % self.samples != 0
-        for variant, error in errors.items():
-            product = gradient.double() * error.double()
-            rows = product.reshape(1 if whole else self.samples, -1).sum(1).cpu()
-            before = self.found.get((variant, name))
+    def _watch(self, passed: Tensor, errors: Mapping[tuple[str, str], Tensor]) -> None:
+        passed.register_hook(lambda gradient: self._take_down(errors, gradient))  # type: ignore[no-untyped-call]
+
+    def _take_down(self, errors: Mapping[tuple[str, str], Tensor], gradient: Tensor) -> None:
+        whole = gradient.dim() == 0 or gradient.shape[0] % self.samples != 0
+        for key, error in errors.items():
+            product = gradient.float() * error.float()
+            rows = product.reshape(1 if whole else self.samples, -1).sum(1, dtype=torch.float64)
+            before = self.found.get(key)
             # a layer may run several times in a call
-            self.found[variant, name] = rows if before is None else _added(before, rows)
+            self.found[key] = rows if before is None else _added(before, rows)
 
 
 def _vector(output: Tensor, batch: Batch, number: int) -> Tensor:
@@ -123,7 +176,7 @@ def _vector(output: Tensor, batch: Batch, number: int) -> Tensor:
 
 def effects(
     probe: Probe,
-    quantizers: Mapping[str, TensorQuantizer],
+    layers: Mapping[str, tuple[list[str], list[str]]],
     variants: Mapping[str, Callable[[str], None]],
     progress: bool,
 ) -> tuple[dict[str, Effects], list[list[str]]]:
@@ -131,7 +184,7 @@ def effects(
 
     Args:
         probe: The model. Its parameters need no gradients from now on, and its attention lets them through.
-        quantizers: Those that are asked for, by name.
+        layers: As :func:`modelopt_tdq.analysis.probe.layer_quantizers` gives them.
         variants: What each variant does to the quantizer of a name before its error is taken.
         progress: Show a progress bar.
 
@@ -145,7 +198,7 @@ def effects(
     together: dict[str, list[str]] = {}
     failed = None
     try:
-        parts, together = _own_effects(probe, quantizers, variants, progress)
+        parts, together = _own_effects(probe, layers, variants, progress)
     except RuntimeError as error:
         failed = str(error)
     failures = [message for message in gather(failed) if message is not None]
@@ -157,33 +210,36 @@ def effects(
 
 def _own_effects(
     probe: Probe,
-    quantizers: Mapping[str, TensorQuantizer],
+    layers: Mapping[str, tuple[list[str], list[str]]],
     variants: Mapping[str, Callable[[str], None]],
     progress: bool,
 ) -> tuple[_Parts, dict[str, list[str]]]:
     """What this process's samples tell, and which quantizers read one tensor, by the first of them."""
-    hooks = _Hooks(quantizers, variants)
+    hooks = _Hooks(probe.model, layers, variants)
     probe.model.requires_grad_(False)
     make_attention_trainable(probe.model)
     parts: _Parts = {}
     together: dict[str, list[str]] = {}
-    with full_precision(probe.model), hooks.installed(), torch.enable_grad():
-        for batch in tqdm(probe.batches, "sensitivity", disable=not progress, unit="step"):
-            hooks.samples = max(1, len(batch.order))
-            output = first_output(probe.model(**batch.call))
-            for _, names in hooks.read.values():
-                together[names[0]] = names
-            hooks.read.clear()
-            found: dict[tuple[str, str], list[Tensor]] = {}
-            for number in range(_VECTORS):
-                hooks.found.clear()
-                vector = _vector(output, batch, number) if batch.own else torch.zeros_like(output)
-                torch.autograd.backward(output, vector, retain_graph=number + 1 < _VECTORS)
-                for key, rows in hooks.found.items():
-                    found.setdefault(key, []).append(rows)
-            if batch.counts:
-                for key, numbers in found.items():
-                    parts.setdefault(key, {}).setdefault(batch.row, []).append(torch.stack(numbers))
+    with full_precision(probe.model):
+        by_blocks = is_too_large(probe.model, probe.batches[0].call if probe.batches else None)
+        holding = recomputed_blocks(probe.model) if by_blocks else nullcontext()
+        with holding, hooks.installed(), torch.enable_grad():
+            for batch in tqdm(probe.batches, "sensitivity", disable=not progress, unit="step"):
+                hooks.samples = max(1, len(batch.order))
+                hooks.read = {}
+                output = first_output(probe.model(**batch.call))
+                together |= {names[0]: names for names in hooks.read.values()}
+                hooks.read = None
+                found: dict[tuple[str, str], list[Tensor]] = {}
+                for number in range(_VECTORS):
+                    hooks.found.clear()
+                    vector = _vector(output, batch, number) if batch.own else torch.zeros_like(output)
+                    torch.autograd.backward(output, vector, retain_graph=number + 1 < _VECTORS)
+                    for key, rows in hooks.found.items():
+                        found.setdefault(key, []).append(rows)
+                if batch.counts:
+                    for key, numbers in found.items():
+                        parts.setdefault(key, {}).setdefault(batch.row, []).append(torch.stack(numbers).cpu())
     return parts, together
 
 
@@ -197,8 +253,6 @@ def _gathered(parts: _Parts, rows: list[int], variants: Mapping[str, Any]) -> di
             found = [block for part in everywhere for block in part.get((variant, name), {}).get(row, [])]
             if not found:
                 numbers.append(torch.zeros(_VECTORS, 1, dtype=torch.float64))
-            elif is_weight(name):  # one number for all samples, of whatever process
-                numbers.append(torch.stack(found).sum(0))
             else:
                 numbers.append(torch.cat(found, 1))
         result[variant][name] = numbers

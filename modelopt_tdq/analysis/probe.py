@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from modelopt_tdq.core.distributed import all_reduce
 from modelopt_tdq.core.metrics import decibels
 from modelopt_tdq.model.call import first_output
-from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay_ranks import Batch
 
 __all__ = ["Probe", "is_weight", "layer_quantizers"]
@@ -23,18 +22,18 @@ class Probe:
 
     Args:
         model: Quantized and calibrated.
-        batches: Of this process; their rows are in ``rows``.
+        calls: Of this process, with their outputs in full precision; their rows are in ``rows``.
         rows: [T] rows of the times; the same in all processes.
 
     Attributes:
         energy: [T] float64, of the full-precision outputs; summed over processes, as all that is measured here.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], rows: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, calls: Iterable[tuple[Batch, Tensor]], rows: Sequence[int]) -> None:
         self.model, self.rows = model, list(rows)
-        self.batches = list(batches)
-        with full_precision(model), torch.no_grad():
-            self._references: list[Tensor] = [first_output(model(**batch.call)).float() for batch in self.batches]
+        known = list(calls)
+        self.batches = [batch for batch, _ in known]
+        self._references = [reference for _, reference in known]
         self.energy = self._summed(self._references)
 
     def _summed(self, values: Iterable[Tensor]) -> Tensor:

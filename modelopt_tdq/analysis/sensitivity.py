@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -83,14 +82,11 @@ def sensitivities(
         progress: Show progress bars.
     """
     layers = layer_quantizers(probe.model)
-    quantizers: dict[str, TensorQuantizer] = {
-        name: probe.model.get_submodule(name) for names in layers.values() for name in (*names[0], *names[1])
-    }
     found: dict[str, Effects] = {variant: {} for variant in variants}
     groups: list[list[str]] = []
     if backward:
         try:
-            found, groups = effects(probe, quantizers, variants, progress)
+            found, groups = effects(probe, layers, variants, progress)
         except RuntimeError as error:
             _log.warning("layers are measured one by one, which takes longer: backward passes fail: %s", error)
     weights: dict[str, Tensor] = {}
@@ -108,7 +104,7 @@ def sensitivities(
 
         alone: dict[str, Tensor] = {}
         rows = []
-        hidden = not progress or all(name in estimates for name in quantizers)
+        hidden = not progress or all(name in estimates for both in layers.values() for name in (*both[0], *both[1]))
         for layer, (inputs, own) in tqdm(layers.items(), f"sensitivity, {variant}", disable=hidden, unit="layer"):
             of_inputs = noise(inputs) if inputs else torch.zeros_like(probe.energy)
             if layer not in weights:

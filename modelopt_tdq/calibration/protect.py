@@ -25,7 +25,7 @@ from modelopt_tdq.model.quantizer import TemporalQuantizer
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.replay_ranks import all_samples
 
-__all__ = ["Columns", "install", "prediction_error", "protected_rows"]
+__all__ = ["Columns", "install", "prediction_error", "protected_rows", "recorded_outputs"]
 
 #: An output is the same if what differs has less than this fraction of its energy: far less than what is judged.
 _SAME = 1e-10
@@ -94,7 +94,7 @@ def _convincing(static: dict[int, Tensor], temporal: dict[int, Tensor], rows: in
     return convincing
 
 
-def _recorded(model: nn.Module, replay: Replay, times: list[float], most: int) -> dict[int, Tensor]:
+def recorded_outputs(model: nn.Module, replay: Replay, times: list[float], most: int) -> dict[int, Tensor]:
     """Outputs of the calibration itself, by the number of the call; none unless the model gives the same again.
 
     It does not if it draws random numbers, or ran in other circumstances, as under autocast.
@@ -144,7 +144,7 @@ def protected_rows(
     """
     rows = torch.tensor(times, dtype=torch.float32)
     most = replay.largest_batch
-    references = _recorded(model, replay, times, most)
+    references = recorded_outputs(model, replay, times, most)
     errors = []
     with held_weights(model):
         for columns, description in ((static, "static scales"), (temporal, "scales over time")):
