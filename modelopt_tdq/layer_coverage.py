@@ -44,7 +44,7 @@ class Part:
         number_format: ``int8`` (of 8 bits and fewer) or ``fp8`` if its products have codes on both sides; else empty.
         quantized_weights: Whether its weights are rounded to a number format.
         reason: Why its products compute in floating point; empty where they do not.
-        multiply_adds: Of one call; None where no call was counted.
+        multiply_adds: Of one sample, or of the call that was given; None where no call was counted.
         weight_bytes: In full precision.
     """
 
@@ -78,7 +78,7 @@ class Coverage:
 
     @property
     def multiply_adds(self) -> int | None:
-        """Of one call; None where none was counted."""
+        """Of one sample, or of the call that was given; None where none was counted."""
         counted = [part.multiply_adds for part in self.parts if part.multiply_adds is not None]
         return sum(counted) if counted else None
 
@@ -198,7 +198,8 @@ def coverage(model: nn.Module, sample_inputs: Mapping[str, Any] | None = None) -
     """The shares of a model's multiply-adds and weights that are quantized; and what is not, with the reason.
 
     Args:
-        model: Quantized by ``mtq.quantize``. What its calibration of this package counted in its first call is used.
+        model: Quantized by ``mtq.quantize``. What its calibration of this package counted is used, the multiply-adds
+            of one sample.
         sample_inputs: Arguments of one call, by name, to count the multiply-adds of that call instead: after another
             algorithm, or of a restored model. The model is called once.
 

@@ -9,8 +9,9 @@ samples. If not, one of the tensors may be shared; if nothing works, calls of th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from modelopt_tdq.model.snapshot import restored
 from modelopt_tdq.model.timestep import CurrentTimestep
 
 __all__ = ["BatchAxis", "digest", "find_batch_axis"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,18 +115,23 @@ def _aside(model: nn.Module, timestep: CurrentTimestep) -> Iterator[None]:
 
 
 def find_batch_axis(
-    model: nn.Module, timestep: CurrentTimestep, arguments: Mapping[str, Any], output: Any
+    model: nn.Module,
+    timestep: CurrentTimestep,
+    arguments: Mapping[str, Any],
+    output: Any,
+    watched: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> BatchAxis | None:
-    """Try the samples of a call one by one.
+    """Try a sample of a call by itself; of a call with one sample, two of it together.
 
-    Two calls of the model per attempt, whatever the batch: one attempt, unless some tensor of the batch's size is
-    shared.
+    One call of the model per attempt, whatever the batch: one attempt, unless some tensor of the batch's size is
+    shared. It is of the last sample: what belongs to all of them, or to the first, shows there.
 
     Args:
         model: In the state in which it made the call; best in full precision, where no rounding falls the other way.
         timestep: Its time.
         arguments: Of the call, by name.
         output: Of the call.
+        watched: Entered around calls of one sample; where the model does not run in it, it runs without.
 
     Returns:
         None if the samples cannot be told apart: the model does not run on one alone, or its output differs then.
@@ -142,9 +150,12 @@ def find_batch_axis(
     tried = [frozenset(own + more) for more in [*with_time, []] for own in attempts]
     for own in dict.fromkeys(tried):
         axis = BatchAxis(timestep.argument, own, frozenset(leaves) - own)
-        picks = ([batch - 1], [0]) if batch > 1 else ([0, 0], [0])
-        # both are tried in any case: all processes make the same calls
-        agreed = [_agrees(model, timestep, axis, arguments, batch, rows, pick) for pick in picks]
+        picks = [[batch - 1]] if batch > 1 else [[0, 0], [0]]
+        # all are tried in any case: all processes make the same calls
+        agreed = [
+            _agrees(model, timestep, axis, arguments, batch, rows, pick, watched if len(pick) == 1 else nullcontext)
+            for pick in picks
+        ]
         if all(agreed):
             return axis
     return None
@@ -158,13 +169,20 @@ def _agrees(
     batch: int,
     rows: Mapping[str, Tensor],
     pick: list[int],
+    watched: Callable[[], AbstractContextManager[Any]],
 ) -> bool:
     """Whether these samples by themselves get the outputs that they have in the batch."""
-    with _aside(model, timestep):
-        try:
-            found = tensor_leaves({"": model(**cloned(axis._picked(arguments, pick, batch)))})
-        except Exception:  # whatever a model raises on samples that it cannot take
-            return False
+    found = None
+    for around in dict.fromkeys((watched, nullcontext)):
+        with _aside(model, timestep):
+            try:
+                with around():
+                    found = tensor_leaves({"": model(**cloned(axis._picked(arguments, pick, batch)))})
+                break
+            except Exception as error:  # whatever a model raises on samples that it cannot take
+                _log.debug("samples %s do not run by themselves: %s", pick, error)
+    if found is None:
+        return False
     for name, reference in rows.items():
         own = found.get(name)
         expected = reference[torch.tensor(pick, device=reference.device)]

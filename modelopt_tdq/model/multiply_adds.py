@@ -6,11 +6,12 @@ a model multiplies by itself. Kernels that other libraries bring are not seen.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -19,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelopt_tdq.core.distributed import processes
 from modelopt_tdq.model.full_precision import full_precision
-from modelopt_tdq.model.replay import Replay
+
+if TYPE_CHECKING:
+    from modelopt_tdq.model.replay import Replay
 
 __all__ = ["count_multiply_adds", "counted_multiply_adds", "multiply_adds", "remember_multiply_adds"]
 
@@ -47,6 +50,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
     return query.numel() * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]
 
 
+@functools.cache
+def _is_attention(operator: Any) -> bool:
+    return "scaled_dot_product" in str(operator) and "backward" not in str(operator)
+
+
 def count_multiply_adds(function: Any, args: tuple[Any, ...], output: Any) -> int:
     """Those of one operator of ATen; none of an operator that takes functions, as flex_attention does."""
     operator = getattr(function, "_overloadpacket", None)
@@ -56,7 +64,7 @@ def count_multiply_adds(function: Any, args: tuple[Any, ...], output: Any) -> in
         return _matrix(*args[1:])
     if operator is _aten.convolution:
         return _convolution(args[0], args[1], output, bool(args[6]))
-    if "scaled_dot_product" in str(operator) and "backward" not in str(operator):
+    if _is_attention(operator):
         return _attention(*args[:3])
     return 0
 
@@ -132,17 +140,18 @@ def counted_multiply_adds(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def remember_multiply_adds(model: nn.Module, replay: Replay, times: list[float]) -> None:
-    """Count those of a replayed call in full precision, and keep them with the model; they are not saved.
+    """Keep those of one sample with the model; they are not saved.
 
-    Nothing is known where calls cannot be repeated, where several processes make them, and where the model does not run
-    with every operator watched, as some compiled and foreign ones do not.
+    Counted while it was found out what belongs to a sample; else in a replayed call, in full precision. Nothing is
+    known where calls cannot be repeated, where several processes make them, and where the model does not run with every
+    operator watched, as some compiled and foreign ones do not.
     """
-    object.__setattr__(model, _COUNTED, None)
-    if processes() > 1 or not replay.times:
+    object.__setattr__(model, _COUNTED, replay.multiply_adds)
+    if processes() > 1 or not replay.times or replay.multiply_adds is not None:
         return
     try:
         with full_precision(model), torch.no_grad(), counted_multiply_adds(model) as counts:
-            model(**next(iter(replay.batches(times[:1], most=replay.largest_batch))).call)
+            model(**next(iter(replay.batches(times[:1], most=1))).call)
     except Exception as error:  # whatever a model raises; the calibration does not depend on it
         _log.info("multiply-adds are not known: %s", error)
         return

@@ -15,18 +15,20 @@ import weakref
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from modelopt_tdq.core.distributed import gather, rank
+from modelopt_tdq.core.distributed import gather, processes, rank
 from modelopt_tdq.core.together import check
 from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.batch_axis import BatchAxis, digest, find_batch_axis
 from modelopt_tdq.model.call import cloned, first_output, named_arguments, tensor_leaves, walk
+from modelopt_tdq.model.multiply_adds import counted_multiply_adds
 from modelopt_tdq.model.replay_ranks import Batch, at_time, largest_group
 from modelopt_tdq.model.stored_weight import at_rest
 from modelopt_tdq.model.timestep import CurrentTimestep
@@ -43,7 +45,7 @@ _HASHED = 512
 class Replay:
     """Keeps and re-runs samples of a model's calls.
 
-    What in a call belongs to a sample is found out on the first call, which is run again on some of its samples: see
+    What in a call belongs to a sample is found out on the first call, which is run again on one of its samples: see
     :mod:`modelopt_tdq.model.batch_axis`. Calls that cannot be taken apart are kept and run again whole.
 
     Args:
@@ -67,6 +69,7 @@ class Replay:
         self._unfinished: tuple[dict[str, Any], list[float]] | None = None
         self._left_out = 0
         self._largest = 1
+        self._multiply_adds: dict[str, int] | None = None
         # one copy of each content: text embeddings and the like are the same at all times
         self._contents: weakref.WeakValueDictionary[tuple[Any, ...], torch.Tensor] = weakref.WeakValueDictionary()
         self._places: dict[str, torch.device] = {}
@@ -111,13 +114,17 @@ class Replay:
             return
         if not self._looked and self._unfinished is not None:
             arguments, times = self._unfinished
-            self._axis, self._looked, self._unfinished = (
-                find_batch_axis(module, self._timestep, arguments, output),
-                True,
-                None,
-            )
+            self._looked, self._unfinished = True, None
+            watched = nullcontext if processes() > 1 else partial(self._counting, module)
+            self._axis = find_batch_axis(module, self._timestep, arguments, output, watched)
             self._keep(arguments, times)
         self._keep_outputs(output)
+
+    @contextmanager
+    def _counting(self, module: nn.Module) -> Iterator[None]:
+        with counted_multiply_adds(module) as counts:
+            yield
+        self._multiply_adds = counts
 
     def _keep_outputs(self, output: Any) -> None:
         """Of the samples of the call that is over, those that were kept."""
@@ -266,6 +273,14 @@ class Replay:
     def has_samples(self) -> bool:
         """Whether the calls are made of samples, which can be put together in other ways."""
         return self._axis is not None
+
+    @property
+    def multiply_adds(self) -> dict[str, int] | None:
+        """Those of one sample, by module, counted when it was found out what belongs to one; None if that is not known.
+
+        See :func:`modelopt_tdq.model.multiply_adds.counted_multiply_adds`.
+        """
+        return self._multiply_adds if self.has_samples else None
 
     @property
     def largest_batch(self) -> int:
