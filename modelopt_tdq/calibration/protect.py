@@ -8,6 +8,7 @@ one by one.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,13 @@ __all__ = ["Columns", "install", "prediction_error", "protected_rows", "recorded
 
 #: An output is the same if what differs has less than this fraction of its energy: far less than what is judged.
 _SAME = 1e-10
+
+#: Samples of each time that are judged first: as many as a call has, but at least and at most so many.
+_FEWEST, _FEW = 2, 4
+
+#: A verdict by them is clear if the gain is this many of its standard deviations from none; at least so many degrees of
+#: freedom tell of the deviation.
+_CLEAR, _FREEDOM = 3.0, 4
 
 #: Scale [K] and offset [K] (or None) of each quantizer.
 Columns = dict[str, tuple[Tensor, "Tensor | None"]]
@@ -94,20 +102,48 @@ def _convincing(static: dict[int, Tensor], temporal: dict[int, Tensor], rows: in
     return convincing
 
 
+def _clear(static: dict[int, Tensor], temporal: dict[int, Tensor]) -> set[int]:
+    """Rows whose gain is far from none, of whichever sign, by these few samples.
+
+    The deviation of so few is itself uncertain; so it is that of all rows together, or that of the row where it is
+    larger. Gains are relative to the row's own error.
+    """
+    gains = {row: (error - temporal[row]) / error.mean() for row, error in static.items() if float(error.mean()) > 0}
+    squares = {row: gain.sub(gain.mean()).square().sum() for row, gain in gains.items()}
+    freedom = sum(len(gain) - 1 for gain in gains.values())
+    if freedom < _FREEDOM:
+        return set()
+    pooled = sum(float(own) for own in squares.values()) / freedom
+    clear = set()
+    for row, gain in gains.items():
+        variance = max(float(squares[row]) / max(len(gain) - 1, 1), pooled)
+        if abs(float(gain.mean())) > _CLEAR * math.sqrt(variance / len(gain)):
+            clear.add(row)
+    return clear
+
+
 def recorded_outputs(model: nn.Module, replay: Replay, times: list[float], most: int) -> dict[int, Tensor]:
     """Outputs of the calibration itself, by the number of the call; none unless the model gives the same again.
 
     It does not if it draws random numbers, or ran in other circumstances, as under autocast.
     """
+    references = _outputs(replay, times, most)
+    return references if references is not None and _comes_again(model, replay, times) else {}
+
+
+def _outputs(replay: Replay, times: list[float], most: int) -> dict[int, Tensor] | None:
+    """Those of the calibration, by the number of the call; None if one is not known, in any process."""
     references: dict[int, Tensor] = {}
     known = True
     for number, batch in enumerate(replay.batches(times, most=most)):
         known &= not batch.own or batch.output is not None
         references[number] = torch.zeros(()) if batch.output is None else batch.output.float()
-    if not all(gather(known)):
-        return {}
-    same = _gives_again(model, replay, times[:1]) and _gives_again(model, replay, times[1:])
-    return references if same else {}
+    return references if all(gather(known)) else None
+
+
+def _comes_again(model: nn.Module, replay: Replay, times: list[float]) -> bool:
+    """Whether the model gives what it gave, at the first and at the last time; in all processes."""
+    return _gives_again(model, replay, times[:1]) and _gives_again(model, replay, times[1:][-1:])
 
 
 def _gives_again(model: nn.Module, replay: Replay, times: list[float]) -> bool:
@@ -139,19 +175,33 @@ def protected_rows(
 ) -> tuple[Columns, Tensor]:
     """``temporal`` with some of its rows replaced by those of ``static``.
 
+    Two to four samples of each time are judged first, and the others only of those times at which these leave doubts.
+
     Returns:
         The columns, and [K] bool: the rows that were replaced.
     """
     rows = torch.tensor(times, dtype=torch.float32)
     most = replay.largest_batch
-    references = recorded_outputs(model, replay, times, most)
-    errors = []
-    with held_weights(model):
+    comes_again = _outputs(replay, times, most) is not None and _comes_again(model, replay, times)
+
+    def errors(part: Replay, at: list[float]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """With static scales, and with those over time: by row of all times, [n] of each sample."""
+        references = (_outputs(part, at, most) if comes_again else None) or {}
+        found = []
         for columns, description in ((static, "static scales"), (temporal, "scales over time")):
             install(model, quantizers, rows, columns)
-            found = prediction_error(model, replay, times, references, description, progress, most=most)
-            errors.append({row: powers[:, 0] for row, powers in found.items()})
-    worse = ~_convincing(errors[0], errors[1], len(times))
+            powers = prediction_error(model, part, at, references, description, progress, most=most)
+            found.append({times.index(at[row]): own[:, 0] for row, own in powers.items()})
+        return found[0], found[1]
+
+    few, rest = replay.split(min(max(most, _FEWEST), _FEW))
+    with held_weights(model):
+        judged = errors(few, times)
+        clear = _clear(*judged)
+        doubtful = [time for row, time in enumerate(times) if row not in clear]
+        for all_errors, more in zip(judged, errors(rest, doubtful) if doubtful else ({}, {}), strict=True):
+            all_errors.update({row: torch.cat([all_errors[row], own]) for row, own in more.items()})
+    worse = ~_convincing(*judged, len(times))
 
     def merged(new: Tensor | None, old: Tensor | None) -> Tensor | None:
         if new is None and old is None:

@@ -56,14 +56,21 @@ def held_weights(model: nn.Module) -> Iterator[None]:
         for weight, quantizer in _constant(model).values():
             left -= weight.nbytes
             if left >= 0:
-                with torch.no_grad():
-                    values = torch.cat(list(quantized_parts(weight, quantizer, dtype=None)))
-                HeldWeight.from_tensor_quantizer(quantizer, values)
+                HeldWeight.from_tensor_quantizer(quantizer, _quantized(weight, quantizer))
                 held.append(quantizer)
         yield
     finally:
         for quantizer in held:
             quantizer.release()
+
+
+@torch.no_grad()
+def _quantized(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:
+    values, row = torch.empty_like(weight), 0
+    for part in quantized_parts(weight, quantizer, dtype=None):
+        values[row : row + len(part)] = part
+        row += len(part)
+    return values
 
 
 def _constant(model: nn.Module) -> dict[nn.Module, tuple[Tensor, TensorQuantizer]]:

@@ -21,7 +21,7 @@ def weight_parts(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor
     if weight.dim() == 0:
         yield weight, scale
         return
-    most = 1 << 17 if weight.device.type == "cpu" else 1 << 26
+    most = 1 << 18 if weight.device.type == "cpu" else 1 << 26
     step = max(1, most * len(weight) // max(1, weight.numel()))
     own = scale.dim() == weight.dim() and len(scale) == len(weight)
     scales = torch.split(scale, step) if own else itertools.repeat(scale)

@@ -14,7 +14,7 @@ import itertools
 import weakref
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -205,15 +205,25 @@ class Replay:
 
     def halves(self) -> tuple[Replay, Replay]:
         """Two disjoint halves of every time's samples, over all processes: to fit on one and to judge on the other."""
+        even, odd = self._divided(lambda place: place % 2)
+        return even, odd
+
+    def split(self, first: int) -> tuple[Replay, Replay]:
+        """As many samples of every time, over all processes, and the others."""
+        few, rest = self._divided(lambda place: int(place >= first))
+        return few, rest
+
+    def _divided(self, part: Callable[[int], int]) -> tuple[Replay, Replay]:
+        """By a sample's place among all of its time, whatever process it is in."""
         pair = copy.copy(self), copy.copy(self)
-        for half in pair:
-            half._heaps = defaultdict(list)
+        for one in pair:
+            one._heaps = defaultdict(list)
         for time in self.times:
             samples = self._sorted(time)[::-1]
             everyone = sorted(self._kept.get(time, [item[0] for item in samples]))
             for number, item in enumerate(samples):
                 equal = sum(other[0] == item[0] for other in samples[:number])
-                pair[(bisect_left(everyone, item[0]) + equal) % 2]._heaps[time].append(item)
+                pair[part(bisect_left(everyone, item[0]) + equal)]._heaps[time].append(item)
         return pair
 
     def places(self, time: float, order: Sequence[float]) -> tuple[int, ...]:

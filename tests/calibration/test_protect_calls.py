@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq.calibration import protect
 
-CONFIG = fast_config(statistic="mse", protect_steps=True, smoothing=0.0)
+FIELDS = {"statistic": "mse", "protect_steps": True, "smoothing": 0.0}
 
 
 class _Calls:
@@ -28,19 +28,19 @@ class _Calls:
         self.exact += not module.conv1.input_quantizer._if_quant
 
 
-def _quantized(model: nn.Module, forward_loop: Any) -> tuple[Tensor, _Calls, dict[int, Tensor]]:
+def _quantized(model: nn.Module, forward_loop: Any, bits: int = 8) -> tuple[Tensor, _Calls, dict[int, Tensor]]:
     """The scales, the calls, and the outputs that were taken from the calibration."""
     counted, taken = _Calls(), {}
     model.register_forward_pre_hook(counted, with_kwargs=True)
-    original = protect._recorded
+    original = protect.recorded_outputs
 
     def recorded(*args: Any) -> dict[int, Tensor]:
         taken.update(original(*args))
         return dict(taken)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protect, "_recorded", recorded)
-        mtq.quantize(model, CONFIG, forward_loop)
+        patch.setattr(protect, "recorded_outputs", recorded)
+        mtq.quantize(model, fast_config(activation_bits=bits, **FIELDS), forward_loop)
     return tdq.scale_table(model).scale, counted, taken
 
 
@@ -50,10 +50,11 @@ def _model() -> nn.Module:
 
 
 def test_outputs_of_the_calibration_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protect, "_clear", lambda *_: set())
     scale, counted, _ = _quantized(_model(), loop(calls(samples=4, batch=2)))
     assert max(counted.sizes) == 2
-    calibration, apart, operations, same, judged = 2 * len(TIMES), 2, 1, len(TIMES), 2 * 2 * len(TIMES)
-    assert len(counted.sizes) == calibration + apart + operations + same + judged
+    calibration, apart, same, judged = 2 * len(TIMES), 1, 2, 2 * 2 * len(TIMES)
+    assert len(counted.sizes) == calibration + apart + same + judged
     monkeypatch.setattr(protect, "_SAME", -1.0)
     expected, more, nothing = _quantized(_model(), loop(calls(samples=4, batch=2)))
     assert not nothing
@@ -61,8 +62,42 @@ def test_outputs_of_the_calibration_are_the_references(monkeypatch: pytest.Monke
     assert torch.equal(scale, expected)
 
 
+def test_few_samples_are_judged_where_the_verdict_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, clear = {}, set[int]()
+    original = protect._clear
+
+    def seen(*given: Any) -> set[int]:
+        clear.update(original(*given))
+        return set(clear)
+
+    for name, own in {"few": seen, "all": lambda *_: set()}.items():
+        monkeypatch.setattr(protect, "_clear", own)
+        scale, counted, _ = _quantized(_model(), loop(calls(samples=8, batch=2)), 4)
+        found[name] = scale, sum(counted.sizes)
+    assert len(clear) in (1, 2, 3)  # or this test shows nothing
+    assert found["all"][1] - found["few"][1] == 2 * (8 - 2) * len(clear)
+    assert torch.equal(found["few"][0], found["all"][0])
+
+
+def test_clear_is_what_all_rows_together_leave_no_doubt_of() -> None:
+    static = {row: torch.full((2,), 4.0, dtype=torch.float64) for row in range(5)}
+    temporal = {
+        0: torch.tensor([3.0, 3.1]),
+        1: torch.tensor([5.0, 5.1]),  # clearly worse
+        2: torch.tensor([3.9, 4.0]),  # within the deviation of the others
+        3: torch.tensor([3.0, 2.9]),
+        4: torch.tensor([3.9, 2.0]),  # better in both, and by very different amounts
+    }
+    assert protect._clear(static, temporal) == set()  # the last row makes all deviations large
+    del static[4]
+    assert protect._clear(static, temporal) == {0, 1, 3}
+    del static[3]
+    assert protect._clear(static, temporal) == set()  # three degrees of freedom
+
+
 def test_they_are_those_of_the_samples_in_the_order_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, references = _model(), []
+    monkeypatch.setattr(protect, "_clear", lambda *_: set())
     original = protect.prediction_error
 
     def spied(model: nn.Module, replay: Any, times: Any, known: dict[int, Tensor], *rest: Any, **named: Any) -> Any:
