@@ -78,10 +78,11 @@ def _cells(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     beside = None if single is None or weights is None else single + weights
     compared = value("compare", "compare_process_gib")
     rows.append(row("compare, process", compared, "GiB", "weights and a process with the largest session", beside))
-    whole, alone, once = (value("analyze", f"{name}_s") for name in ("analyze", "headroom", "pass"))
-    sensitivity = None if whole is None or alone is None else whole - alone
+    once = value("analyze", "pass_s")
     forward_s = None if once is None else once / 4
-    rows.append(row("sensitivity, three probes", sensitivity, "s", "a forward", forward_s))
+    rows.append(row("sensitivity, three probes", value("analyze", "sensitivity_s"), "s", "a forward", forward_s))
+    rows.append(row("analyze, all of it", value("analyze", "analyze_s"), "s", "a forward", forward_s))
+    rows.append(row("analyze, process", value("analyze", "analyze_process_gib"), "GiB", "weights", weights))
     for size in (8, 32):
         ours, constant = (value("openvino", f"{name}_{size}_s") for name in ("scales", "constant"))
         rows.append(row(f"OpenVINO, latents {size} x {size}", ours, "s", "constant scales", constant))

@@ -9,6 +9,7 @@ The last line that it prints is a JSON object. Parts that need a quantized model
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import logging
@@ -368,8 +369,16 @@ def analyze(work: Work) -> None:
     model = work.model()
     with work.measured("pass"):
         work.forward_loop(model)
-    with work.measured("headroom"):
-        tdq.analyze(model, work.forward_loop, probes=0, progress=False)
+    module = importlib.import_module("modelopt_tdq.analysis.analyze")  # the function hides its module
+    original = module.sensitivities
+
+    def sensitivities(*given: Any) -> Any:
+        start = time.process_time()
+        found = original(*given)
+        work.result["sensitivity_s"] = time.process_time() - start
+        return found
+
+    module.sensitivities = sensitivities  # type: ignore[attr-defined]
     with work.measured("analyze"):
         tdq.analyze(model, work.forward_loop, probes=3, progress=False)
 

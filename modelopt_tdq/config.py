@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import yaml
 from modelopt.torch.opt.config import ModeloptField
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -16,6 +14,7 @@ from modelopt_tdq.core.fake_quant import SUPPORTED_BITS, NumBits
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.high_precision import HIGH_PRECISION
 from modelopt_tdq.model.kinds import KINDS, TRANSPOSED_CONVOLUTION
+from modelopt_tdq.recipes import RECIPES, read_recipe
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -296,30 +295,14 @@ def make_config(
     return {"quant_cfg": rules, "algorithm": {"method": method, **algorithm}}
 
 
-#: Names of the bundled recipes.
-RECIPES = ("int8", "fp8", "w8a4", "w4a8", "w4a4", "w3a3")
-
-
 def recipe(name: str) -> dict[str, Any]:
     """The config of a bundled recipe, or of a YAML file with the arguments of :func:`make_config`.
 
     Raises:
         TdqError: There is no such recipe or file, or it does not hold arguments of :func:`make_config`.
     """
-    source = resources.files("modelopt_tdq.recipes") / f"{name}.yaml"
-    if name not in RECIPES:
-        from pathlib import Path
-
-        source = Path(name)
-        if not source.is_file():
-            raise TdqError("recipe", name, "neither a bundled recipe nor a file", f"Bundled: {', '.join(RECIPES)}")
-    arguments = yaml.safe_load(source.read_text())
-    if not isinstance(arguments, dict):
-        raise TdqError("recipe", name, "not a mapping", "See modelopt_tdq/recipes for the form")
+    arguments = read_recipe(name)
     algorithm = arguments.pop("algorithm", None) or {}
-    known = {"weight_bits", "activation_bits", "high_precision", "conv_transpose"}
-    if unknown := set(arguments) - known:
-        raise TdqError("recipe", sorted(unknown), "unknown keys", f"Known: {', '.join(sorted(known | {'algorithm'}))}")
     return copy.deepcopy(make_config(**arguments, **algorithm))
 
 

@@ -206,7 +206,7 @@ def histogram_error(statistics: ActivationStatistics, scale: Tensor, offset: Ten
     energy = torch.zeros(len(statistics.low), dtype=torch.float64)
     for exponent in sorted(set(statistics.exponent.tolist())):
         rows = (statistics.exponent == exponent).nonzero().squeeze(1)
-        edges, counts = statistics.bin_edges(int(rows[0])), statistics.counts[rows]
+        edges, counts = statistics.bin_edges(int(rows[0])), statistics.counts[statistics.histogram[rows]]
         for start in range(0, len(scale), _CHUNK):
             part = slice(start, start + _CHUNK)
             error[rows, part] = counts @ _bin_error(edges, scale[part], offset[part], num_bits)
@@ -216,8 +216,10 @@ def histogram_error(statistics: ActivationStatistics, scale: Tensor, offset: Ten
 
 def row_errors(statistics: ActivationStatistics, scale: Tensor, offset: Tensor, num_bits: NumBits) -> Tensor:
     """[K] float64: likewise, of each row at a scale and an offset of its own, each [K]."""
-    error = torch.zeros(len(statistics.low), dtype=torch.float64)
+    error, histogram = torch.zeros(len(statistics.low), dtype=torch.float64), statistics.histogram
     for row in range(len(error)):
         own = slice(row, row + 1)
-        error[row] = statistics.counts[row] @ _bin_error(statistics.bin_edges(row), scale[own], offset[own], num_bits)
+        error[row] = statistics.counts[histogram[row]] @ _bin_error(
+            statistics.bin_edges(row), scale[own], offset[own], num_bits
+        )
     return error

@@ -113,12 +113,8 @@ def _run(
 def _filled(statistics: StepStatistics, times: list[float]) -> ActivationStatistics:
     """Statistics over all times; a time at which this quantizer saw nothing takes those of the nearest time."""
     collected = statistics.statistics(times)
-    seen = collected.counts.sum(1) > 0
-    if bool(seen.all()):
-        return collected
-    nearest = nearest_known(torch.tensor(times), seen)
-    rows = {name: getattr(collected, name)[nearest] for name in ("counts", "exponent", "low", "high")}
-    return replace(collected, **rows)
+    seen = collected.seen
+    return collected if bool(seen.all()) else collected.at(nearest_known(torch.tensor(times), seen))
 
 
 def collect(

@@ -5,12 +5,17 @@ A histogram, the exact range, and how large the largest samples are.
 Histograms use bins whose width is a power of two. A range that grows doubles the width by merging
 pairs of bins, which is exact; so the result does not depend on the order of the samples, on the batch
 size, or on how the samples were spread over processes.
+
+A calibration may visit a thousand times. Beyond 128, neighbouring times share a histogram: what is kept of a quantizer
+takes 2 MiB at most. Their ranges stay their own.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from modelopt.torch.quantization.calib.calibrator import _Calibrator
@@ -29,6 +34,10 @@ BINS = 2048
 
 #: Exponent of the narrowest histogram; smaller activations all fall into its two middle bins.
 _SMALLEST = -100
+
+#: Histograms of one quantizer. Where there would be more, times that are next to each other share one, until there are
+#: fewer.
+_MOST, _FEWER = 128, 96
 
 #: ``torch.histc`` counts in float32, which is exact up to this number.
 _EXACT_COUNT = 1 << 24
@@ -56,15 +65,12 @@ def _widened(counts: Tensor, doublings: int) -> Tensor:
     return counts
 
 
-@dataclass
-class _Row:
-    """Histogram of one quantizer's input at one time, over [-2^exponent, 2^exponent)."""
+@dataclass(eq=False)
+class _Histogram:
+    """Over [-2^exponent, 2^exponent)."""
 
     exponent: int
     counts: Tensor  # [BINS] float64
-    low: float
-    high: float
-    samples: LargestSamples
 
     def widen(self, exponent: int) -> None:
         if exponent > self.exponent:
@@ -72,16 +78,46 @@ class _Row:
             self.exponent = exponent
 
 
+@dataclass
+class _Row:
+    """Of one quantizer's input at one time."""
+
+    histogram: _Histogram  # maybe that of other times, too
+    low: float
+    high: float
+    samples: LargestSamples
+
+
+def _joined(groups: Iterable[Sequence[int]], rows: int) -> list[list[int]]:
+    """Rows 0 to ``rows`` - 1, together where any of the groups has them together; in order of the first of each."""
+    first = list(range(rows))
+
+    def root(row: int) -> int:
+        while first[row] != row:
+            row = first[row]
+        return row
+
+    for group in groups:
+        for row in group[1:]:
+            ends = sorted((root(group[0]), root(row)))
+            first[ends[1]] = ends[0]
+    together: dict[int, list[int]] = {}
+    for row in range(rows):
+        together.setdefault(root(row), []).append(row)
+    return list(together.values())
+
+
 @dataclass(frozen=True)
 class ActivationStatistics:
     """Statistics of one quantizer's input over K times.
 
     Attributes:
-        counts: [K, BINS] float64, row k over [-2^exponent_k, 2^exponent_k).
+        counts: [K, BINS] float64, row k over [-2^exponent_k, 2^exponent_k); [G, BINS] where times share them.
         exponent: [K] int64; each row has the finest bins that hold its range.
         low, high: [K] float32, exact minimum and maximum.
         growth: Logarithm of the factor by which the range grows when the samples double, the mean over the times;
             in a calibration, what :func:`~modelopt_tdq.calibration.growth.common_growth` makes of it.
+        shared: [K] int64, which of ``counts`` is a row's; None: each has its own.
     """
 
     counts: Tensor
@@ -89,6 +125,22 @@ class ActivationStatistics:
     low: Tensor
     high: Tensor
     growth: float = 0.0
+    shared: Tensor | None = None
+
+    @property
+    def histogram(self) -> Tensor:
+        """[K] int64, which of ``counts`` is a row's."""
+        return torch.arange(len(self.exponent)) if self.shared is None else self.shared
+
+    def at(self, rows: Tensor) -> ActivationStatistics:
+        """Those of other times: ``rows`` [K'] int64 of these."""
+        of = {name: getattr(self, name)[rows] for name in ("exponent", "low", "high")}
+        return replace(self, **of, shared=self.histogram[rows])
+
+    @property
+    def seen(self) -> Tensor:
+        """[K] bool: the times at which there was anything."""
+        return (self.counts.sum(1) > 0)[self.histogram]
 
     @property
     def amax(self) -> Tensor:
@@ -108,9 +160,9 @@ class ActivationStatistics:
     def on_common_bins(self) -> tuple[Tensor, float]:
         """Counts [K, BINS] of all rows on the widest row's bins, and the width of those."""
         widest = int(self.exponent.max())
-        rows = zip(self.counts, self.exponent.tolist(), strict=True)
-        counts = torch.stack([_widened(row, widest - exponent) for row, exponent in rows])
-        return counts, float(self.width.max())
+        exponents = dict(zip(self.histogram.tolist(), self.exponent.tolist(), strict=True))
+        own = [_widened(row, widest - exponents.get(number, widest)) for number, row in enumerate(self.counts)]
+        return torch.stack(own)[self.histogram], float(self.width.max())
 
 
 def too_many_times(max_steps: int) -> TdqError:
@@ -124,7 +176,9 @@ def too_many_times(max_steps: int) -> TdqError:
 
 
 class StepStatistics(_Calibrator):  # type: ignore[misc]
-    """ModelOpt calibrator that keeps one histogram per time; memory is times x BINS, whatever the number of samples.
+    """ModelOpt calibrator that keeps a histogram per time; memory is times x BINS, whatever the number of samples.
+
+    Of more than 128 times, neighbours share histograms.
 
     Args:
         name: Of the quantizer.
@@ -149,6 +203,7 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
         self._timestep = timestep
         self._max_steps = max_steps
         self._rows: dict[float, _Row] = {}
+        self._histograms = 0
 
     @property
     def times(self) -> set[float]:
@@ -218,27 +273,78 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
             if len(self._rows) == self._max_steps:
                 raise too_many_times(self._max_steps)
             counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
-            row = self._rows[time] = _Row(exponent, counts, low, high, LargestSamples())
-        row.widen(exponent)
+            row = self._rows[time] = _Row(_Histogram(exponent, counts), low, high, LargestSamples())
+            self._histograms += 1
+        histogram = row.histogram
+        histogram.widen(exponent)
         # not in place: a loop may run in torch.inference_mode at one time and outside of it at another
-        row.counts = row.counts + _histogram(x, row.exponent).to(row.counts.device)
+        added = _histogram(x, histogram.exponent).to(histogram.counts.device)
+        histogram.counts = histogram.counts + added
         row.low, row.high = min(row.low, low), max(row.high, high)
         row.samples.add([max(-low, high) for low, high in zip(lows, highs, strict=True)])
+        if self._histograms > _MOST:
+            self._share()
+
+    def _share(self) -> None:
+        """Of histograms that are next to each other in time, those of the fewest times become one, and again."""
+        groups: dict[_Histogram, list[_Row]] = {}
+        for time in sorted(self._rows):
+            groups.setdefault(self._rows[time].histogram, []).append(self._rows[time])
+        known = list(groups.items())
+        while len(known) > _FEWER:
+            sizes = [len(rows) + len(others) for (_, rows), (_, others) in itertools.pairwise(known)]
+            place = sizes.index(min(sizes))
+            (first, rows), (second, others) = known[place : place + 2]
+            first.widen(second.exponent)
+            second.widen(first.exponent)
+            both = _Histogram(first.exponent, first.counts + second.counts.to(first.counts.device))
+            known[place : place + 2] = [(both, rows + others)]
+        for histogram, rows in known:
+            for row in rows:
+                row.histogram = histogram
+        self._histograms = len(known)
 
     def statistics(self, times: list[float]) -> ActivationStatistics:
         """All rows, on the CPU, in the order of ``times``; summed over processes."""
-        empty = _Row(_SMALLEST, torch.zeros(BINS, dtype=torch.float64), math.inf, -math.inf, LargestSamples())
+        empty = _Row(
+            _Histogram(_SMALLEST, torch.zeros(BINS, dtype=torch.float64)), math.inf, -math.inf, LargestSamples()
+        )
         rows = [self._rows.get(time, empty) for time in times]
-        device = next((row.counts.device for row in rows if row is not empty), torch.device("cpu"))
-        exponent = all_reduce(torch.tensor([row.exponent for row in rows], device=device), "max")
-        for time, common in zip(times, exponent.tolist(), strict=True):
-            if time in self._rows:
-                self._rows[time].widen(common)
-        counts = all_reduce(torch.stack([row.counts.to(device) for row in rows]), "sum")
+        device = next((row.histogram.counts.device for row in rows if row is not empty), torch.device("cpu"))
+        own: dict[_Histogram, list[int]] = {}
+        for number, row in enumerate(rows):
+            if row is not empty:
+                own.setdefault(row.histogram, []).append(number)
+        # what any process has together is together in all
+        together = _joined((group for part in gather(list(own.values())) for group in part), len(times))
+        parts = [list(dict.fromkeys(rows[number].histogram for number in group)) for group in together]
+        exponents = torch.tensor([max(part.exponent for part in of) for of in parts], device=device)
+        exponents = all_reduce(exponents, "max")
+        counts = torch.stack(
+            [
+                sum(
+                    (_widened(part.counts.to(device), exponent - part.exponent) for part in of),
+                    torch.zeros((), device=device),
+                )
+                / len(group)
+                for of, group, exponent in zip(parts, together, exponents.tolist(), strict=True)
+            ]
+        )
+        counts = all_reduce(counts, "sum")
         low = all_reduce(torch.tensor([row.low for row in rows], dtype=torch.float32, device=device), "min")
         high = all_reduce(torch.tensor([row.high for row in rows], dtype=torch.float32, device=device), "max")
         samples = zip(*gather([row.samples for row in rows]), strict=True)
-        return ActivationStatistics(counts.cpu(), exponent.cpu(), low.cpu(), high.cpu(), mean_growth(list(samples)))
+        shared = torch.empty(len(times), dtype=torch.int64)
+        for number, group in enumerate(together):
+            shared[group] = number
+        return ActivationStatistics(
+            counts.cpu(),
+            exponents.cpu()[shared],
+            low.cpu(),
+            high.cpu(),
+            mean_growth(list(samples)),
+            shared if len(together) < len(times) else None,
+        )
 
     def compute_amax(self, *args: object, **kwargs: object) -> Tensor | None:
         """[] float32: maximum over all times, ModelOpt's contract; None if nothing was collected."""
@@ -249,3 +355,4 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything."""
         self._rows.clear()
+        self._histograms = 0

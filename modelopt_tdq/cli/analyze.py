@@ -19,8 +19,11 @@ from modelopt_tdq.cli.options import (
     Seed,
     Steps,
     Subfolder,
-    check_folder,
 )
+from modelopt_tdq.cli.script import script_file
+from modelopt_tdq.core.files import require_writable
+from modelopt_tdq.lab.sources import require_model
+from modelopt_tdq.recipes import read_recipe
 
 __all__ = ["analyze"]
 
@@ -52,11 +55,16 @@ def analyze(
     Headroom: what the best single scale of a layer loses against the best scale per step. Sensitivity: what
     quantizing one layer alone does to the model's output, estimated for all layers at once by backward passes.
     """
+    # before all that takes seconds to import
+    if output is not None:
+        require_writable(output, folder=True)
+    read_recipe(recipe)
+    require_model(model, subfolder)
+    if calibration_script is not None:
+        script_file(calibration_script, "calibration_script")
     from modelopt_tdq.lab.placement import Placement
 
-    placement = Placement.of(device, dtype)  # before all that takes seconds to import
-    if output is not None:
-        check_folder(output)
+    placement = Placement.of(device, dtype)
     from modelopt_tdq.analysis import analyze as run_analysis
     from modelopt_tdq.cli.calibration import prepare
     from modelopt_tdq.config import recipe as recipe_config

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from modelopt_tdq.cli.options import command_line, names
+from modelopt_tdq.core.files import require_writable
 
 __all__ = ["bench"]
 
@@ -40,6 +41,7 @@ def supplement(
     The same data, steps and seeds for every row. Writes a JSON file with every run (seed, steps, checksum of the
     model, wall time), and per table a Markdown file and a plot. An interrupted benchmark goes on where it stopped.
     """
+    require_writable(output, folder=True)
     from modelopt_tdq.lab.bench.budget import budget as named_budget
     from modelopt_tdq.lab.bench.command import run_supplement
     from modelopt_tdq.lab.bench.supplement import Bench
@@ -72,6 +74,7 @@ def temporal_features(
     trajectories of 20 and of 50 steps, images, calibration time, engine kernels and sizes. Writes a Markdown table, a
     plot of every feature at every time, and a JSON file. An interrupted benchmark goes on where it stopped.
     """
+    require_writable(output, folder=True)
     from modelopt_tdq.lab.bench.temporal.command import run_temporal
     from modelopt_tdq.lab.bench.temporal.rows import temporal_budget
     from modelopt_tdq.lab.bench.temporal.run import TemporalBench
@@ -107,6 +110,7 @@ def gpu(
     Every part runs in a process of its own with a time limit: one that crashes ends no other, and a library that
     refuses the GPU is recorded in its own words. Results are written after every part.
     """
+    require_writable(output, folder=True)
     from modelopt_tdq.lab.bench.gpu.command import run_gpu
 
     for line in run_gpu(output, names(only), command_line(), rehearse, engines):
@@ -143,6 +147,7 @@ def rivals(
     each on the same layers, calibration noise and held-out trajectories as ours. Writes a table per model and format, a
     plot, and a JSON file after every row; an interrupted benchmark goes on where it stopped.
     """
+    require_writable(output, folder=True)
     from modelopt_tdq.lab.bench.rivals.command import run_rivals
     from modelopt_tdq.lab.bench.rivals.run import Bench
 
@@ -189,6 +194,7 @@ def zoo(
     A process per class with a time limit, and another that restores what it saved: what fails ends nothing else, and
     is told with its reason. Classes that ran with the versions that are installed are kept.
     """
+    require_writable(output, folder=True)
     from modelopt_tdq.lab.bench.zoo.command import Bench, run_zoo
 
     typer.echo(run_zoo(Bench(output, tuple(only or ()), names(stages), limit, again), run))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from modelopt_tdq.cli.options import Program
+from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.errors import TdqError
 
 __all__ = ["build"]
@@ -84,6 +85,11 @@ def build(
     Fails if one runs in float, unless --allow-float. Writes a manifest beside the engine. An engine is executable
     code: run only those that you built.
     """
+    target = output or onnx.with_suffix(".engine")
+    sizes = _sizes(dynamic_size or [])
+    require_writable(target, "engine_path")
+    if timing_cache is not None:
+        require_writable(timing_cache, "timing_cache")
     import shlex
 
     from rich.console import Console
@@ -94,9 +100,7 @@ def build(
     from modelopt_tdq.runtime.build.programs import backend_of, engine_lines, place_of, sizes_of
     from modelopt_tdq.runtime.build.trtexec import trtexec_command
 
-    target = output or onnx.with_suffix(".engine")
     capabilities = tuple(compute_capability or DEFAULT_COMPUTE_CAPABILITIES)
-    sizes = _sizes(dynamic_size or [])
     lines = []
     if program is not None:
         lines = list(engine_lines(program, onnx, target, sizes))

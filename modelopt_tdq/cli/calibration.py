@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from modelopt_tdq.cli.script import script_file
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.placement import Placement
 from modelopt_tdq.lab.reference_models import model_of
@@ -45,12 +45,8 @@ def load_function(reference: str, option: str) -> Callable[..., Any]:
     Raises:
         TdqError: The form is another, the file does not exist, or has no such function.
     """
-    path, separator, name = reference.rpartition(":")
-    if not separator or not name.isidentifier():
-        raise TdqError(option, reference, "not of the form file.py:function", "For example calibrate.py:forward_loop")
-    file = Path(path)
-    if not file.is_file():
-        raise TdqError(option, path, "no such file", "Name a Python file")
+    file, name = script_file(reference, option)
+    path = str(file)
     spec = importlib.util.spec_from_file_location(f"modelopt_tdq_user_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise TdqError(option, path, "not a Python file", "Name a file that ends in .py")

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelopt_tdq.cli.options import Folder
+from modelopt_tdq.core.files import require_writable
+from modelopt_tdq.errors import require
+from modelopt_tdq.lab.sources import require_quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +73,10 @@ def compare(
     Prints what is allowed and what was found. Exit status 1 if a backend differs from the reference by more than
     rounding explains; the first faulty layer is named last.
     """
+    # before all that takes seconds to import
+    if report is not None:
+        require_writable(report, "report")
+    require_quantized(folder)
     import importlib.util
 
     import torch
@@ -81,9 +88,9 @@ def compare(
     from modelopt_tdq.runtime.build.report import EngineReport
 
     if report is not None:
-        from modelopt_tdq.lab.report.comparison import check_page, write_comparison
-
-        check_page(report)
+        for module in ("jinja2", "matplotlib"):
+            require(module, "report")
+        from modelopt_tdq.lab.report.comparison import write_comparison
     found = load_quantized(folder)
     table = scale_table(found.model)
     rows = torch.linspace(0, len(table) - 1, min(steps, len(table))).round().long()

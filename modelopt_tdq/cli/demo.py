@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from modelopt_tdq.cli.options import Maintenance, command_line, names
+from modelopt_tdq.cli.options import Device, Dtype, Maintenance, Offload, command_line, names
+from modelopt_tdq.core.files import require_writable
+from modelopt_tdq.lab.sources import require_model
 
 __all__ = ["demo"]
 
@@ -46,12 +48,18 @@ def demo(
     ] = None,
     maintenance: Maintenance = "none",
     restart: Annotated[bool, typer.Option("--restart", help="Do everything again.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
+    offload: Offload = "none",
 ) -> None:
     """Compare full precision, ModelOpt's static quantization, and scales over time on one model.
 
     Prints one table; writes images, plots, quantized models, results.json and report.html. With the bundled model it
     takes about twelve minutes on two cores. An interrupted demo goes on where it stopped.
     """
+    # before all that takes seconds to import
+    require_writable(output, folder=True)
+    require_model(model)
     from modelopt_tdq.lab.demo.run import run_demo
     from modelopt_tdq.lab.demo.settings import DemoSettings
 
@@ -67,5 +75,8 @@ def demo(
         workers=workers,
         restart=restart,
         maintenance=maintenance,
+        device=device,
+        dtype=dtype,
+        offload=offload,
     )
     run_demo(settings, command=command_line())

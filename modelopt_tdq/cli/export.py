@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
-from modelopt_tdq.cli.options import Device, Folder, Program, check_file
+from modelopt_tdq.cli.options import Device, Folder, Program
+from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.errors import TdqError, TdqWarning
+from modelopt_tdq.lab.sources import require_quantized
 
 __all__ = ["export"]
 
@@ -116,10 +118,16 @@ def export(
     The inputs have the names and shapes that calibration used. Calibrate with one time per sample to get an
     ONNX file that takes one time per sample.
     """
+    # before all that takes seconds to import
+    require_writable(output)
+    axes = _axes(dynamic_axis or [])
+    if program is not None and names:
+        raise TdqError("names", names, f"--for {program} gives the names", "Leave out one of the two")
+    called = program or _names(names or ["forward"])
+    require_quantized(folder)
     from modelopt_tdq.lab.placement import Placement
 
-    Placement.of(device, dtype or "fp32")  # before all that takes seconds to import
-    check_file(output)
+    Placement.of(device, dtype or "fp32")
     import logging
     import warnings
 
@@ -129,10 +137,6 @@ def export(
     from modelopt_tdq.model.call import tensor_leaves
     from modelopt_tdq.runtime.build.programs import onnx_lines
 
-    axes = _axes(dynamic_axis or [])
-    if program is not None and names:
-        raise TdqError("names", names, f"--for {program} gives the names", "Leave out one of the two")
-    called = program or _names(names or ["forward"])
     # torch's exporter tells of its own deprecations and of packages that it does without
     warnings.simplefilter("ignore")
     warnings.simplefilter("default", TdqWarning)

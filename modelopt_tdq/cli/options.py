@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from modelopt_tdq.errors import TdqError
 
 __all__ = [
     "CalibrationScript",
@@ -25,8 +22,6 @@ __all__ = [
     "Seed",
     "Steps",
     "Subfolder",
-    "check_file",
-    "check_folder",
     "command_line",
     "names",
 ]
@@ -102,26 +97,6 @@ Steps = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of the noise that the trajectories start from.")]
 Folder = Annotated[Path, typer.Argument(help="Folder written by `modelopt-tdq quantize`.", show_default=False)]
-
-
-def check_folder(folder: Path) -> None:
-    """Whether files may be written into ``folder``, which need not exist; before any work.
-
-    Raises:
-        TdqError: It is a file, or may not be written to.
-    """
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise TdqError("output", str(folder), f"{existing} is a file", "Name a folder")
-    if not os.access(existing, os.W_OK):
-        raise TdqError("output", str(folder), f"{existing} may not be written to", "Name another folder")
-
-
-def check_file(file: Path) -> None:
-    """Whether ``file`` may be written, as :func:`check_folder`."""
-    if file.is_dir():
-        raise TdqError("output", str(file), "it is a folder", "Name a file")
-    check_folder(file.absolute().parent)
 
 
 def command_line() -> str:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import modelopt_tdq as tdq
 from modelopt_tdq.cli.options import (
     CalibrationScript,
     Device,
@@ -22,6 +21,10 @@ from modelopt_tdq.cli.options import (
     Steps,
     Subfolder,
 )
+from modelopt_tdq.cli.script import script_file
+from modelopt_tdq.core.files import require_writable
+from modelopt_tdq.lab.sources import DESCRIPTION, require_model
+from modelopt_tdq.recipes import read_recipe
 
 if TYPE_CHECKING:
     from modelopt_tdq.cli.calibration import Calibrated
@@ -52,17 +55,23 @@ def quantize(
     --maintenance, the temporal features are in the model's state, and their table lies beside the scales.
     An unconditional model is calibrated on its own sampling trajectories, with the scheduler beside it.
     """
+    # before all that takes seconds to import
+    require_writable(output, replaces=DESCRIPTION)
+    read_recipe(recipe)
+    require_model(model, subfolder)
+    if calibration_script is not None:
+        script_file(calibration_script, "calibration_script")
     from modelopt_tdq.lab.placement import Placement
 
-    placement = Placement.of(device, dtype, offload)  # before all that takes seconds to import
+    placement = Placement.of(device, dtype, offload)
     import modelopt.torch.quantization as mtq
 
+    import modelopt_tdq as tdq
     from modelopt_tdq.cli.calibration import prepare
     from modelopt_tdq.lab.maintenance import with_maintenance
-    from modelopt_tdq.lab.model_folder import check_output, describe_inputs, save_quantized
+    from modelopt_tdq.lab.model_folder import describe_inputs, save_quantized
     from modelopt_tdq.temporal_features.runtime import has_features
 
-    check_output(output)
     config = with_maintenance(tdq.recipe(recipe), maintenance)
     prepared = prepare(model, subfolder, calibration_script, samples, steps, seed, placement=placement)
     config["algorithm"].setdefault("expected_calls", prepared.expected_calls)
@@ -109,6 +118,7 @@ def quantize(
 
 def _announce(prepared: Calibrated, config: dict[str, Any]) -> None:
     """Say what the temporal features will take, before calibration; where the model can be called without a script."""
+    import modelopt_tdq as tdq
     from modelopt_tdq.lab.example_call import example_call
     from modelopt_tdq.lab.trajectories import is_unconditional
     from modelopt_tdq.temporal_features.report import cache_memory, memory_text

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from modelopt_tdq.cli.options import command_line
+from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.errors import TdqError
 
 __all__ = ["report"]
@@ -53,15 +54,20 @@ def report(
             raise TdqError(
                 "results", str(results), "a demo's results, given with --figures", "Name the benchmark with --results"
             )
+        if output is not None:
+            require_writable(output, folder=True)
         _figures(model, benchmark, output, samples, steps, seed)
         return
     for option, value in (("model", model), ("results", benchmark)):
         if value is not None:
             raise TdqError(option, str(value), "of use with --figures only", "Add --figures")
-    _page(results or Path("tdq-demo/results.json"), output)
+    source = results or Path("tdq-demo/results.json")
+    target = output or source.parent / "report.html"
+    require_writable(target)
+    _page(source, target)
 
 
-def _page(results: Path, output: Path | None) -> None:
+def _page(results: Path, output: Path) -> None:
     from modelopt_tdq.lab.report.html import write_html
     from modelopt_tdq.lab.report.results import load_results
     from modelopt_tdq.lab.report.table import results_table
@@ -69,7 +75,7 @@ def _page(results: Path, output: Path | None) -> None:
     content = load_results(results)
     console = Console()
     console.print(results_table(content))
-    written = write_html(content, results.parent, output or results.parent / "report.html")
+    written = write_html(content, results.parent, output)
     console.print(f"Report: {written}", highlight=False)
 
 

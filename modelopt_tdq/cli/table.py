@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from modelopt_tdq.cli.options import Folder, check_file, check_folder
+from modelopt_tdq.cli.options import Folder
+from modelopt_tdq.core.files import require_writable
 
 __all__ = ["table"]
 
@@ -41,7 +42,7 @@ def table(
     """Write the scales of a quantized model: the table over time, or what programs without time can use of it."""
     defaults = {Form.TABLE: "scale_table.safetensors", Form.STATIC_JSON: "static_scales.json"}
     target = output or folder / defaults.get(to, "checkpoint")
-    (check_folder if to is Form.CHECKPOINT else check_file)(target)
+    require_writable(target, folder=to is Form.CHECKPOINT)
     from modelopt_tdq.export.static_scales import write_static_checkpoint, write_static_json
     from modelopt_tdq.lab.model_folder import load_quantized
     from modelopt_tdq.model.model_table import scale_table

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from modelopt_tdq.core.files import require_writable
+
 __all__ = ["twin"]
 
 
@@ -19,6 +21,8 @@ def twin(
     ] = None,
 ) -> None:
     """Write the plugin-free twin of a graph with the TensorRT plugin: standard operators, the same numbers."""
+    target = output or onnx.with_name(f"{onnx.stem}_twin{onnx.suffix}")
+    require_writable(target)
     from modelopt_tdq.runtime.twin import write_twin
 
-    typer.echo(f"{write_twin(onnx, output or onnx.with_name(f'{onnx.stem}_twin{onnx.suffix}'))}: plugin-free")
+    typer.echo(f"{write_twin(onnx, target)}: plugin-free")

@@ -13,21 +13,56 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelopt_tdq.errors import TdqError
 
-__all__ = ["arrays_path", "read_arrays", "read_table", "replacing", "write_arrays", "write_table", "write_text"]
+if TYPE_CHECKING:  # importing torch takes longer than to see that nothing can be written
+    from torch import Tensor
+
+__all__ = [
+    "arrays_path",
+    "read_arrays",
+    "read_table",
+    "replacing",
+    "require_writable",
+    "write_arrays",
+    "write_table",
+    "write_text",
+]
 
 _Table = TypeVar("_Table")
 
 #: Keys in the metadata of a safetensors file.
 _DESCRIPTION, _CHECKSUM = "modelopt_tdq", "sha256"
+
+
+def require_writable(
+    path: str | os.PathLike[str], field: str = "output", *, folder: bool = False, replaces: str | None = None
+) -> None:
+    """Whether results may be written there, before the work that they take; the folders around it need not exist.
+
+    Args:
+        path: Of a file.
+        field: What the user names it by.
+        folder: It is a folder, into which files are written.
+        replaces: It is a folder that is replaced as a whole: a new or empty one, or one that holds a file of this name.
+
+    Raises:
+        TdqError: It cannot be written; nothing was.
+    """
+    target = Path(path)
+    noun = "folder" if folder or replaces is not None else "file"
+    if noun == "file" and target.is_dir():
+        raise TdqError(field, str(target), "it is a folder", "Name a file")
+    places = target.absolute() if noun == "folder" else target.absolute().parent
+    existing = next(place for place in (places, *places.parents) if place.exists())
+    if not existing.is_dir():
+        raise TdqError(field, str(target), f"{existing} is a file", f"Name a {noun} elsewhere")
+    if (target.is_file() and not os.access(target, os.W_OK)) or not os.access(existing, os.W_OK):
+        raise TdqError(field, str(target), f"{existing} may not be written to", f"Name another {noun}")
+    if replaces is not None and target.is_dir() and not (target / replaces).is_file() and any(target.iterdir()):
+        raise TdqError(field, str(target), f"it holds other files, and no {replaces}", "Name a new folder")
 
 
 @contextmanager
@@ -107,6 +142,8 @@ def arrays_path(path: str | os.PathLike[str]) -> Path:
 
 def _digest(text: str, arrays: Mapping[str, Tensor]) -> str:
     """Of the description, and of name, type, shape and bytes of every array."""
+    import torch
+
     digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         array = arrays[name]
@@ -133,6 +170,8 @@ def write_arrays(
     Raises:
         TdqError: ``fields`` cannot be written as JSON, or ``path`` names no file.
     """
+    from safetensors.torch import save_file
+
     target = arrays_path(path)
     try:
         text = json.dumps({"kind": f"modelopt_tdq.{kind}", "schema_version": version, **fields}, allow_nan=False)
@@ -166,6 +205,8 @@ def read_arrays(
     Raises:
         TdqError: The file is missing or something else, the schema is newer, the checksum or the content is wrong.
     """
+    from safetensors import SafetensorError, safe_open
+
     target = arrays_path(path)
     cure = cure or f"Copy or save the {noun} again"
     if not target.is_file():

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from modelopt_tdq.model.call import first_output
+from modelopt_tdq.model.place import execution_device
 
 __all__ = ["NoisyBatch", "Prediction", "class_count", "noise_loss", "noisy_batch", "predict", "sample_labels"]
 
@@ -32,17 +33,27 @@ def sample_labels(model: nn.Module, samples: int, device: torch.device | str = "
 def predict(model: nn.Module, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
     """The model's prediction of the noise [B, C, H, W], without that of its variance where it makes one.
 
+    The model is called where it computes, in its type; what it predicts comes back to where ``x`` is, in that of ``x``.
+
     Args:
         model: Takes the noisy images and the time as its first arguments, and ``class_labels`` where it has classes.
         x: [B, C, H, W].
         time: [] or [B].
         labels: [B] int64, or None.
     """
+    device, dtype = (
+        execution_device(model),
+        next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype),
+    )
+    given = x if (x.device, x.dtype) == (device, dtype) else x.to(device, dtype)
+    if device != x.device:
+        time, labels = time.to(device), None if labels is None else labels.to(device)
     if labels is None:
-        prediction = first_output(model(x, time))
+        prediction = first_output(model(given, time))
     else:
-        prediction = first_output(model(x, time.expand(len(x)), class_labels=labels))
-    return prediction[:, : x.shape[1]]
+        prediction = first_output(model(given, time.expand(len(x)), class_labels=labels))
+    prediction = prediction[:, : x.shape[1]]
+    return prediction if given is x else prediction.to(x)
 
 
 def noisy_batch(

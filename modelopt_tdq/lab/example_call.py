@@ -27,9 +27,10 @@ def example_call(model: nn.Module, samples: int = 2, time: Tensor | None = None)
         TdqError: The model's config does not say how large its samples are.
     """
     device = execution_device(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     names = list(inspect.signature(model.forward).parameters)
     arguments: dict[str, Any] = {
-        names[0]: noise(samples, sample_shape(model), 0).to(device),
+        names[0]: noise(samples, sample_shape(model), 0).to(device, dtype),
         names[1]: torch.full((samples,), 500.0, device=device) if time is None else time,
     }
     labels = sample_labels(model, samples, device)

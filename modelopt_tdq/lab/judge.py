@@ -68,9 +68,15 @@ def reference(
     return Reference(start, torch.stack(times), torch.stack(inputs), torch.stack(predictions), images.clamp(-1.0, 1.0))
 
 
-def judge(model: nn.Module, scheduler: Any, against: Reference, tick: Callable[[], None]) -> Judgement:
-    """Judge a quantized model; ``tick`` is called twice per step."""
-    model = folded(model)
+def judge(
+    model: nn.Module,
+    scheduler: Any,
+    against: Reference,
+    tick: Callable[[], None],
+    place: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Judgement:
+    """Judge a quantized model; ``tick`` is called twice per step, ``place`` brings a copy to where it computes."""
+    model = place(folded(model))
     decibels = _sqnr(model, against, tick)
     images = sample(model, scheduler, against.start, len(against.timesteps), lambda *_: tick()).clamp(-1.0, 1.0)
     return Judgement(decibels, psnr_db(against.images, images), images)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelopt_tdq.core.files import replacing, write_text
+from modelopt_tdq.core.files import replacing, require_writable, write_text
 from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.lab.sources import DESCRIPTION, require_model, require_quantized
 from modelopt_tdq.lab.terrain import TerrainUNet
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.model.output_correction import layer_correction
@@ -28,22 +29,16 @@ from modelopt_tdq.model.weight_fit import warn_of_changed_weights
 
 __all__ = [
     "QuantizedFolder",
-    "check_output",
     "describe_inputs",
-    "is_path",
     "load_model",
     "load_quantized",
     "make_inputs",
     "save_quantized",
 ]
 
-DESCRIPTION = "quantization.json"
 TABLE = "scale_table"
 CORRECTION = "layer_correction"
 SCHEMA_VERSION = 1
-
-#: Where ModelOpt's ``save_pretrained`` puts its state.
-_MODELOPT_STATE = "modelopt_state.pth"
 
 #: Classes that a config may name beside those of diffusers.
 _OWN_CLASSES: dict[str, Any] = {TerrainUNet.__name__: TerrainUNet}
@@ -60,21 +55,12 @@ def load_model(source: str | os.PathLike[str], subfolder: str | None = None) -> 
         TdqError: There is no such model, diffusers does not know its class, or it is quantized already.
         MissingExtraError: The extra ``diffusers`` is not installed.
     """
-    folder = Path(source) / (subfolder or "")
-    if (folder / _MODELOPT_STATE).is_file():
-        raise TdqError("model", str(folder), "it is quantized already", "Name the full-precision model")
+    require_model(source, subfolder)
     return _load(source, subfolder)
 
 
 def _load(source: str | os.PathLike[str], subfolder: str | None) -> nn.Module:
-    if is_path(source) and not Path(source).is_dir():
-        raise TdqError(
-            "model", str(source), "no such folder", "Name a folder of a diffusers model; or a hub id, owner/name"
-        )
     diffusers = require("diffusers", "diffusers")
-    folder = Path(source) / (subfolder or "")
-    if Path(source).is_dir() and not (folder / "config.json").is_file():
-        raise TdqError("model", str(folder), "it holds no config.json", "Name the folder of the model, or --subfolder")
     try:
         name = diffusers.AutoModel.load_config(str(source), subfolder=subfolder).get("_class_name")
         kind = _OWN_CLASSES.get(str(name)) or getattr(diffusers, str(name), None)
@@ -88,12 +74,6 @@ def _load(source: str | os.PathLike[str], subfolder: str | None) -> nn.Module:
             "model", str(source), f"it cannot be loaded ({error})", "Name a folder of a diffusers model, or a hub id"
         ) from error
     return model.eval()
-
-
-def is_path(source: str | os.PathLike[str]) -> bool:
-    """Whether this can only be a local path, which is never looked up on the hub."""
-    text = str(source)
-    return not isinstance(source, str) or text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
 
 
 def describe_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,17 +142,6 @@ class QuantizedFolder:
     inputs: dict[str, Any]
 
 
-def check_output(folder: str | os.PathLike[str]) -> None:
-    """Whether a quantized model may be written there: a new or empty folder, or one with a quantized model.
-
-    Raises:
-        TdqError: It holds something else.
-    """
-    target = Path(folder)
-    if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise TdqError("output", str(target), "it exists and is no quantized model", "Name a new folder")
-
-
 def save_quantized(
     model: nn.Module, folder: str | os.PathLike[str], inputs: Mapping[str, Any], done: Mapping[str, Any]
 ) -> Path:
@@ -197,7 +166,7 @@ def save_quantized(
         raise TdqError(
             "model", type(model).__name__, "it has no save_pretrained", "Save it with modelopt.torch.opt.save(model)"
         )
-    check_output(target)
+    require_writable(target, replaces=DESCRIPTION)
     warn_of_changed_weights(model)
     mto.enable_huggingface_checkpointing()
     content = {"schema_version": SCHEMA_VERSION, "kind": "modelopt_tdq.quantized_model", "inputs": dict(inputs), **done}
@@ -221,10 +190,7 @@ def load_quantized(folder: str | os.PathLike[str]) -> QuantizedFolder:
     import modelopt.torch.opt as mto
 
     file = Path(folder) / DESCRIPTION
-    if not file.is_file():
-        raise TdqError(
-            "folder", str(folder), f"it holds no {DESCRIPTION}", "Name a folder written by modelopt-tdq quantize"
-        )
+    require_quantized(folder)
     try:
         description = json.loads(file.read_text())
         version, inputs = int(description["schema_version"]), description["inputs"]

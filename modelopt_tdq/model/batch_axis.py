@@ -179,8 +179,8 @@ def _agrees(
                 with around():
                     found = tensor_leaves({"": model(**cloned(axis._picked(arguments, pick, batch)))})
                 break
-            except Exception as error:  # whatever a model raises on samples that it cannot take
-                _log.debug("samples %s do not run by themselves: %s", pick, error)
+            except Exception as failure:  # whatever a model raises on samples that it cannot take
+                _log.debug("samples %s do not run by themselves: %s", pick, failure)
     if found is None:
         return False
     for name, reference in rows.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.errors import TdqError, require
 from modelopt_tdq.export.onnx_file import write_onnx
 from modelopt_tdq.export.plugin import without_plugin
-from modelopt_tdq.runtime.build.build import require_place
 from modelopt_tdq.runtime.build.onnx_model import read_onnx
 
 __all__ = ["write_twin"]
@@ -33,7 +33,7 @@ def write_twin(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
     read_onnx(source)
     if target.exists() and target.samefile(source):
         raise TdqError("output", str(target), "it is the graph itself", "Name another file")
-    require_place("output", target)
+    require_writable(target)
     twin = ir.load(source)  # without the weights that lie beside it
     without_plugin(twin, str(source))
     write_onnx(twin, target)

@@ -81,7 +81,7 @@ def test_memory_is_that_of_the_times() -> None:
         for i in range(samples):
             timestep.begin(torch.tensor([float(i % 3)]))
             collector.collect(torch.randn(4, 10))
-        rows = [vars(row).values() for row in collector._rows.values()]
+        rows = [{**vars(row), **vars(row.histogram)}.values() for row in collector._rows.values()]
         return sum(value.numel() if isinstance(value, Tensor) else 1 for row in rows for value in row)
 
     assert kept(3) == kept(60)

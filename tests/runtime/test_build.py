@@ -143,8 +143,8 @@ def test_what_else_cannot_be_built(tmp_path: Path) -> None:
         tdq.build_engine(model, engine, backend="trt")
     with pytest.raises(tdq.TdqError, match="no such file"):
         tdq.build_engine(tmp_path / "missing.onnx", engine)
-    with pytest.raises(tdq.TdqError, match="its folder does not exist"):
-        tdq.build_engine(model, tmp_path / "missing" / "model.engine")
+    with pytest.raises(tdq.TdqError, match="is a file"):
+        tdq.build_engine(model, model / "model.engine")
     with pytest.raises(tdq.TdqError, match="builds for the GPU of this machine only"):
         tdq.build_engine(model, engine, backend="tensorrt", compute_capabilities=["8.6"])
     (tmp_path / "text.onnx").write_text("no model")

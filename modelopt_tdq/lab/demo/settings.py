@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from modelopt_tdq.config import RECIPES, recipe
+from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.maintenance import check_maintenance
+from modelopt_tdq.lab.placement import Placement
 from modelopt_tdq.lab.reference_models import REFERENCE_MODELS, ReferenceModel, model_of
 from modelopt_tdq.lab.trajectories import is_unconditional
 
@@ -24,6 +26,9 @@ DEFAULT_RECIPES = ("int8", "w8a4", "w4a8", "w4a4")
 
 #: Different noise for calibration and for judging.
 SEEDS = {"calibration": 0, "judging": 1}
+
+#: Place and type that results of earlier versions are from.
+_USUAL = ("cpu", "fp32")
 
 #: The one that is deployed: below 8 bits codes travel as INT8, so engine and speed are the same.
 DEPLOYED = "int8"
@@ -50,6 +55,9 @@ class DemoSettings:
         batch: Of the OpenVINO measurement.
         workers: Processes; by default one per processor core, up to one per recipe_name.
         restart: Do everything again, whatever an earlier run left.
+        device: Where the models compute, see :meth:`modelopt_tdq.lab.placement.Placement.of`.
+        dtype: Of their weights; engines are made of fp32 models.
+        offload: What of them waits in CPU memory meanwhile.
         maintenance: What becomes of the temporal features where scales follow time, see
             :data:`modelopt_tdq.lab.maintenance.MAINTENANCE`.
 
@@ -69,6 +77,9 @@ class DemoSettings:
     restart: bool = False
     maintenance: str = "none"
     model: str = "unet"
+    device: str = "cpu"
+    dtype: str = "fp32"
+    offload: str = "none"
 
     def __post_init__(self) -> None:
         unknown = [recipe_name for recipe_name in self.recipes if recipe_name not in RECIPES]
@@ -83,8 +94,11 @@ class DemoSettings:
                 raise TdqError(name, getattr(self, name), "too small", f"Use at least {least}")
         if self.workers is not None and self.workers < 1:
             raise TdqError("workers", self.workers, "too small", "Use at least 1")
-        if self.output.exists() and not self.output.is_dir():
-            raise TdqError("output", str(self.output), "it is a file", "Name a folder")
+        require_writable(self.output, folder=True)
+        Placement.of(self.device, self.dtype, self.offload)
+        if self.engines and self.dtype != "fp32":
+            problem = "engines are built, and OpenVINO is timed, of models in fp32"
+            raise TdqError("dtype", self.dtype, problem, "Add --no-engines")
 
     @classmethod
     def for_model(cls, model: str, **given: Any) -> DemoSettings:
@@ -109,8 +123,13 @@ class DemoSettings:
         """The model, and how to load it."""
         return model_of(self.model)
 
+    @property
+    def placement(self) -> Placement:
+        """Where the models compute."""
+        return Placement.of(self.device, self.dtype, self.offload)
+
     def load(self) -> tuple[nn.Module, Any]:
-        """The model in full precision, and its scheduler.
+        """The model in full precision, in its type, on the CPU; and its scheduler.
 
         Raises:
             TdqError: One is missing, or the model takes more than noise, a time and class labels.
@@ -119,7 +138,7 @@ class DemoSettings:
         if not is_unconditional(model):
             problem = f"{type(model).__name__} takes more than a sample and a time"
             raise TdqError("model", self.model, problem, f"Use {', '.join(REFERENCE_MODELS)}, or a model without text")
-        return model, self.chosen.load_scheduler()
+        return model.to(self.placement.dtype), self.chosen.load_scheduler()
 
     @property
     def processes(self) -> int:
@@ -133,7 +152,12 @@ class DemoSettings:
 
     def judged(self) -> dict[str, Any]:
         """What the full-precision trajectories depend on."""
-        return {"model": self.chosen.checksum(), "steps": self.steps, "samples": self.samples, "seed": SEEDS["judging"]}
+        depends = {"model": self.chosen.checksum(), "steps": self.steps, "samples": self.samples}
+        return {**depends, "seed": SEEDS["judging"], **self._placed()}
+
+    def _placed(self) -> dict[str, Any]:
+        """Of the place, what results depend on; nothing of the usual one."""
+        return {name: own for name, own in {"device": self.device, "dtype": self.dtype}.items() if own not in _USUAL}
 
     def calibrated(self, recipe_name: str) -> dict[str, Any]:
         """What a calibration depends on."""
@@ -143,6 +167,7 @@ class DemoSettings:
             "samples": self.calibration_samples,
             "steps": self.calibration_steps,
             "seed": SEEDS["calibration"],
+            **self._placed(),
         }
         if self.maintenance != "none":
             depends |= {"maintenance": self.maintenance, "sampling_steps": self.steps}

@@ -127,6 +127,7 @@ def _ticks(total: float, report: Report) -> Callable[[], None]:
 
 def _reference(settings: DemoSettings, report: Report) -> StageResult:
     model, scheduler = settings.load()
+    settings.placement.place(model)
     tick = _ticks(settings.steps, report)
     found = reference(model, scheduler, settings.samples, settings.steps, SEEDS["judging"], tick)
     return StageResult(tensors={field.name: getattr(found, field.name) for field in fields(Reference)})
@@ -148,8 +149,8 @@ def _one_recipe(settings: DemoSettings, recipe_name: str, against: Reference, re
     models = {}
     for variant in VARIANTS:
         config = variant_config(recipe_name, variant, settings.maintenance, times)
-        models[variant] = quantized(model, config, forward_loop)
-        found = judge(models[variant], scheduler, against, tick)
+        models[variant] = quantized(model, config, forward_loop, settings.placement)
+        found = judge(models[variant], scheduler, against, tick, settings.placement.place)
         values[variant] = {"sqnr_db": [json_number(v) for v in found.sqnr_db], "psnr_db": json_number(found.psnr_db)}
         tensors[f"images.{variant}"] = found.images
         if variant == "tdq" or (variant == "max" and recipe_name == DEPLOYED):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modelopt_tdq.config import recipe
 from modelopt_tdq.core.fake_quant import code_range
 from modelopt_tdq.lab.maintenance import with_maintenance
+from modelopt_tdq.lab.placement import Placement
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
 from modelopt_tdq.model.output_correction import layer_correction
 
@@ -52,10 +53,19 @@ def variant_label(recipe_name: str, variant: str, maintenance: str = "none") -> 
     return {"max": "ModelOpt max", "static": f"static {statistic}", "tdq": f"TDQ {statistic}{kept}"}[variant]
 
 
-def quantized(model: nn.Module, config: dict[str, Any], forward_loop: Callable[[nn.Module], Any]) -> nn.Module:
-    """A quantized copy of ``model``."""
+def quantized(
+    model: nn.Module,
+    config: dict[str, Any],
+    forward_loop: Callable[[nn.Module], Any],
+    placement: Placement | None = None,
+) -> nn.Module:
+    """A quantized copy of ``model``: where that is, or quantized where ``placement`` has it, and on the CPU then."""
     copied = copy.deepcopy(model)
+    if placement is not None:
+        placement.place(copied)
     mtq.quantize(copied, config, forward_loop)
+    if placement is not None:
+        placement.take_back(copied)
     return copied
 
 

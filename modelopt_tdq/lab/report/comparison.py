@@ -10,24 +10,12 @@ from pathlib import Path
 
 from modelopt_tdq.compare.results import ModelComparison
 from modelopt_tdq.compare.table import render
-from modelopt_tdq.errors import TdqError, require
+from modelopt_tdq.core.files import require_writable
+from modelopt_tdq.errors import require
 from modelopt_tdq.lab.report.comparison_plots import draw_comparison
 from modelopt_tdq.lab.report.page import write_page
 
-__all__ = ["check_page", "write_comparison"]
-
-
-def check_page(path: str | os.PathLike[str]) -> None:
-    """Whether a page may be written there, before a long comparison is run.
-
-    Raises:
-        TdqError: It is a folder.
-        MissingExtraError: The extra ``report`` is not installed.
-    """
-    for module in ("jinja2", "matplotlib"):
-        require(module, "report")
-    if Path(path).is_dir():
-        raise TdqError("report", str(path), "it is a folder", "Name the HTML file to write")
+__all__ = ["write_comparison"]
 
 
 def write_comparison(comparison: ModelComparison, path: str | os.PathLike[str], title: str = "") -> Path:
@@ -42,7 +30,9 @@ def write_comparison(comparison: ModelComparison, path: str | os.PathLike[str], 
         TdqError: ``path`` is a folder.
         MissingExtraError: The extra ``report`` is not installed.
     """
-    check_page(path)
+    for module in ("jinja2", "matplotlib"):
+        require(module, "report")
+    require_writable(path, "report")
     from rich.console import Console
 
     console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, highlight=False)

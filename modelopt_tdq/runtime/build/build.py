@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import modelopt_tdq
-from modelopt_tdq.core.files import replacing
+from modelopt_tdq.core.files import replacing, require_writable
 from modelopt_tdq.errors import MissingExtraError, TdqError
 from modelopt_tdq.runtime.build.onnx_model import OnnxFacts, read_onnx
 from modelopt_tdq.runtime.build.options import (
@@ -88,13 +88,14 @@ def build_engine(
     )
     options.check()
     onnx_file, engine = Path(onnx_path).absolute(), Path(engine_path).absolute()
-    require_place("engine_path", engine)
+    require_writable(engine, "engine_path")
     if timing_cache is not None:
-        require_place("timing_cache", Path(timing_cache).absolute())
+        require_writable(timing_cache, "timing_cache")
     facts = read_onnx(onnx_file)
     options.check(facts)
     profile = shape_profile(facts, dynamic_sizes or {})
     log = Path(log_path).absolute() if log_path is not None else engine.with_name(engine.name + ".log")
+    engine.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     cache = None if timing_cache is None else Path(timing_cache).absolute()
     with tempfile.TemporaryDirectory(prefix=f".{engine.name}.", dir=engine.parent) as folder:
@@ -163,17 +164,6 @@ def _built(facts: OnnxFacts, request: dict[str, Any], request_file: Path) -> dic
             f"these are the same in every call, export with constants={names}"
         )
         raise TdqError(error.field, error.value, error.problem, cure) from error
-
-
-def require_place(field: str, file: Path) -> None:
-    """Check that a file can be written there.
-
-    Raises:
-        TdqError: It is a folder, or in none that exists.
-    """
-    if file.is_dir() or not file.parent.is_dir():
-        problem = "it is a folder" if file.is_dir() else "its folder does not exist"
-        raise TdqError(field, str(file), problem, "Name a file in an existing folder")
 
 
 def _replace(new: Path, target: Path) -> None:

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from modelopt_tdq.core.files import replacing
+from modelopt_tdq.core.files import replacing, require_writable
 from modelopt_tdq.errors import TdqError, require
-from modelopt_tdq.runtime.build.build import require_place
 from modelopt_tdq.runtime.build.onnx_model import read_onnx
 from modelopt_tdq.runtime.build.report import manifest_path, sha256
 from modelopt_tdq.runtime.sessions.providers import Chosen, add_providers, resolved
@@ -79,7 +78,7 @@ def compile_graph(
     ort = require("onnxruntime", "onnx")
     source, target = Path(onnx_path).absolute(), Path(path).absolute()
     facts = read_onnx(source)
-    require_place("path", target)
+    require_writable(target, "path")
     if source == target:
         raise TdqError("path", str(target), "it is onnx_path as well", "Name another file")
     options = ort.SessionOptions()
