@@ -278,7 +278,7 @@ def test_a_folder_with_something_else_is_not_overwritten(tmp_path: Path) -> None
     (tmp_path / "mine.txt").write_text("mine")
     assert "no quantization.json" in refused("quantize", "--output", tmp_path)
     model = diffusers.UNet2DModel(**SMALL)
-    with pytest.raises(tdq.TdqError, match="no quantization.json"):
+    with pytest.raises(tdq.TdqError, match="no quantization"):
         save_quantized(model, tmp_path, {}, {})
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
