@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -252,6 +253,19 @@ def test_a_model_of_another_kind(height_maps: str, tmp_path: Path) -> None:
     assert "CIFAR" not in page
 
 
+def test_a_model_in_another_type_and_offloaded(settings: DemoSettings, tmp_path: Path) -> None:
+    changed = dataclasses.replace(settings, output=tmp_path, dtype="bf16", offload="group")
+    for stage in stages(changed, frozenset()):
+        run(stage, changed, frozenset(), lambda fraction: None)
+    results, arrays = gather(changed, frozenset(), "modelopt-tdq demo --dtype bf16 --offload group")
+    assert arrays["reference"]["images"].dtype == np.float32
+    # against the model in the same type
+    assert all(min(map(float, row["sqnr_db"])) > 20 for row in results["rows"])
+    quantized = load_quantized(tmp_path / "models" / "int8-tdq")
+    assert {p.dtype for p in quantized.model.parameters()} == {torch.bfloat16}
+    assert quantized.inputs["sample"]["dtype"] == "bfloat16"
+
+
 def test_results_belong_to_a_model(height_maps: str, settings: DemoSettings, first: tuple[dict[str, Any], str]) -> None:
     left = [s.name for s in unfinished(dataclasses.replace(settings, model=height_maps), available_backends())]
     assert left == ["reference", "recipe-int8"]
@@ -274,6 +288,10 @@ def test_settings_are_checked() -> None:
         {"steps": 1},
         {"samples": 0},
         {"workers": 0},
+        {"device": "tpu"},
+        {"dtype": "int8"},
+        {"offload": "some"},
+        {"dtype": "bf16"},  # with engines
     ):
         with pytest.raises(TdqError):
             DemoSettings(**wrong)  # type: ignore[arg-type]
