@@ -85,6 +85,7 @@ def compile_graph(
     for name, own in add_providers(ort, options, providers, source, dynamic_sizes):
         if name != "CPUExecutionProvider":  # which ONNX Runtime has of itself
             options.add_provider(name, own)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         try:
             ort.ModelCompiler(options, os.fspath(source)).compile_to_file(str(Path(folder) / target.name))
