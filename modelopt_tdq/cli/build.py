@@ -96,7 +96,7 @@ def build(
 
     from modelopt_tdq.runtime.build.build import DEFAULT_COMPUTE_CAPABILITIES, build_engine
     from modelopt_tdq.runtime.build.onnx_model import read_onnx
-    from modelopt_tdq.runtime.build.precision import FloatLayersError, float_layers, render_precision
+    from modelopt_tdq.runtime.build.precision import FloatLayersError, render_precision
     from modelopt_tdq.runtime.build.programs import backend_of, engine_lines, place_of, sizes_of
     from modelopt_tdq.runtime.build.trtexec import trtexec_command
 
@@ -125,11 +125,6 @@ def build(
             Console().print(render_precision(error.report))
         raise
     Console().print(render_precision(report, full=layers or None))
-    fallen = float_layers(report)
-    low = sum(layer.low_precision for layer in report.precisions)
-    typer.echo(
-        f"{report.engine}: {report.kernels} kernels, {low} of {len(report.quantized)} quantized layers in low "
-        f"precision, {len(fallen)} in float ({report.backend} {report.backend_version})"
-    )
+    typer.echo(str(report))
     for line in lines:
         typer.echo(line)

@@ -162,17 +162,7 @@ def export(
         constants=constant or (),
         names=called,
     )
-    typer.echo(f"{report.path}: {len(report.quantized)} quantizers in low precision, {len(report.skipped)} skipped")
-    for name, reason in report.skipped:
-        typer.echo(f"  skipped {name}: {reason}")
-    for name, reason in report.unquantized:
-        typer.echo(f"  not quantized {name}: {reason}")
-    if report.constants:
-        typer.echo(f"part of the graph, and no inputs: {', '.join(report.constants)}")
-    for line in report.decisions:
-        typer.echo(f"NaN for inputs that decide otherwise: {line}")
-    if report.weights_form:
-        typer.echo(f"weights: {report.weights_form}")
+    typer.echo(str(report))
     if program is not None:
         for line in onnx_lines(program, report.path):
             typer.echo(line)

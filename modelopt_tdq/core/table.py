@@ -52,6 +52,12 @@ class ScaleTable:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     dequant_offset: Tensor | None = None
 
+    def __str__(self) -> str:
+        """In a line: how many quantizers, at how many times, and how many of them follow the time."""
+        following = int((~self.is_static).sum())
+        times = f"{len(self)} times, {self.timesteps[0]:g} to {self.timesteps[-1]:g}" if len(self) > 1 else "one time"
+        return f"ScaleTable of {len(self.names)} quantizers at {times}; {following} follow the time"
+
     def __post_init__(self) -> None:
         for name in _ARRAYS:
             value = getattr(self, name)

@@ -128,6 +128,13 @@ def export_onnx(
     reference = None if reference_path is None else _file("reference_path", reference_path)
     if reference is not None and reference.resolve() == target.resolve():
         raise TdqError("reference_path", str(reference), "it is path as well", "Name another file for the reference")
+    if restored_by := getattr(type(model), "restored_by", None):
+        raise TdqError(
+            "model",
+            type(model).__name__,
+            "an engine computes in place of this model, so there is nothing to trace",
+            f"Put the torch model back with {restored_by}, or export it before it is swapped",
+        )
     warn_of_changed_weights(model)
     timestep = find_timestep(unwrapped(model))
     argument = None if timestep is None else timestep.argument

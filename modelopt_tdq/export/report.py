@@ -52,6 +52,18 @@ class ExportReport:
     constants: tuple[str, ...] = ()
     decisions: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """What was written, and, a line each, what is not in low precision and why."""
+        lines = [f"{self.path}: {len(self.quantized)} quantizers in low precision, {len(self.skipped)} skipped"]
+        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped]
+        lines += [f"  not quantized {name}: {reason}" for name, reason in self.unquantized]
+        if self.constants:
+            lines.append(f"part of the graph, and no inputs: {', '.join(self.constants)}")
+        lines += [f"NaN for inputs that decide otherwise: {line}" for line in self.decisions]
+        if self.weights_form:
+            lines.append(f"weights: {self.weights_form}")
+        return "\n".join(lines)
+
 
 def report_of(
     context: LoweringContext,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -47,6 +47,9 @@ class StandIn(nn.Module):
     Args:
         original: The torch model.
     """
+
+    #: For those that cannot import this module, and want the torch model.
+    restored_by: ClassVar[str] = "modelopt_tdq.restore_denoiser(pipeline)"
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()

@@ -58,6 +58,11 @@ class LayerPrecision:
         """Whether the layer multiplies codes."""
         return self.type not in (FLOAT, UNKNOWN)
 
+    @property
+    def in_float(self) -> bool:
+        """Whether its kernel reads floats."""
+        return self.type == FLOAT
+
 
 class FloatLayersError(TdqError):
     """Quantized layers run in float. ``report`` describes the engine, which a build that raises this did not write."""
@@ -108,7 +113,7 @@ def float_layers(report: EngineReport, names: Sequence[str] | None = None) -> tu
         TdqError: No kernel of the engine carries one of ``names``.
     """
     if names is None:
-        return tuple(layer.name for layer in report.precisions if layer.type == FLOAT)
+        return tuple(layer.name for layer in report.precisions if layer.in_float)
     return tuple(name for name in names if not report.low_precision(name))
 
 

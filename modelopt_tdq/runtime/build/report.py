@@ -70,6 +70,15 @@ class EngineReport:
     plugins: tuple[PluginNode, ...] = ()
     onnx_metadata: Mapping[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """In a line: kernels, and how many quantized layers run in low precision and in float."""
+        low = sum(layer.low_precision for layer in self.precisions)
+        fallen = sum(layer.in_float for layer in self.precisions)
+        return (
+            f"{self.engine}: {self.kernels} kernels, {low} of {len(self.quantized)} quantized layers in low "
+            f"precision, {fallen} in float ({self.backend} {self.backend_version})"
+        )
+
     @property
     def kernels(self) -> int:
         """Number of kernels that one call of the model launches."""
