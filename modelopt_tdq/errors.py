@@ -6,6 +6,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from modelopt_tdq.install import install_command
+
 __all__ = ["MissingExtraError", "TdqError", "TdqWarning", "require"]
 
 
@@ -54,5 +56,5 @@ def require(module: str, extra: str) -> ModuleType:
             "module",
             module,
             f"it is not installed ({error})",
-            f"Install the extra that brings it: pip install 'modelopt-tdq[{extra}]'",
+            f"Install the extra that brings it: {install_command(extra)}",
         ) from error

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "modelopt_tdq"
 #: From the ground up; single files count as folders.
 ORDER = (
     "version",
+    "install",
     "errors",
     "recipes",
     "core",

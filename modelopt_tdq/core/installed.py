@@ -6,9 +6,9 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-__all__ = ["DISTRIBUTION", "installed_version", "outdated"]
+from modelopt_tdq.install import DISTRIBUTION
 
-DISTRIBUTION = "modelopt-tdq"
+__all__ = ["DISTRIBUTION", "installed_version", "outdated"]
 
 
 def installed_version(name: str) -> str | None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from modelopt_tdq.core.installed import DISTRIBUTION, installed_version
+from modelopt_tdq.install import install_command
 from modelopt_tdq.runtime.build.options import OLDEST_TENSORRT
+from modelopt_tdq.version import __version__
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.text import Text
 
 __all__ = [
     "DISTRIBUTION",
@@ -26,6 +30,7 @@ __all__ = [
     "Diagnosis",
     "Extra",
     "Package",
+    "as_json",
     "doctor",
     "examine_backends",
     "import_problem",
@@ -74,7 +79,7 @@ class Extra:
     @property
     def install(self) -> str:
         """The command that installs it."""
-        return f"pip install '{DISTRIBUTION}[{self.name}]'"
+        return install_command(self.name)
 
 
 @dataclass(frozen=True)
@@ -171,49 +176,80 @@ def _warnings(gpus: tuple[str, ...], torch_sees_gpu: bool) -> Iterable[str]:
     if installed_version("diffusers") and not installed_version("onnx"):
         yield (
             "diffusers without onnx: ModelOpt skips its diffusers plugin, so attention products have no quantizers, "
-            f"and models quantized with onnx installed cannot be restored. pip install '{DISTRIBUTION}[onnx]'"
+            f"and models quantized with onnx installed cannot be restored. {install_command('onnx')}"
         )
     if gpus and not torch_sees_gpu:
         yield "there is an NVIDIA GPU, but this PyTorch does not use it: install a CUDA build of torch"
 
 
-def render(diagnosis: Diagnosis) -> RenderableType:
-    """The diagnosis as rich tables, to be printed by a ``rich.console.Console``."""
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
+#: Of the column with names, in characters.
+_NAME = 16
 
-    def mark(ok: bool) -> str:
-        return "[green]yes[/]" if ok else "[red]no[/]"
+
+def render(diagnosis: Diagnosis, width: int = 100) -> Text:
+    """The diagnosis as text, to be printed by a ``rich.console.Console`` with ``soft_wrap=True``.
+
+    Args:
+        diagnosis: What was found.
+        width: Lines are no longer, in characters; but commands are never broken, so that they can be copied.
+    """
+    from rich.text import Text
+
+    text = Text()
+
+    def heading(title: str) -> None:
+        text.append(f"\n{title}\n" if len(text) else f"{title}\n", style="bold")
+
+    def line(name: str, says: str, ok: bool | None = None, command: str = "") -> None:
+        mark = {None: "", True: "yes  ", False: "no   "}[ok]
+        indent = 2 + _NAME + len(mark)
+        text.append(f"  {name:<{_NAME}}")
+        text.append(mark, style="green" if ok else "red")
+        text.append(
+            "\n".join(wrap(says, max(width - indent, 20), break_long_words=False)).replace("\n", "\n" + " " * indent)
+        )
+        text.append("\n")
+        if command:
+            text.append(f"{' ' * indent}{command}\n", style="cyan")
 
     def described(package: Package) -> str:
         wanted = f" (needs {package.required})" if package.required and not package.ok else ""
-        return escape(f"{package.name} {package.installed or 'missing'}{wanted}")
+        return f"{package.name} {package.installed or 'missing'}{wanted}"
 
-    machine = Table(title="This machine", show_header=False, title_justify="left")
-    machine.add_row("Python", f"{diagnosis.python}, {diagnosis.system}")
-    machine.add_row("PyTorch", f"CUDA {diagnosis.cuda}" if diagnosis.cuda else "CPU build")
-    machine.add_row("NVIDIA GPU", escape("\n".join(diagnosis.gpus)) or "none found")
-    machine.add_row(
-        "CPU", f"INT8: {', '.join(diagnosis.int8_instructions)}" if diagnosis.int8_instructions else "no INT8"
-    )
-    machine.add_row("Core", ", ".join(described(package) for package in diagnosis.core) or "not installed as a package")
+    heading("This machine")
+    line("Python", f"{diagnosis.python}, {diagnosis.system}")
+    line("PyTorch", f"CUDA {diagnosis.cuda}" if diagnosis.cuda else "CPU build")
+    line("NVIDIA GPU", "; ".join(diagnosis.gpus) or "none found")
+    line("INT8 on the CPU", ", ".join(diagnosis.int8_instructions) or "no dot products")
+    line("Core", ", ".join(described(package) for package in diagnosis.core) or "not installed as a package")
 
-    extras = Table("extra", "ready", "packages", "to install", title="Extras", title_justify="left")
-    told: set[Package] = set()
+    heading("Extras")
     for extra in sorted(diagnosis.extras, key=lambda extra: (extra.name in ("all", "dev"), extra.name != "onnx")):
-        news = [described(package) for package in extra.packages if package not in told or not package.ok]
-        told.update(extra.packages)
-        packages = ", ".join(news) or "all of the above"
-        extras.add_row(extra.name, mark(extra.ready), packages, "" if extra.ready else escape(extra.install))
+        missing = [described(package) for package in extra.packages if not package.ok]
+        there = [described(package) for package in extra.packages] if extra.name not in ("all", "dev") else []
+        says = ", ".join(missing or there) or f"its {len(extra.packages)} packages are there"
+        line(extra.name, says, extra.ready, "" if extra.ready else extra.install)
 
-    backends = Table("backend", "build", "run", "here", "for the rest", title="Backends", title_justify="left")
+    heading("Backends")
     for backend in diagnosis.backends:
-        backends.add_row(
-            backend.name, mark(backend.build), mark(backend.run), escape(backend.remark), escape(backend.cure)
-        )
-    notes = [f"[yellow]Note:[/] {escape(warning)}" for warning in diagnosis.warnings]
-    return Group(machine, extras, backends, *notes)
+        does = f"build {'yes' if backend.build else 'no'}, run {'yes' if backend.run else 'no'}: {backend.remark}"
+        is_command = backend.cure.startswith("pip ")
+        says = does if is_command or not backend.cure else f"{does}. {backend.cure}"
+        line(backend.name, says, command=backend.cure if is_command else "")
+    for warning in diagnosis.warnings:
+        text.append("\nNote: ", style="yellow")
+        text.append(f"{warning}\n")
+    return text
+
+
+def as_json(diagnosis: Diagnosis) -> str:
+    """The diagnosis as JSON, for programs and for issue reports."""
+    found = asdict(diagnosis)
+    found["modelopt_tdq"] = __version__
+    found["ok"] = diagnosis.ok
+    for extra, shown in zip(diagnosis.extras, found["extras"], strict=True):
+        shown["ready"] = extra.ready
+    return json.dumps(found, indent=2)
 
 
 @dataclass(frozen=True)
@@ -266,7 +302,7 @@ def examine_backends(
     """One after the other; each says what it needs and what it is for."""
 
     def cure(extra: str) -> str:
-        return f"pip install '{DISTRIBUTION}[{extra}]'"
+        return install_command(extra)
 
     gpu = gpus[0].split(",")[0] if gpus else None
     if problem := import_problem("onnxruntime") or import_problem("onnx"):
@@ -292,8 +328,8 @@ def examine_backends(
         )
 
     if problem := import_problem("tensorrt"):
-        needs = "" if gpu else ", on a machine with an NVIDIA GPU"
-        yield BackendStatus("TensorRT", False, False, problem, cure("tensorrt") + needs)
+        needs = "" if gpu else "; it needs a machine with an NVIDIA GPU"
+        yield BackendStatus("TensorRT", False, False, problem + needs, cure("tensorrt"))
     elif problem := _tensorrt_too_old():
         yield BackendStatus("TensorRT", False, False, problem, cure("tensorrt"))
     elif gpu:

@@ -291,6 +291,7 @@ def test_doctor() -> None:
     result = run("doctor")
     assert result.exit_code == 0
     assert "Backends" in result.output
+    assert json.loads(run("doctor", "--json").output)["ok"]
 
 
 def test_inputs_are_remembered_by_shape() -> None:

@@ -1,3 +1,4 @@
+import json
 import sys
 import types
 from io import StringIO
@@ -6,12 +7,14 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
+from modelopt_tdq.install import install_command
 from modelopt_tdq.runtime import doctor as module
 from modelopt_tdq.runtime.doctor import (
     BackendStatus,
     Diagnosis,
     Extra,
     Package,
+    as_json,
     doctor,
     examine_backends,
     import_problem,
@@ -26,7 +29,7 @@ def diagnosis() -> Diagnosis:
 
 def text(diagnosis: Diagnosis, width: int = 200) -> str:
     console = Console(file=StringIO(), width=width)
-    console.print(render(diagnosis))
+    console.print(render(diagnosis, width), soft_wrap=True)
     return console.file.getvalue()
 
 
@@ -58,8 +61,8 @@ def test_what_is_missing_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(sys.modules, name, None)
     backends = {backend.name: backend for backend in examine_backends((), ())}
     assert not backends["OpenVINO"].run
-    assert backends["OpenVINO"].cure == "pip install 'modelopt-tdq[openvino]'"
-    assert backends["Polygraphy"].cure == "pip install 'modelopt-tdq[compare]'"
+    assert backends["OpenVINO"].cure == install_command("openvino")
+    assert backends["Polygraphy"].cure == install_command("compare")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_the_tables_name_versions_cures_and_notes() -> None:
         "NVIDIA L4, 8.9",
         "AVX512-VNNI",
         "onnx missing (needs >=1.18)",
-        "pip install 'modelopt-tdq[onnx]'",
+        install_command("onnx"),
         "pip install 'x[openvino]'",
         "Note: diffusers without onnx",
     ):
@@ -125,7 +128,7 @@ def test_the_tables_name_versions_cures_and_notes() -> None:
 
 def test_the_real_tables_can_be_drawn(diagnosis: Diagnosis) -> None:
     shown = text(diagnosis)
-    assert "all of the above" in shown or "missing" in shown
+    assert "packages are there" in shown or "missing" in shown
     assert diagnosis.python in shown
 
 
@@ -138,3 +141,19 @@ def test_a_gpu_is_found_without_cuda_in_torch(tmp_path, monkeypatch: pytest.Monk
     assert any("CUDA build" in warning for warning in module._warnings(module._gpus(), False))
     program.write_text("#!/bin/sh\nexit 9\n")
     assert module._gpus() == ()
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_commands_are_whole_however_narrow_the_terminal(width: int) -> None:
+    missing = (Package("onnx", ">=1.18", None),)
+    found = Diagnosis("3.11", "Linux", None, (), (), (), (Extra("onnx", missing),), (), ())
+    assert install_command("onnx") in text(found, width)
+    others = [line for line in text(found, width).splitlines() if "pip install" not in line]
+    assert max(len(line) for line in others) <= max(width, 48)
+
+
+def test_json_for_reports(diagnosis: Diagnosis) -> None:
+    found = json.loads(as_json(diagnosis))
+    assert {"python", "gpus", "core", "extras", "backends", "warnings", "ok", "modelopt_tdq"} <= set(found)
+    assert {package["name"]: package["installed"] for package in found["core"]}["torch"] is not None
+    assert all(isinstance(extra["ready"], bool) for extra in found["extras"])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from modelopt_tdq.core.metrics import db_text, json_number
+from modelopt_tdq.install import install_command
 from modelopt_tdq.lab.demo.cache import StageResult, installed
 from modelopt_tdq.lab.demo.deploy import DEPLOYED_VARIANTS
 from modelopt_tdq.lab.demo.settings import DEPLOYED, DemoSettings, cores, recipe_label
@@ -168,7 +169,7 @@ def _notes(
         missing = {"onnx": "onnx", "tensorrt_rtx": "tensorrt-rtx", "openvino": "openvino"}
         extras = ",".join(extra for backend, extra in missing.items() if backend not in backends)
         if extras:
-            notes.append(f"Not deployed everywhere: pip install 'modelopt-tdq[{extras}]'")
+            notes.append(f"Not deployed everywhere: {install_command(extras)}")
     elif not settings.engines:
         notes.append("Neither exported nor timed: --no-engines.")
     return notes

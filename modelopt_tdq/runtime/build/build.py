@@ -20,6 +20,7 @@ import torch
 import modelopt_tdq
 from modelopt_tdq.core.files import replacing, require_writable
 from modelopt_tdq.errors import MissingExtraError, TdqError
+from modelopt_tdq.install import install_command
 from modelopt_tdq.runtime.build.onnx_model import OnnxFacts, read_onnx
 from modelopt_tdq.runtime.build.options import (
     AOT_PLUGIN,
@@ -105,6 +106,7 @@ def build_engine(
             {
                 "backend": backend,
                 "oldest": OLDEST_TENSORRT,
+                "install": install_command(BUILDERS[backend]),
                 "onnx": str(onnx_file),
                 "engine": str(partial),
                 "log": str(log),
@@ -232,7 +234,7 @@ def run_builder(request: dict[str, Any], request_file: Path) -> dict[str, Any]:
                 "backend",
                 request["backend"],
                 f"it is not installed ({error[1]})",
-                f"Install the extra that brings it: pip install 'modelopt-tdq[{extra}]'",
+                f"Install the extra that brings it: {install_command(extra)}",
             )
         field, value, problem, cure = error
         raise TdqError(field, value, problem, cure)

@@ -194,7 +194,7 @@ def build(request: dict[str, Any], log: Any) -> dict[str, Any]:
             trt.__version__,
             "too old",
             f"Install TensorRT {oldest} or later, the first in which scales need not be constants of the build, and "
-            "that keeps the kernel of a Python plugin in the engine: pip install 'modelopt-tdq[tensorrt]'",
+            f"that keeps the kernel of a Python plugin in the engine: {request['install']}",
         )
     targets = rtx_targets(trt, request["compute_capabilities"])
     logger = make_logger(trt, log)  # stays referenced until the builder is gone

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modelopt_tdq.errors import TdqError
+from modelopt_tdq.install import install_command
 from modelopt_tdq.runtime.build.onnx_model import read_onnx
 from modelopt_tdq.runtime.build.shape_profile import shape_profile
 
@@ -55,7 +56,7 @@ PROVIDERS: Mapping[str, Provider] = {
     ),
     "tensorrt_rtx": Provider(
         "NvTensorRTRTXExecutionProvider",
-        "pip install 'modelopt-tdq[onnxruntime-rtx]'",
+        install_command("onnxruntime-rtx"),
         package="onnxruntime_ep_nv_tensorrt_rtx",
         profile="nv_profile",
     ),

