@@ -1,4 +1,4 @@
-"""Puts the bundled model into wheels. An editable install finds it in its checkout, and gets no folder of ours beside it.
+"""Puts the bundled model into wheels. An editable install finds it in its checkout and gets no folder beside it.
 
 Such a folder would stay importable, and empty, when the checkout is moved.
 """

@@ -1,7 +1,7 @@
 """Is what pip installs what users need? Builds sdist and wheel, and uses the wheel alone in an empty environment.
 
 The wheel is built from the sdist, as an index would have it. In the environment: the core dependencies and nothing
-else; import, doctor, a model quantized, saved and restored without any extra. With ``--lowest`` the same with the lowest
+else: import, doctor, a model quantized, saved, restored without any extra. With ``--lowest`` the same with the lowest
 versions that pyproject.toml allows, torch excepted, and some tests. Exits with 1 at the first thing that fails.
 """
 
@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Tests that the lowest versions pass in CI; all of them were tried when a bound was set.
-LOWEST = ("tests/core", "tests/test_save_restore.py", "tests/export/test_onnx_export.py")
+LOWEST = ("tests/core", "tests/test_save_restore.py", "tests/export/test_export_onnx.py")
 
 #: What they need beside the package.
 TOOLS = ("pytest==", "hypothesis==", "hatchling==")

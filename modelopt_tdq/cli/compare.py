@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
+#: For the page.
+_FED = "random inputs of the shapes that calibration used, at times of the scale table; not with a sampling trajectory"
+
 
 def _calls(described: dict[str, Any], times: Tensor, argument: str, batch: int) -> Iterator[dict[str, Any]]:
     import torch
@@ -107,6 +110,6 @@ def compare(
     )
     Console().print(render(comparison))
     if report is not None:
-        typer.echo(f"Report: {write_comparison(comparison, report, folder.name)}")
+        typer.echo(f"Report: {write_comparison(comparison, report, folder.name, _FED)}")
     if not comparison.passed:
         raise typer.Exit(1)

@@ -70,11 +70,12 @@ def report(
 def _page(results: Path, output: Path) -> None:
     from modelopt_tdq.lab.report.html import write_html
     from modelopt_tdq.lab.report.results import load_results
-    from modelopt_tdq.lab.report.table import results_table
+    from modelopt_tdq.lab.report.table import print_verdict, results_table
 
     content = load_results(results)
     console = Console()
     console.print(results_table(content))
+    print_verdict(content, console)
     written = write_html(content, results.parent, output)
     console.print(f"Report: {written}", highlight=False)
 

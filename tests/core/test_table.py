@@ -257,7 +257,7 @@ def test_errors_say_field_value_problem_and_cure_and_survive_pickling() -> None:
 def test_a_missing_extra_says_how_to_install_it() -> None:
     from modelopt_tdq.errors import MissingExtraError, require
 
-    with pytest.raises(MissingExtraError, match=r"pip install 'modelopt-tdq\[report\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'modelopt-tdq\[report\]"):
         require("no_such_module_anywhere", "report")
     import json
 

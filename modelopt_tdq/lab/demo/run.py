@@ -19,7 +19,7 @@ from modelopt_tdq.lab.demo.settings import DemoSettings
 from modelopt_tdq.lab.demo.stages import Stage, stages
 from modelopt_tdq.lab.report.figures import draw_figures
 from modelopt_tdq.lab.report.html import write_html
-from modelopt_tdq.lab.report.table import results_table
+from modelopt_tdq.lab.report.table import print_verdict, results_table
 
 __all__ = ["available_backends", "run_demo", "unfinished"]
 
@@ -76,6 +76,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None, command: st
         write_text(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
         report = write_html(results, settings.output, settings.output / "report.html")
     console.print(results_table(results))
+    print_verdict(results, console)
     for note in results["notes"]:
         console.print(f"[dim]{note}[/]")
     console.print(f"Report: {report}   ({time.monotonic() - started:.0f} s)", highlight=False)

@@ -29,12 +29,12 @@ def draw_comparison(comparison: ModelComparison, path: Path) -> Path:
     """Draw a heat map per backend (quantizers down, time steps across), and the outputs over time.
 
     The colour is the share of a layer's codes that differ from the reference's, on a logarithmic scale: blue for what
-    rounding may do, red above, white where none differs. Cells that rounding does not explain are crossed, and the
+    rounding may do, red above, nothing where none differs. Cells that rounding does not explain are crossed, and the
     first is named above the heat map.
 
     Args:
         comparison: From :func:`~modelopt_tdq.compare.compare_model`.
-        path: Of the PNG to write.
+        path: Of the PNG or SVG to write.
 
     Raises:
         MissingExtraError: The extra ``report`` is not installed.
@@ -42,7 +42,7 @@ def draw_comparison(comparison: ModelComparison, path: Path) -> Path:
     backends = list(comparison.compared_codes)
     names = list(comparison.quantizers)
     times = dict(sorted(((s.step, s.time) for s in comparison.steps), key=lambda pair: -pair[1]))
-    height = max(3.4, 0.13 * len(names) + 1.4)
+    height = max(3.4, 0.16 * len(names) + 1.4)
     widths = [1.0] * len(backends) + [1.25]
     figure = new_figure(3.0 * sum(widths) + 1.8, height)
     axes = figure.subplots(1, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
@@ -52,7 +52,7 @@ def draw_comparison(comparison: ModelComparison, path: Path) -> Path:
         _time_axis(axis, list(times.values()))
         axis.set_yticks([])
     if backends:
-        axes[0].set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=max(4, FONT - 3))
+        axes[0].set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=FONT - 2)
         bar = figure.colorbar(drawn, ax=list(axes[: len(backends)]), fraction=0.06, pad=0.02, extend="min")
         bar.set_label(f"share of codes that differ ({FLIP_RATE:g}: what rounding may do)", fontsize=FONT - 1)
         bar.ax.tick_params(labelsize=FONT - 1)
@@ -72,7 +72,7 @@ def _heat_map(axis: Any, comparison: ModelComparison, backend: str, names: list[
             shares[names.index(layer.name), steps.index(layer.step)] = layer.difference.differing / max(
                 1, layer.difference.count
             )
-    colours = colormaps["coolwarm"].with_extremes(bad="white")
+    colours = colormaps["coolwarm"].with_extremes(bad=(0.0, 0.0, 0.0, 0.0))
     drawn = axis.imshow(shares, aspect="auto", cmap=colours, norm=LogNorm(*_SHARES), interpolation="nearest", zorder=1)
     _mark_faults(axis, found, names, steps)
     axis.tick_params(length=2, pad=2)
@@ -118,7 +118,22 @@ def _outputs(axis: Any, comparison: ModelComparison) -> None:
         axis.plot([s.time for s in own], values, color=colour, linewidth=1.2, marker=".", markersize=4, label=backend)
         wrong = [(step.time, value) for step, value in zip(own, values, strict=True) if not step.difference]
         axis.scatter([t for t, _ in wrong], [v for _, v in wrong], marker="x", color=_FAULT, zorder=3)
-    axis.set_ylim(bottom=max(axis.get_ylim()[0], min(limit) - _BELOW))
+    bottom = max(axis.get_ylim()[0], min(limit) - _BELOW)
+    axis.set_ylim(bottom=bottom)
+    # what lies below the axis, or is equal to the last bit, is shown at its edge
+    below = [step.time for step in ordered if not -step.difference.sqnr_db >= bottom]
+    if below:
+        axis.scatter(
+            below,
+            [bottom] * len(below),
+            marker="v",
+            s=18,
+            facecolors="none",
+            edgecolors="#000000",
+            clip_on=False,
+            zorder=4,
+            label="less than this, or none",
+        )
     axis.yaxis.tick_right()
     axis.yaxis.set_label_position("right")
     axis.set_ylabel("difference from the reference's output, dB of the signal", fontsize=FONT - 1)

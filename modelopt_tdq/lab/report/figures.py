@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelopt_tdq.lab.report.canvas import short_name
 from modelopt_tdq.lab.report.feature_plots import FeatureErrorPanels, draw_feature_errors
 from modelopt_tdq.lab.report.plots import (
     correction_heat_map,
@@ -35,7 +36,7 @@ def draw_figures(
         folder: Of the demo.
 
     Returns:
-        Per figure: its section, file (relative to ``folder``), title and caption.
+        Per figure: its section, file (relative to ``folder``), title, caption, and what is to be seen (``alt``).
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -56,8 +57,8 @@ def draw_figures(
     return figures
 
 
-def _figure(section: str, path: Path, folder: Path, title: str, caption: str) -> dict[str, str]:
-    return {"section": section, "file": str(path.relative_to(folder)), "title": title, "caption": caption}
+def _figure(section: str, path: Path, folder: Path, title: str, caption: str, alt: str) -> dict[str, str]:
+    return {"section": section, "file": str(path.relative_to(folder)), "title": title, "caption": caption, "alt": alt}
 
 
 def _sqnr(groups: dict[str, list[dict[str, Any]]], times: list[float], predicts: str, folder: Path) -> dict[str, str]:
@@ -65,11 +66,21 @@ def _sqnr(groups: dict[str, list[dict[str, Any]]], times: list[float], predicts:
         rows[0]["label"]: {row["variant"]: (row["name"], [float(v) for v in row["sqnr_db"]]) for row in rows}
         for rows in groups.values()
     }
-    path = sqnr_per_step(panels, times, folder / "plots" / "sqnr.png")
+    path = sqnr_per_step(panels, times, folder / "plots" / "sqnr.svg")
     caption = (
         f"Prediction of the {predicts} against full precision at each step of held-out trajectories. Higher is better."
     )
-    return _figure("sqnr", path, folder, "SQNR per step", caption)
+    seen = [
+        f"{rows[0]['label']}: "
+        + ", ".join(f"{row['name']} {_range([float(v) for v in row['sqnr_db']])} dB" for row in rows)
+        for rows in groups.values()
+    ]
+    alt = f"Lines of SQNR over the timestep, a panel for each bit width, from the least to the most. {'; '.join(seen)}."
+    return _figure("sqnr", path, folder, "SQNR per step", caption, alt)
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.0f} to {max(values):.0f}"
 
 
 def _images(
@@ -78,12 +89,15 @@ def _images(
     pictures = {"FP32": arrays["reference"]["images"]}
     pictures |= {row["name"]: arrays[recipe_name][f"images.{row['variant']}"] for row in rows}
     shown = {label: images[:8] for label, images in pictures.items()}
-    path = image_grid(shown, folder / "images" / f"{recipe_name}.png")
+    path = image_grid(shown, folder / "images" / f"{recipe_name}.svg")
     caption = (
         "Same seeds in every row; what matters is the difference from the first row, not the beauty of the images. All "
         "rows are calibrated only: with 4-bit activations a model needs training."
     )
-    return _figure("images", path, folder, rows[0]["label"], caption)
+    nearness = ", ".join(f"{row['name']} {float(row['psnr_db']):.1f} dB" for row in rows)
+    count = len(shown["FP32"])
+    alt = f"Rows of {count} images of the same seeds: full precision, then {nearness} of PSNR against it."
+    return _figure("images", path, folder, rows[0]["label"], caption, alt)
 
 
 def _scales(
@@ -96,7 +110,7 @@ def _scales(
 ) -> list[dict[str, str]]:
     label, times, scale = rows[0]["label"], arrays["timesteps"], arrays["scale.tdq"]
     titles = {row["variant"]: row["name"] for row in rows}
-    heat = scale_heat_map(names, times, scale, folder / "plots" / f"{recipe_name}-heat-map.png")
+    heat = scale_heat_map(names, times, scale, folder / "plots" / f"{recipe_name}-heat-map.svg")
     order = (scale.amax(0) / scale.amin(0)).argsort(descending=True)
 
     def drawn(chosen: Tensor, name: str) -> Path:
@@ -107,14 +121,36 @@ def _scales(
         }
         return scales_over_time([names[i] for i in chosen.tolist()], times, scales, folder / "plots" / name)
 
-    moving = drawn(order[:10], f"{recipe_name}-scales-most.png")
-    every = drawn(torch.arange(len(names)), f"{recipe_name}-scales.png")
+    moving = drawn(order[:10], f"{recipe_name}-scales-most.svg")
+    every = drawn(torch.arange(len(names)), f"{recipe_name}-scales.svg")
+    ratios = scale.amax(0) / scale.amin(0)
+    most = ", ".join(f"{short_name(names[i])} {float(ratios[i]):.1f}" for i in order[:3].tolist())
     return [
         _figure(
-            section, heat, folder, f"{label}: all scales over time", "One line per quantizer; white is its own mean."
+            section,
+            heat,
+            folder,
+            f"{label}: all scales over time",
+            "One line per quantizer; white is its own mean.",
+            f"Heat map of {len(names)} quantizers and {len(times)} times. Largest over least scale: "
+            f"{float(ratios.median()):.1f} at the median quantizer; most at {most}.",
         ),
-        _figure(section, moving, folder, f"{label}: the ten that move most", "Dashed: one scale for all times."),
-        _figure("details", every, folder, f"{label}: every quantizer", "In the order of the model."),
+        _figure(
+            section,
+            moving,
+            folder,
+            f"{label}: the ten that move most",
+            "All panels have the same axes: the scale against the static one. Dashed: one scale for all times.",
+            f"A small panel for each of the quantizers whose scales move most, first {most} times from least to most.",
+        ),
+        _figure(
+            "details",
+            every,
+            folder,
+            f"{label}: every quantizer",
+            "In the order of the model; all panels have the same axes.",
+            f"A small panel for each of {len(names)} quantizers: its scale over time against the static one.",
+        ),
     ]
 
 
@@ -122,9 +158,13 @@ def _correction(
     recipe_name: str, rows: list[dict[str, Any]], names: list[str], arrays: Mapping[str, Tensor], folder: Path
 ) -> dict[str, str]:
     times, gain = arrays["correction.timesteps"], arrays["correction.gain"]
-    path = correction_heat_map(names, times, gain, folder / "plots" / f"{recipe_name}-correction.png")
+    path = correction_heat_map(names, times, gain, folder / "plots" / f"{recipe_name}-correction.svg")
     caption = "By how much the corrections multiply the output channels of each layer, to take back what rounding did."
-    return _figure("details", path, folder, f"{rows[0]['label']}: corrections over time", caption)
+    alt = (
+        f"Heat map of {len(names)} layers and {len(times)} times: gains differ from one by "
+        f"{100 * float(gain.mean()):.1f} % in the mean, {100 * float(gain.max()):.0f} % at most."
+    )
+    return _figure("details", path, folder, f"{rows[0]['label']}: corrections over time", caption, alt)
 
 
 def _features(
@@ -146,9 +186,19 @@ def _features(
         # the strategies of a file are in alphabetical order
         ordered: dict[str, Tensor] = {k: errors[k] for k in ("naive", "tib", "cache", "chosen") if k in errors}
         lines.append(FeatureErrorPanels(ours["label"], times, facts["names"], ordered, sqnr))
-    path = draw_feature_errors(lines, folder / "plots" / "features.png")
+    path = draw_feature_errors(lines, folder / "plots" / "features.svg")
     caption = (
         "Error of each temporal feature at each time against full precision, by what could become of it; and the noise "
         "prediction of the model as quantized, where there is a table against the same with exact features."
     )
-    return _figure("features", path, folder, "Temporal features", caption)
+    means = [
+        f"{line.title} {strategy} {float(error[error.isfinite()].mean()):.0f} dB"
+        for line in lines
+        for strategy, error in line.errors.items()
+        if bool(error.isfinite().any())
+    ]
+    alt = (
+        "Heat maps of the error of each feature at each time, a column for each strategy; in the mean "
+        f"{', '.join(means)}."
+    )
+    return _figure("features", path, folder, "Temporal features", caption, alt)

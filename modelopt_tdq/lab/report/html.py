@@ -10,9 +10,12 @@ from typing import Any
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.lab.report.page import write_page
 from modelopt_tdq.lab.report.results import demo_model
-from modelopt_tdq.lab.report.table import COLUMNS, is_deployed, row_cells
+from modelopt_tdq.lab.report.table import COLUMNS, row_cells
+from modelopt_tdq.lab.report.verdict import verdict
 
 __all__ = ["write_html"]
+
+_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
 def write_html(results: dict[str, Any], folder: Path, output: str | os.PathLike[str]) -> Path:
@@ -27,10 +30,12 @@ def write_html(results: dict[str, Any], folder: Path, output: str | os.PathLike[
         TdqError: A figure is missing.
         MissingExtraError: The extra ``report`` is not installed.
     """
-    deployed = is_deployed(results)
-    figures = [{**figure, "data": _data_uri(folder, figure["file"])} for figure in results["figures"]]
+    figures = [
+        {**figure, "data": _data_uri(folder, figure["file"]), "alt": figure.get("alt", figure["title"])}
+        for figure in results["figures"]
+    ]
     rows = [
-        {"cells": row_cells(row, deployed), "variant": row["variant"], "first": row["variant"] in ("fp32", "max")}
+        {"cells": row_cells(row), "variant": row["variant"], "first": row["variant"] in ("fp32", "max")}
         for row in results["rows"]
     ]
     return write_page(
@@ -38,6 +43,7 @@ def write_html(results: dict[str, Any], folder: Path, output: str | os.PathLike[
         output,
         results=results,
         model=demo_model(results),
+        verdict=verdict(results),
         columns=COLUMNS,
         rows=rows,
         gains=_gains(results["rows"]),
@@ -53,11 +59,12 @@ def write_html(results: dict[str, Any], folder: Path, output: str | os.PathLike[
 
 def _data_uri(folder: Path, name: str) -> str:
     file = (folder / name).resolve()
-    if not file.is_relative_to(folder.resolve()) or file.suffix != ".png":
-        raise TdqError("figures", name, "not a PNG inside the folder of the results", "Run the demo again")
+    if not file.is_relative_to(folder.resolve()) or file.suffix not in _TYPES:
+        raise TdqError("figures", name, "not a PNG or SVG inside the folder of the results", "Run the demo again")
     if not file.is_file():
         raise TdqError("figures", str(file), "this figure is missing", "Run the demo again")
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+    # as an image: what an SVG holds is drawn, and never run
+    return f"data:{_TYPES[file.suffix]};base64," + base64.b64encode(file.read_bytes()).decode("ascii")
 
 
 def _gains(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

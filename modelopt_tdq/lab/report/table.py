@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from modelopt_tdq.core.metrics import db_text
 from modelopt_tdq.lab.report.results import demo_model
+from modelopt_tdq.lab.report.verdict import verdict
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-__all__ = ["COLUMNS", "is_deployed", "results_table", "row_cells", "size_text"]
+__all__ = ["COLUMNS", "print_verdict", "results_table", "row_cells", "size_text"]
 
 #: Heading, and what the number means.
 COLUMNS = (
@@ -28,25 +30,26 @@ COLUMNS = (
         "add up over the steps, so it is not a function of the SQNR.",
     ),
     (
-        "table",
-        "Size of the scales that a deployment carries, as float32: one row, or one row per calibrated time. It is "
-        "read once per step.",
+        "time / static",
+        "Time of one call in OpenVINO against ModelOpt's static quantization in the same run; 1.00: following the "
+        "diffusion time is free.",
+    ),
+    ("speed / FP32", "How many times faster than FP32 in the same run. 4-bit rows have the speed of W8A8."),
+    (
+        "call ms",
+        "Median time of one call in OpenVINO on this CPU, of a whole batch. See the notes for batch and threads.",
     ),
     (
         "kernels",
         "Kernels that one call of the model launches in the TensorRT-RTX engine, which was built, not run. "
         "Scales over time should cost nearly none.",
     ),
-    ("OpenVINO ms", "Median time of one call on this CPU, of a whole batch. See the notes for batch and threads."),
-    ("speed vs FP32", "How many times faster than FP32 in the same run. 4-bit rows have the speed of W8A8."),
     (
-        "time vs max",
-        "Time against ModelOpt's static quantization in the same run; 1.00: following the diffusion time is free.",
+        "table",
+        "Size of the scales that a deployment carries, as float32: one row, or one row per calibrated time. It is "
+        "read once per step.",
     ),
 )
-
-#: For rows whose codes travel in INT8 tensors.
-_AS_INT8 = "as W8A8"
 
 
 def size_text(size: int) -> str:
@@ -54,34 +57,28 @@ def size_text(size: int) -> str:
     return f"{size} B" if size < 1000 else f"{size / 1000:.{1 if size < 100_000 else 0}f} kB"
 
 
-def row_cells(row: dict[str, Any], deployed: bool) -> tuple[str, ...]:
-    """One row of the table as text.
+def row_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One row of the table as text; what was not measured is a dash.
 
     Args:
         row: Of the results file.
-        deployed: Whether the W8A8 rows have engines or times, so that others can refer to them.
     """
-    low_bits = row["recipe"] not in ("fp32", "int8", "fp8") and deployed
     table, engine, openvino = row["table"], row["engine"], row["openvino"]
-    unknown = _AS_INT8 if low_bits else "-"
-    times = [unknown, "", ""] if low_bits else ["-", "-", "-"]
+    times = ["-", "-", "-"]
     if openvino:
-        ratios = (openvino["speedup_over_fp32"], openvino["time_over_static"])
-        shown = {"fp32": (), "max": ratios[:1]}.get(row["variant"], ratios)
-        times = [f"{openvino['milliseconds']:.1f}", *(f"{ratio:.2f}" for ratio in shown), "-", "-"][:3]
+        times[2] = f"{openvino['milliseconds']:.1f}"
+        if row["variant"] != "fp32":
+            times[1] = f"{openvino['speedup_over_fp32']:.2f}"
+        if row["variant"] not in ("fp32", "max"):
+            times[0] = f"{openvino['time_over_static']:.2f}"
     return (
         row["label"],
         row["name"],
         *(db_text(None if row[k] is None else float(row[k])) for k in ("sqnr_mean_db", "sqnr_worst_db", "psnr_db")),
-        size_text(table["bytes"]) if table else "-",
-        str(engine["kernels"]) if engine else unknown,
         *times,
+        str(engine["kernels"]) if engine else "-",
+        size_text(table["bytes"]) if table else "-",
     )
-
-
-def is_deployed(results: dict[str, Any]) -> bool:
-    """Whether some row has an engine or a time."""
-    return any(row["engine"] or row["openvino"] for row in results["rows"])
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -95,10 +92,18 @@ def results_table(results: dict[str, Any]) -> Table:
     )
     for index, (heading, _) in enumerate(COLUMNS):
         table.add_column(heading.replace(" ", "\n"), justify="left" if index < 2 else "right", no_wrap=True)
-    rows, deployed = results["rows"], is_deployed(results)
+    rows = results["rows"]
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         last = following is None or following["recipe"] != row["recipe"]
-        cells = row_cells(row, deployed)
+        cells = row_cells(row)
         label = cells[0] if row["variant"] in ("max", "fp32") else ""
         table.add_row(label, *cells[1:], style="bold" if row["variant"] == "tdq" else None, end_section=last)
     return table
+
+
+def print_verdict(results: dict[str, Any], console: Console) -> None:
+    """What the table comes to, below it."""
+    found = verdict(results)
+    console.print(found.headline, style="bold", highlight=False)
+    for fact in found.facts:
+        console.print(f"- {fact}", highlight=False)

@@ -24,8 +24,14 @@ def test_page(tmp_path: Path) -> None:
     flip = LayerResult("torch", 0, 0.0, NAMES[0], CodesDifference(NAMES[0], 1, 100, 1))
     fault = LayerResult("torch", 2, 900.0, NAMES[1], CodesDifference(NAMES[1], 50, 100, 2))
     output = LayerResult("torch", 2, 900.0, "output", OutputDifference(30.0, 100.0, 0.3, 1e-5, "rounding"))
-    page = write_comparison(comparison(flip, fault, output), tmp_path / "new" / "page.html", "a <model>").read_text()
-    assert page.count('src="data:image/png;base64,iVBOR') == 1
+    page = write_comparison(
+        comparison(flip, fault, output), tmp_path / "new" / "page.html", "a <model>", "noise"
+    ).read_text()
+    assert page.count('src="data:image/svg+xml;base64,') == 1
+    assert '<th scope="row" class="long">up.conv2.input_quantizer</th><td>900</td>' in page
+    assert page.count("<table") == page.count("<thead>") == 3
+    assert "Fed with noise." in page
+    assert 'content="width=device-width' in page
     assert "a &lt;model&gt;: <span" in page
     assert "a &lt;note&gt;" in page
     assert "FAILED" in page

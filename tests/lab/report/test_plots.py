@@ -53,6 +53,34 @@ def test_infinite_decibels_and_constant_scales_can_be_drawn(tmp_path: Path) -> N
     assert scale_heat_map(["a"], torch.tensor([0.0, 1.0]), torch.ones(2, 1), tmp_path / "h.png").is_file()
 
 
+def test_an_svg_follows_light_and_dark_and_is_the_same_every_time(tmp_path: Path) -> None:
+    panels = {"W8A8": {"tdq": ("TDQ", [1.0, 2.0])}, "W4A4": {"tdq": ("TDQ", [10.0, 20.0])}}
+    drawn = [sqnr_per_step(panels, [900.0, 0.0], tmp_path / str(i) / "sqnr.svg").read_text() for i in range(2)]
+    assert drawn[0] == drawn[1]
+    assert "prefers-color-scheme: dark" in drawn[0]
+    assert "#000000" not in drawn[0]
+    assert "SQNR, dB</text>" in drawn[0]
+    assert "<script" not in drawn[0]
+
+
+def test_panels_that_are_compared_have_the_same_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    panels = {"W8A8": {"tdq": ("TDQ", [1.0, 2.0])}, "W4A4": {"tdq": ("TDQ", [10.0, 20.0])}}
+    sqnr_per_step(panels, [900.0, 0.0], tmp_path / "sqnr.svg")
+    scale = torch.tensor([[1.0, 100.0], [4.0, 150.0]])
+    scales = {"static": ("s", torch.tensor([2.0, 100.0])), "tdq": ("t", scale)}
+    scales_over_time(["a", "b"], torch.tensor([0.0, 900.0]), scales, tmp_path / "scales.svg")
+    for figure in figures:
+        assert len({axis.get_ylim() for axis in figure.axes}) == 1
+    a, b = (axis.lines[-1].get_ydata().tolist() for axis in figures[1].axes)
+    assert a == [-1.0, 1.0]  # half of and twice the static scale
+    assert b == pytest.approx([0.0, 0.585], abs=1e-3)
+
+
 def test_no_window_system_and_no_pyplot(tmp_path: Path) -> None:
     script = (
         "import sys, torch; from pathlib import Path; from modelopt_tdq.lab.report.plots import scale_heat_map;"
