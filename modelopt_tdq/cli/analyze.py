@@ -20,6 +20,7 @@ from modelopt_tdq.cli.options import (
     Steps,
     Subfolder,
 )
+from modelopt_tdq.cli.output import finish
 from modelopt_tdq.cli.script import script_file
 from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.lab.sources import require_model
@@ -89,3 +90,4 @@ def analyze(
         )
         for path in draw_analysis(analysis, output):
             console.print(f"Plot: {path}", highlight=False)
+    finish(json_numbers(analysis.to_dict()))

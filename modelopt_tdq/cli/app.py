@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from modelopt_tdq.cli import analyze, bench, build, compare, demo, doctor, export, quantize, report, table, twin
+from modelopt_tdq.cli.output import Output, shown
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.version import __version__
 
@@ -21,10 +23,17 @@ _RESUMED = ("demo",)
 class _Group(TyperGroup):
     """Shows an error that the user can mend as one line, exit status 2."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """--quiet and --json may stand behind the command, too."""
+        everywhere = [arg for arg in args if arg in ("--quiet", "--json")]
+        return super().parse_args(ctx, [*everywhere, *(arg for arg in args if arg not in everywhere)])
+
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
+        output = Output(bool(ctx.params.get("quiet")), bool(ctx.params.get("json")), sys.stdout)
         try:
-            return super().invoke(ctx)
+            with shown(output):
+                return super().invoke(ctx)
         except TdqError as error:
             typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
@@ -56,6 +65,10 @@ def _version(value: bool) -> None:
 @app.callback()
 def _main(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    quiet: bool = typer.Option(False, "--quiet", help="Print warnings and errors only. Also behind the command."),
+    json: bool = typer.Option(
+        False, "--json", help="Print what the command did as one JSON object. Also behind the command."
+    ),
 ) -> None:
     pass
 

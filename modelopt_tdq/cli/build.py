@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from modelopt_tdq.cli.options import Program
+from modelopt_tdq.cli.output import finish
 from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.errors import TdqError
 
@@ -128,3 +129,13 @@ def build(
     typer.echo(str(report))
     for line in lines:
         typer.echo(line)
+    finish(
+        {
+            "engine": str(report.engine),
+            "backend": report.backend,
+            "backend_version": report.backend_version,
+            "compute_capabilities": list(report.compute_capabilities),
+            "kernels": report.kernels,
+            "quantized_layers": {layer.name: layer.type for layer in report.precisions},
+        }
+    )

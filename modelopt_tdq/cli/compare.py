@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelopt_tdq.cli.options import Folder
+from modelopt_tdq.cli.output import finish
 from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.errors import require
 from modelopt_tdq.lab.sources import require_quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from modelopt_tdq.compare import ModelComparison
 
 __all__ = ["compare"]
 
@@ -111,5 +114,29 @@ def compare(
     Console().print(render(comparison))
     if report is not None:
         typer.echo(f"Report: {write_comparison(comparison, report, folder.name, _FED)}")
-    if not comparison.passed:
-        raise typer.Exit(1)
+    finish(_found(comparison), failed=not comparison.passed)
+
+
+def _found(comparison: ModelComparison) -> dict[str, Any]:
+    """For --json."""
+    from modelopt_tdq.core.metrics import json_number
+
+    return {
+        "passed": comparison.passed,
+        "outputs": [
+            {
+                "backend": step.backend,
+                "time": step.time,
+                "difference_db": json_number(step.difference.sqnr_db),
+                "allowed_db": json_number(step.difference.noise_db),
+                "passed": bool(step.difference),
+            }
+            for step in comparison.steps
+        ],
+        "compared_codes": dict(comparison.compared_codes),
+        "faulty_layers": [
+            {"layer": fault.name, "backend": fault.backend, "time": fault.time, "found": str(fault.difference)}
+            for fault in comparison.faults
+        ],
+        "failures": [str(failure) for failure in comparison.failures],
+    }

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
+
+from modelopt_tdq.cli.output import finish
 
 __all__ = ["doctor"]
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON: what an issue report wants.")] = False,
-) -> None:
-    """Show what is installed, what each backend can do here, and what to install for the rest."""
+def doctor() -> None:
+    """Show what is installed, what each backend can do here, and what to install for the rest.
+
+    With --json, what an issue report wants.
+    """
     from modelopt_tdq.runtime import doctor as found
 
     diagnosis = found.doctor()
-    if as_json:
-        typer.echo(found.as_json(diagnosis))
-    else:
-        console = Console()
-        console.print(found.render(diagnosis, console.width), soft_wrap=True, end="")
-    if not diagnosis.ok:
-        raise typer.Exit(1)
+    console = Console()
+    console.print(found.render(diagnosis, console.width), soft_wrap=True, end="")
+    finish(found.as_data(diagnosis), failed=not diagnosis.ok)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from modelopt_tdq.cli.options import Device, Folder, Program
+from modelopt_tdq.cli.output import finish
 from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.lab.sources import require_quantized
@@ -171,3 +173,4 @@ def export(
         typer.echo(f"Next: modelopt-tdq build {report.path}")
     elif lowering is Lowering.PLUGIN:
         typer.echo(f"For backends without the plugin: modelopt-tdq twin {report.path}")
+    finish({**asdict(report), "path": str(report.path)})

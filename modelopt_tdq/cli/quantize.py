@@ -21,6 +21,7 @@ from modelopt_tdq.cli.options import (
     Steps,
     Subfolder,
 )
+from modelopt_tdq.cli.output import finish
 from modelopt_tdq.cli.script import script_file
 from modelopt_tdq.core.files import require_writable
 from modelopt_tdq.lab.sources import DESCRIPTION, require_model
@@ -114,6 +115,16 @@ def quantize(
         tdq.feature_table(prepared.model).save(folder / FEATURE_TABLE)
         typer.echo(f"\n{tdq.temporal_report(prepared.model)}\n")
     typer.echo(f"Next: modelopt-tdq export {folder} --output model.onnx")
+    finish(
+        {
+            "output": str(folder),
+            "recipe": recipe,
+            "quantized_activations": len(table.names),
+            "following_time": following,
+            "times": table.timesteps.tolist(),
+            "corrected_layers": [] if correction is None else list(correction.names),
+        }
+    )
 
 
 def _announce(prepared: Calibrated, config: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -30,7 +29,7 @@ __all__ = [
     "Diagnosis",
     "Extra",
     "Package",
-    "as_json",
+    "as_data",
     "doctor",
     "examine_backends",
     "import_problem",
@@ -242,14 +241,14 @@ def render(diagnosis: Diagnosis, width: int = 100) -> Text:
     return text
 
 
-def as_json(diagnosis: Diagnosis) -> str:
-    """The diagnosis as JSON, for programs and for issue reports."""
+def as_data(diagnosis: Diagnosis) -> dict[str, Any]:
+    """The diagnosis as plain data for JSON, for programs and for issue reports."""
     found = asdict(diagnosis)
     found["modelopt_tdq"] = __version__
     found["ok"] = diagnosis.ok
     for extra, shown in zip(diagnosis.extras, found["extras"], strict=True):
         shown["ready"] = extra.ready
-    return json.dumps(found, indent=2)
+    return found
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def test_export_and_compare(quantized: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "passed" in result.output
     assert "Allowed: " in result.output
-    assert 'src="data:image/png;base64,' in page.read_text()
+    assert 'src="data:image/svg+xml;base64,' in page.read_text()
 
 
 def test_plugin_twin_and_table_input(quantized: Path, tmp_path: Path) -> None:

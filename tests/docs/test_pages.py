@@ -11,9 +11,9 @@ import figures
 import pytest
 import render
 import torch
-from click.testing import CliRunner
 from support.models import SMALL_UNET
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import modelopt_tdq as tdq
 from modelopt_tdq.cli import app
@@ -90,7 +90,7 @@ def test_the_commands_of_the_quick_start_run(tmp_path: Path, monkeypatch: pytest
     }
     for line in lines:
         _, name, *words = shlex.split(line)
-        found = CliRunner().invoke(get_command(app), [name, *words, *smaller.get(name, [])])
+        found = CliRunner().invoke(app, [name, *words, *smaller.get(name, [])])
         assert found.exit_code == 0, f"{line}: {found.output} {found.exception!r}"
     assert {"int8", "ratio.onnx", "model.engine", "compare.html"} <= {path.name for path in tmp_path.iterdir()}
 

@@ -14,7 +14,7 @@ from modelopt_tdq.runtime.doctor import (
     Diagnosis,
     Extra,
     Package,
-    as_json,
+    as_data,
     doctor,
     examine_backends,
     import_problem,
@@ -153,7 +153,7 @@ def test_commands_are_whole_however_narrow_the_terminal(width: int) -> None:
 
 
 def test_json_for_reports(diagnosis: Diagnosis) -> None:
-    found = json.loads(as_json(diagnosis))
+    found = json.loads(json.dumps(as_data(diagnosis)))
     assert {"python", "gpus", "core", "extras", "backends", "warnings", "ok", "modelopt_tdq"} <= set(found)
     assert {package["name"]: package["installed"] for package in found["core"]}["torch"] is not None
     assert all(isinstance(extra["ready"], bool) for extra in found["extras"])

@@ -66,7 +66,8 @@ def row_cells(row: dict[str, Any]) -> tuple[str, ...]:
     table, engine, openvino = row["table"], row["engine"], row["openvino"]
     times = ["-", "-", "-"]
     if openvino:
-        times[2] = f"{openvino['milliseconds']:.1f}"
+        milliseconds = openvino["milliseconds"]
+        times[2] = f"{milliseconds:.{1 if milliseconds < 100 else 0}f}"
         if row["variant"] != "fp32":
             times[1] = f"{openvino['speedup_over_fp32']:.2f}"
         if row["variant"] not in ("fp32", "max"):

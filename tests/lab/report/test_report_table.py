@@ -30,7 +30,7 @@ def test_what_was_not_measured_is_a_dash() -> None:
 def test_terminal_table_fits_80_columns(tmp_path: Path) -> None:
     content = results(tmp_path)
     for each in content["rows"]:
-        each |= {"engine": ENGINE, "openvino": TIMES | {"milliseconds": 123.4}}
+        each |= {"engine": ENGINE, "openvino": TIMES | {"milliseconds": 1234.5}}
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(results_table(content))
     text = console.export_text()
