@@ -66,7 +66,7 @@ print("quantized, saved and restored:", table)
 
 def run(*command: str | Path, cwd: Path | None = None) -> None:
     """A command; its words are shown if it fails."""
-    shown = " ".join(str(word) for word in command[:4])
+    shown = " ".join(str(word) for word in command[:4]).split("\n")[0]
     found = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
     if found.returncode:
         sys.exit(f"{shown}: exit status {found.returncode}\n{found.stdout[-4000:]}\n{found.stderr[-4000:]}")
