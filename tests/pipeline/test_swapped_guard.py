@@ -37,6 +37,13 @@ def swapped() -> Any:
     return tdq.swap_denoiser(FAMILY.tiny(), _Zeros("encoder_hidden_states"))
 
 
+def test_an_engine_is_not_exported(swapped: Any, tmp_path: Path) -> None:
+    inputs = {"sample": torch.zeros(1, 4, 8, 8), "timestep": torch.tensor(1.0)}
+    with pytest.raises(tdq.TdqError, match=r"nothing to trace. Put the torch model back with .*restore_denoiser"):
+        tdq.export_onnx(swapped.unet, tmp_path / "m.onnx", inputs)
+    assert not list(tmp_path.iterdir())
+
+
 def _run(pipeline: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     call = {**FAMILY.tiny_call(0), "generator": torch.Generator().manual_seed(0)}
