@@ -106,7 +106,7 @@ def converged_gain(quantized: int, key: str = "sqnr_db") -> str:
     """dB that scales over time are ahead of static ones, everything else alike."""
     rows = {r["scales"]: r for r in _results("converged_model")["rows"] if r["quantized"] == quantized}
     ours, static = (
-        [rows[name][key]] if key == "psnr_db" else rows[name][key] for name in ("time-margin", "static-margin")
+        [rows[name][key]] if key == "psnr_db" else rows[name][key] for name in ("time-shift", "static-shift")
     )
     return number(fmean(ours) - fmean(static))
 
@@ -262,7 +262,7 @@ def _code(text: str) -> str:
 # Against what people deploy today.
 
 _THEIRS = ("nvidia", "nvidia-64", "nvidia-smoothquant", "max", "mse", "dynamic-tensor-all", "dynamic-token-all")
-_OURS = ("time", "offsets", "smoothing", "rounding", "corrections")
+_OURS = ("time", "offsets", "smoothing", "shifts", "margin", "rounding", "corrections")
 
 
 @cache
@@ -277,6 +277,36 @@ def rivals_lead(model: str, bits: str, key: str = "mean_sqnr_db") -> str:
     rows = _rivals(model, bits)
     theirs = [row[key] for name, row in rows.items() if name in _THEIRS or name.startswith("dynamic")]
     return number(max(rows[name][key] for name in _OURS if name in rows) - max(theirs))
+
+
+def rivals_table() -> str:
+    """The rows that people choose between, all of which quantize the same layers: SQNR mean / worst step, PSNR."""
+    shown = {
+        "ModelOpt max": ("max",),
+        "NVIDIA's example, percentile": ("nvidia-64",),
+        "dynamic per token": ("dynamic-token-all", "dynamic-token"),
+        "static, with all of ours but time": ("static-all",),
+        "**over time, the recipe**": ("corrections",),
+    }
+    cases = [(model, bits) for model in ("unet", "dit") for bits in ("W8A8", "W4A8", "W4A4")]
+    titles = {"unet": "UNet", "dit": "DiT"}
+    lines = [
+        f"| | {' | '.join(f'{titles[model]} {bits}' for model, bits in cases)} |",
+        "|---|" + "--:|" * len(cases),
+    ]
+    best = {case: max(row["mean_sqnr_db"] for row in _rivals(*case).values()) for case in cases}
+    for title, names in shown.items():
+        cells = []
+        for case in cases:
+            row = next((_rivals(*case)[name] for name in names if name in _rivals(*case)), None)
+            if row is None:
+                cells.append("–")
+                continue
+            mean = number(row["mean_sqnr_db"])
+            mean = f"**{mean}**" if row["mean_sqnr_db"] == best[case] else mean
+            cells.append(f"{mean} / {number(row['worst_sqnr_db'])}, {number(row['psnr_db'])}")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def rivals_time(model: str) -> str:

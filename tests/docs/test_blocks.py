@@ -110,12 +110,20 @@ def _calls(pipe: Any) -> list[dict[str, Any]]:
     return list(tdq.trajectory_inputs(pipe, prompt="a cat", num_inference_steps=3))
 
 
-def names_of(page: str) -> dict[str, Any]:
+def _pipeline_names() -> dict[str, Any]:
+    pipe = _pipeline()
+    calls = _calls(pipe)
+    return {"pipe": pipe, "forward_loop": lambda model: [model(**call) for call in calls]}
+
+
+def names_of(page: str, blocks: list[str]) -> dict[str, Any]:
     """What a page takes for granted: what its own text says that it is."""
     x, t = noise(2, (3, 32, 32), seed=3), torch.tensor([10.0, 900.0])
+    given: dict[str, Any] = {"tdq": tdq, "mtq": mtq, "torch": torch, "F": torch.nn.functional}
+    if page == "demo_diffusion" or (page == "README" and blocks[0].startswith("mtq.")):  # in a script that is there
+        return {**given, **_pipeline_names()}
     if page in ("README", "quick_start"):
         return {}  # they stand for themselves
-    given: dict[str, Any] = {"tdq": tdq, "mtq": mtq, "torch": torch, "F": torch.nn.functional}
     if page == "your_model":
         return {**given, "pipe": _pipeline(), "prompts": ["a cat", "a house"]}
     if page == "deploy":
@@ -145,7 +153,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page: str, folder: Path) -> None:
     for blocks in PAGES[page]:
-        names = names_of(page)
+        names = names_of(page, blocks)
         for block in blocks:
             if not any(name in block for name in NOT_RUN):
                 exec(compile(block, f"{page}: {block.splitlines()[0]}", "exec"), names)
