@@ -103,7 +103,8 @@ def test_files(settings: DemoSettings, first: tuple[dict[str, Any], str]) -> Non
     results, _ = first
     assert {figure["section"] for figure in results["figures"]} == {"sqnr", "images", "scales", "details"}
     for figure in results["figures"]:
-        assert (settings.output / figure["file"]).read_bytes()[:4] == b"\x89PNG"
+        file = settings.output / figure["file"]
+        assert file.read_bytes().startswith({".svg": b"<?xml", ".png": b"\x89PNG"}[file.suffix])
     page = (settings.output / "report.html").read_text()
     assert "http:" not in page
     assert "https:" not in page
