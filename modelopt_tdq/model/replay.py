@@ -218,6 +218,8 @@ class Replay:
         pair = copy.copy(self), copy.copy(self)
         for one in pair:
             one._heaps = defaultdict(list)
+            if self.times:
+                one._left_out = 0  # a part may well have none of its own
         for time in self.times:
             samples = self._sorted(time)[::-1]
             everyone = sorted(self._kept.get(time, [item[0] for item in samples]))

@@ -217,7 +217,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.
         Path(path).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("modelopt_tdq.core.files.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         _table(scale=torch.full((3, 2), 7.0)).save(arrays)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
