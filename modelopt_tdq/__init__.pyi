@@ -19,6 +19,7 @@ from .temporal_features.config import TdqTemporalConfig as TdqTemporalConfig
 from .analysis.analyze import Analysis as Analysis
 from .analysis.analyze import analyze as analyze
 from .pipeline.quantize import quantize_pipeline as quantize_pipeline
+from .pipeline.image_weights import image_weights as image_weights
 from .pipeline.diffusers_config import diffusers_config as diffusers_config
 
 # How much of it is quantized, and why the rest is not.

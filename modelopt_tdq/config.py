@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -31,6 +32,7 @@ __all__ = [
     "TDQ_W8A4_CFG",
     "CalibrationFields",
     "CorrectionFields",
+    "ObjectiveFields",
     "RunFields",
     "TdqCalibConfig",
     "TdqCorrectConfig",
@@ -70,7 +72,40 @@ class RunFields(QuantizeAlgorithmConfig):  # type: ignore[misc]
         return config
 
 
-class CalibrationFields(RunFields):
+class ObjectiveFields(RunFields):
+    """How the errors of several times are brought together."""
+
+    time_weights: dict[float, float] | None = ModeloptField(
+        default=None,
+        title="How much an error at each time counts, by time",
+        description=(
+            "Squared errors count by the square; a time that is not named has the weight of the nearest. None: all "
+            "alike. modelopt_tdq.image_weights(scheduler, steps) tells what errors do to the final sample. It acts "
+            "where errors of several times are added or averaged: in one scale for several times (static, `bins`), the "
+            "choice of bins, of offsets and of what channels are divided by, the codes of weights, corrections, and "
+            "the loss of tdq_reconstruct; not where each time has a scale of its own."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _times_can_be_weighed(self) -> Self:
+        weights = self.time_weights
+        if weights is None:
+            return self
+        if not weights:
+            raise TdqError("time_weights", weights, "no time has a weight", "Give one weight at least, or None")
+        for time, weight in weights.items():
+            if not math.isfinite(time) or not (math.isfinite(weight) and weight > 0.0):
+                raise TdqError(
+                    "time_weights",
+                    {time: weight},
+                    "times are finite numbers, and weights finite and positive",
+                    "Leave this time out, or give it a small positive weight",
+                )
+        return self
+
+
+class CalibrationFields(ObjectiveFields):
     """What all algorithms of this package know about calibration."""
 
     #: Why an algorithm rounds the weights of all layers in its own way; None: it rounds them as ``rounding`` says.
@@ -199,7 +234,7 @@ class CalibrationFields(RunFields):
         return self
 
 
-class CorrectionFields(RunFields):
+class CorrectionFields(ObjectiveFields):
     """How the outputs of quantized layers are corrected."""
 
     correction: Literal["auto", "none", "static", "per_step"] = ModeloptField(

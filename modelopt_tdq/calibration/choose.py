@@ -36,12 +36,21 @@ class Evidence:
         num_bits: Number format.
         asymmetric: Whether an offset is used.
         known: See ``curves``; None: they are not known yet. Statistics that look at no error never need them.
+        time_weights: [K] float64, by how much squared errors at each time count; None: all alike.
     """
 
     statistics: ActivationStatistics
     num_bits: NumBits
     asymmetric: bool
     known: ErrorCurves | None = None
+    time_weights: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """[K] float64, positive: by how much squared errors at each time count."""
+        if self.time_weights is None:
+            return torch.ones(len(self.statistics.low), dtype=torch.float64)
+        return self.time_weights
 
     @cached_property
     def curves(self) -> ErrorCurves:

@@ -44,6 +44,7 @@ from modelopt_tdq.calibration.smoothing_trial import CLIPS, OfAll, Settings, Tri
 from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields, CorrectionFields
 from modelopt_tdq.core.distributed import union
+from modelopt_tdq.core.time_weights import squared_weights
 from modelopt_tdq.model.full_precision import full_precision
 from modelopt_tdq.model.replay import Replay
 from modelopt_tdq.model.select import temporal_names, weight_quantizers
@@ -136,9 +137,10 @@ def _least_layer_error(
     with replay.turns.used():
         run_probes(model, probes, replay, times, "smoothing", config.progress)
     found: list[list[Kind]] = [[], []]
+    weights = squared_weights(config.time_weights, times)
     for group in groups:
         kinds = _kinds(group, config)
-        errors = torch.stack([trials[id(layer)].error() for layer in group]).sum(0)
+        errors = torch.stack([trials[id(layer)].error(weights) for layer in group]).sum(0)
         errors[0] *= _WORTH
         errors[torch.tensor([kind.shifts for kind in kinds])] /= _WORTH_A_SHIFT
         found[0].append(kinds[int(errors.argmin())])
@@ -162,14 +164,15 @@ class _Judge:
         replay: Replay,
         times: list[float],
         settings: Settings,
-        method: str,
+        config: CalibrationFields,
         corrected: dict[str, nn.Module],
         layers: dict[int, SmoothedLayer],
         ranges: dict[int, ChannelRanges],
     ) -> None:
         self._model, self._replay, self._times = model, replay, times
         self._layers, self._ranges = layers, ranges
-        self._settings, self._method, self._corrected = settings, method, corrected
+        self._settings, self._method, self._corrected = settings, config.weights, corrected
+        self._weights_of_times = squared_weights(config.time_weights, times).tolist()
         self._activations = list(quantizers.values())
         inner = [part for q in weight_quantizers(model) for part in q.modules()]
         self._weights = [q for q in inner if isinstance(q, TensorQuantizer) and q.is_enabled]
@@ -215,7 +218,7 @@ class _Judge:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """Mean over the times of the error of the model as it is now, in dB."""
+        """Mean over the times, by their weights, of the error of the model as it is now, in dB."""
         model = self._model
         calibrate_weights(model, self._method, remember=False)
         with full_precision(model), self._replay.turns.used():
@@ -224,8 +227,10 @@ class _Judge:
                     found = corrected_prediction_error(model, self._corrected, self._replay, self._times, self._exact)
             else:
                 found = prediction_error(model, self._replay, self._times, self._references, "", False, self._rounding)
-        rows = [powers.sum(0).clamp(min=1e-30) for powers in found.values()]
-        return sum(10 * math.log10(float(row[0] / row[1])) for row in rows) / max(len(rows), 1)
+        rows = {row: powers.sum(0).clamp(min=1e-30) for row, powers in found.items()}
+        weights = {row: self._weights_of_times[row] for row in rows}
+        total = sum(weights[row] * 10 * math.log10(float(power[0] / power[1])) for row, power in rows.items())
+        return total / (sum(weights.values()) or 1.0)
 
 
 def _halves(replay: Replay) -> tuple[Replay, Replay] | None:
@@ -284,7 +289,7 @@ def chosen_maps(
     choices = [least, *own, *([kind] * len(groups) for kind in _everywhere(config))]
     choices = [choice for number, choice in enumerate(choices) if choice not in choices[:number]]
     layers = {id(layer.quantizer): layer for group in groups for layer in group}
-    judge, errors = _Judge(model, quantizers, judged, times, settings, config.weights, corrected, layers, ranges), []
+    judge, errors = _Judge(model, quantizers, judged, times, settings, config, corrected, layers, ranges), []
     for choice in tqdm(choices, "smoothings", disable=not config.progress):
         smooth(groups, made(choice, lambda layer: ranges[id(layer.quantizer)]), timestep)  # by the first half
         errors.append(judge())

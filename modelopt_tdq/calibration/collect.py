@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelopt_tdq.calibration.channel_smoothing import Channels, smooth_channels, undo_channel_smoothing
@@ -24,6 +24,7 @@ from modelopt_tdq.calibration.weights import calibrate_weights
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.schedule import nearest_known
+from modelopt_tdq.core.time_weights import squared_weights, warn_of_other_times
 from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.model.caches import require_no_cache
 from modelopt_tdq.model.full_precision import full_precision
@@ -184,9 +185,11 @@ def collect(
     leave_out(model, [name for name in per_tensor if name not in seen])
     rows = {name: _filled(statistics[name], times) for name in per_tensor if name in seen}
     growth = common_growth({name: own.growth for name, own in rows.items()})
+    warn_of_other_times(config.time_weights, times)
+    weights = squared_weights(config.time_weights, times)
     for name, own in tqdm(rows.items(), "errors", disable=not config.progress, unit="layer"):
         quantizer = TemporalQuantizer.from_tensor_quantizer(per_tensor[name], timestep, name)
-        known = _activation_evidence(replace(own, growth=growth[name]), quantizer, config)
+        known = _activation_evidence(replace(own, growth=growth[name]), quantizer, weights, config)
         quantizers[name], evidence[name] = quantizer, _settled(known, config, name in follow)
     if config.statistic == "output":
         for name, curves in output_curves(model, evidence, replay, times, config.smoothing, config.progress).items():
@@ -207,12 +210,12 @@ def _require_the_same(model: nn.Module, config: CalibrationFields) -> None:
 
 
 def _activation_evidence(
-    rows: ActivationStatistics, quantizer: TemporalQuantizer, config: CalibrationFields
+    rows: ActivationStatistics, quantizer: TemporalQuantizer, weights: Tensor, config: CalibrationFields
 ) -> Evidence:
     num_bits = quantizer.num_bits
     asymmetric = bool(config.asymmetric) and isinstance(num_bits, int)  # FP8 has a sign of its own
     judged = config.statistic in ("mse", "output")
-    return Evidence(rows, num_bits, asymmetric, own_curves(rows, num_bits, asymmetric) if judged else None)
+    return Evidence(rows, num_bits, asymmetric, own_curves(rows, num_bits, asymmetric) if judged else None, weights)
 
 
 def _settled(evidence: Evidence, config: CalibrationFields, temporal: bool) -> Evidence:

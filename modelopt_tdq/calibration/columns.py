@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from modelopt_tdq.calibration.choose import Evidence, choose_rows
@@ -41,26 +40,27 @@ def worth_an_offset(evidence: Evidence, config: CalibrationFields, temporal: boo
     """Whether ``asymmetric: auto`` takes an offset: the squared error of what :func:`columns` gives falls by 1 dB."""
 
     def error(option: Evidence) -> float:
-        return float(option.error(*_chosen(option, config, temporal)).sum())
+        return float((option.error(*_chosen(option, config, temporal)) * option.weights).sum())
 
     return error(evidence) < error(evidence.symmetric()) * _ASYMMETRIC_GAIN
 
 
 def _chosen(evidence: Evidence, config: CalibrationFields, temporal: bool) -> tuple[Tensor, Tensor]:
-    rows = len(evidence.statistics.low)
-    one = torch.ones(1, rows, dtype=torch.float64)
+    rows, weights = len(evidence.statistics.low), evidence.weights
+    one = weights.unsqueeze(0)
     scale, offset = (v.expand(rows) for v in choose_rows(evidence, one, config.statistic, config.percentile))
     if not temporal or config.bins == 1:
         return scale, offset
     if config.bins == "per_step":
         pooling = smoothing_pooling(rows, config.smoothing)
     elif config.bins == "optimal":
-        pooling = bin_pooling(optimal_bins(evidence.curves.error, config.max_bins))
+        pooling = bin_pooling(optimal_bins(evidence.curves.error * weights.unsqueeze(1), config.max_bins)) * weights
     else:
-        pooling = bin_pooling(uniform_bins(rows, int(config.bins)))
+        pooling = bin_pooling(uniform_bins(rows, int(config.bins))) * weights
     new_scale, new_offset = choose_rows(evidence, pooling, config.statistic, config.percentile)
     if config.keep_static_below is not None:
-        lost, kept = evidence.error(scale, offset).sum(), evidence.error(new_scale, new_offset).sum()
+        pairs = ((scale, offset), (new_scale, new_offset))
+        lost, kept = ((evidence.error(*pair) * weights).sum() for pair in pairs)
         if 10 * math.log10(max(float(lost / kept.clamp(min=1e-300)), 1e-30)) < config.keep_static_below:
             return scale, offset
     return new_scale, new_offset

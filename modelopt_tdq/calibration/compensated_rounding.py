@@ -29,6 +29,7 @@ from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.compensated import compensated, output_error
 from modelopt_tdq.core.distributed import gather, union
 from modelopt_tdq.core.fake_quant import symmetric_scale
+from modelopt_tdq.core.time_weights import squared_weights
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.held_weights import HeldWeight, own_weights
 from modelopt_tdq.model.place import execution_device
@@ -139,16 +140,17 @@ class _Rounding:
 
 
 def _observed(
-    model: nn.Module, layers: Mapping[str, QuantModule], replay: Replay, halves: bool, progress: bool
+    model: nn.Module, layers: Mapping[str, QuantModule], replay: Replay, config: CalibrationFields
 ) -> dict[str, list[Inputs]]:
     """What each layer reads, over all samples or each half of them."""
     times = union(set(replay.times))
     numbers = gather({time: len(replay.samples(time)) for time in replay.times})
     samples = len(times) * max(sum(own.get(time, 0) for own in numbers) for time in times)
-    probes = {name: InputCovariance(layer, samples, halves, replay.turns) for name, layer in layers.items()}
+    halves, weights = config.rounding == "auto", squared_weights(config.time_weights, times).tolist()
+    probes = {name: InputCovariance(layer, samples, halves, replay.turns, weights) for name, layer in layers.items()}
     pairs = [(layers[name], probe) for name, probe in probes.items()]
     with replay.turns.used():
-        run_probes(model, pairs, replay, times, "inputs", progress)
+        run_probes(model, pairs, replay, times, "inputs", config.progress)
     return {name: list(probe.sums()) for name, probe in probes.items()}
 
 
@@ -175,7 +177,7 @@ def _rounded(
     bar = tqdm(total=len(layers), desc="rounding", unit="layer", disable=not config.progress)
     with bar, torch.no_grad():
         for portion in _portions(layers, 1 + halves):
-            observed = _observed(model, portion, replay, halves, config.progress)
+            observed = _observed(model, portion, replay, config)
             for name, layer in portion.items():
                 values = _best(_Rounding(layer), observed.pop(name))
                 if values is not None:

@@ -27,6 +27,7 @@ from modelopt_tdq.calibration.protect import prediction_error
 from modelopt_tdq.config import CorrectionFields, TdqCorrectConfig
 from modelopt_tdq.core.distributed import agreed, gather, union
 from modelopt_tdq.core.layer_correction import LayerCorrection
+from modelopt_tdq.core.time_weights import squared_weights, warn_of_other_times, weighted_mean
 from modelopt_tdq.core.together import together
 from modelopt_tdq.errors import TdqError, TdqWarning
 from modelopt_tdq.model.caches import require_no_cache
@@ -120,6 +121,7 @@ def _recorded(
     ):
         forward_loop(model)
     replay.agree()
+    warn_of_other_times(config.time_weights, union(set(replay.times)))
     if not any(gather(bool(replay.times))):
         replay.require_samples()
         raise TdqError("forward_loop", forward_loop, "it never called the model", "Call the model on calibration data")
@@ -217,11 +219,12 @@ def _corrections(
     kept = {name: layer for name, layer in layers.items() if kinds[name] != "none"}
     if not kept:
         return kinds, None
-    return kinds, _as_kinds(fit_corrections(model, kept, replay, times, config.progress), kinds, worse)
+    weights = squared_weights(config.time_weights, times)
+    return kinds, _as_kinds(fit_corrections(model, kept, replay, times, config.progress), kinds, worse, weights)
 
 
-def _as_kinds(fitted: LayerCorrection, kinds: Mapping[str, Kind], worse: Tensor) -> LayerCorrection:
-    """``fitted``, averaged over time where static; nothing at the times [K] that are ``worse``."""
+def _as_kinds(fitted: LayerCorrection, kinds: Mapping[str, Kind], worse: Tensor, weights: Tensor) -> LayerCorrection:
+    """``fitted``, averaged over time by ``weights`` [K] where static; nothing at the times [K] that are ``worse``."""
     kept = [name for name in fitted.names if kinds[name] != "none"]
     neutral = {"gain": 1.0, "bias": 0.0}
     rows: dict[str, dict[str, Tensor]] = {"gain": {}, "bias": {}}
@@ -229,7 +232,7 @@ def _as_kinds(fitted: LayerCorrection, kinds: Mapping[str, Kind], worse: Tensor)
         for name in kept:
             value: Tensor = getattr(fitted, what)[name]
             if kinds[name] == "static":
-                value = value.mean(0, keepdim=True)
+                value = weighted_mean(value, weights).unsqueeze(0)
             if bool(worse.any()):
                 value = torch.where(worse.unsqueeze(1), neutral[what], value)
             found[name] = value
@@ -245,22 +248,24 @@ def _chosen(
     known, judged = replay.halves()
     if not union(set(known.times)) or not union(set(judged.times)):
         return nothing, calm
+    weights = squared_weights(config.time_weights, times)
     trial = fit_corrections(model, layers, known, times, config.progress)
-    errors = layer_errors(model, trial, judged, times, config.progress)
+    errors = layer_errors(model, trial, judged, times, weights, config.progress)
     static = getattr(config, "bins", None) == 1  # nothing of the model is to follow time
     kinds = {name: _kind(errors[name][: 2 if static else 3]) if name in errors else "none" for name in layers}
     kinds = _within_budget(layers, kinds, errors, len(times), config)
     if all(kind == "none" for kind in kinds.values()):
         return nothing, calm
-    gains = [_gains(model, _as_kinds(trial, kinds, calm), judged, times, config)]
+    gains = [_gains(model, _as_kinds(trial, kinds, calm, weights), judged, times, config)]
     if static:
-        found = gains[0][gains[0].isfinite()]
-        return (kinds, calm) if found.min() >= -_NO_WORSE_STATIC and found.mean() > _CLEAR else (nothing, calm)
+        seen = gains[0].isfinite()
+        found, gain = gains[0][seen], float(weighted_mean(gains[0][seen], weights[seen]))
+        return (kinds, calm) if found.min() >= -_NO_WORSE_STATIC and gain > _CLEAR else (nothing, calm)
     if not gains[0].min() > _OBVIOUS:
         kept = {name: layer for name, layer in layers.items() if kinds[name] != "none"}
         trial = fit_corrections(model, kept, judged, times, config.progress)
-        gains.append(_gains(model, _as_kinds(trial, kinds, calm), known, times, config))
-    worse, gain = _verdict(torch.stack(gains))
+        gains.append(_gains(model, _as_kinds(trial, kinds, calm, weights), known, times, config))
+    worse, gain = _verdict(torch.stack(gains), weights)
     return (kinds, worse) if gain > _CLEAR else (nothing, calm)
 
 
@@ -285,16 +290,19 @@ def _gains(
     return without - corrected
 
 
-def _verdict(gains: Tensor) -> tuple[Tensor, float]:
+def _verdict(gains: Tensor, weights: Tensor) -> tuple[Tensor, float]:
     """From ``gains`` [F, K] of corrections fitted to parts of the samples, each judged on the others.
 
     Returns:
-        [K] bool, the times that lose; and the mean gain if nothing is corrected at those. For the mean, whether a time
-        loses is told by the other part: times that lose by chance and are left out would count as a gain.
+        [K] bool, the times that lose; and the mean gain, by ``weights`` [K], if nothing is corrected at those. For the
+        mean, whether a time loses is told by the other part: times that lose by chance and are left out would count as
+        a gain.
     """
     worse = gains.nanmean(0) < -_NO_WORSE
     told = (gains < -_NO_WORSE).flip(0)
-    return worse, float(torch.where(told, 0.0, gains).nanmean())
+    kept = torch.where(told, 0.0, gains)
+    seen = ~kept.isnan()
+    return worse, float(weighted_mean(kept[seen], weights.expand_as(kept)[seen]))
 
 
 def _kind(errors: Tensor) -> Kind:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from modelopt_tdq.core.distributed import all_reduce, gather
 from modelopt_tdq.core.layer_correction import LayerCorrection
 from modelopt_tdq.core.schedule import nearest_known
+from modelopt_tdq.core.time_weights import weighted_mean
 from modelopt_tdq.core.turns import Turns
 from modelopt_tdq.model.call import first_output, layer_input
 from modelopt_tdq.model.full_precision import full_precision
@@ -217,8 +218,9 @@ def _twice(
 class _Errors:
     """Squared error of one layer's output: without correction, with its mean over time, with that of each time."""
 
-    def __init__(self, layer: nn.Module, gain: Tensor, bias: Tensor) -> None:
-        self._rows = gain, bias
+    def __init__(self, layer: nn.Module, gain: Tensor, bias: Tensor, weights: Tensor) -> None:
+        self._rows, self._weights = (gain, bias), weights
+        self._means = weighted_mean(gain, weights), weighted_mean(bias, weights)
         self._shape = (-1, *(1,) * trailing_dimensions(layer))
         self.squares = torch.zeros(len(gain), 4, dtype=torch.float64)  # of the three, and of what is right
         self.row = 0
@@ -228,7 +230,7 @@ class _Errors:
         """y, corrected as at this time."""
         tried = [y.float()]
         for number in (None, self.row):
-            rows = (rows.mean(0) if number is None else rows[number] for rows in self._rows)
+            rows = self._means if number is None else (rows[number] for rows in self._rows)
             gain, bias = (value.to(y.device).reshape(self._shape) for value in rows)
             tried.append(tried[0] * gain + bias)
         if self.order:
@@ -238,10 +240,10 @@ class _Errors:
         return tried[-1].to(y.dtype)
 
     def relative(self) -> Tensor:
-        """[3] relative to the output, summed over the times; over all processes."""
+        """[3] relative to the output, summed over the times by their weights; over all processes."""
         squares = all_reduce(self.squares, "sum")
         seen = squares[:, 3] > 0
-        return (squares[seen, :3] / squares[seen, 3:]).sum(0)
+        return (squares[seen, :3] / squares[seen, 3:] * self._weights[seen].unsqueeze(1)).sum(0)
 
 
 def _run_twice(
@@ -372,7 +374,12 @@ def corrected_prediction_error(
 
 
 def layer_errors(
-    model: nn.Module, correction: LayerCorrection, replay: Replay, times: list[float], progress: bool
+    model: nn.Module,
+    correction: LayerCorrection,
+    replay: Replay,
+    times: list[float],
+    weights: Tensor,
+    progress: bool,
 ) -> dict[str, Tensor]:
     """How well each layer of ``correction`` does behind the others, on samples that it was not fitted to.
 
@@ -381,6 +388,7 @@ def layer_errors(
         correction: A row for each of ``times``.
         replay: Recorded calls.
         times: [K].
+        weights: [K] by how much squared errors at each time count.
         progress: Show a progress bar.
 
     Returns:
@@ -388,6 +396,8 @@ def layer_errors(
         times, without its own correction, with its mean over time, and with that of each time.
     """
     layers = {name: model.get_submodule(name) for name in correction.names}
-    errors = {name: _Errors(layer, correction.gain[name], correction.bias[name]) for name, layer in layers.items()}
+    errors = {
+        name: _Errors(layer, correction.gain[name], correction.bias[name], weights) for name, layer in layers.items()
+    }
     deque(_run_twice(model, replay, times, errors, "judging", progress), maxlen=0)
     return {name: error.relative() for name, error in errors.items()}

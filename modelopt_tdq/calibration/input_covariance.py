@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,13 +142,22 @@ class InputCovariance:
         samples: Of all times and processes together, about.
         halves: Keep two sums, of one half of the samples each.
         turns: Of the replayed calls; None where there is but one process.
+        weights: By how much squared errors at each time count, by its row; None: all alike.
 
     Attributes:
         row: Of the time of the call.
         places: Of this process's samples among all of the call.
     """
 
-    def __init__(self, layer: QuantModule, samples: int, halves: bool, turns: Turns | None = None) -> None:
+    def __init__(
+        self,
+        layer: QuantModule,
+        samples: int,
+        halves: bool,
+        turns: Turns | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self._weights = weights
         self._layer, self._blocks, self._turns = layer, input_blocks(layer), turns
         shapes, device = _shapes(layer), execution_device(layer)
         self._wanted = max(1, math.ceil(_ROWS * max(shapes)[1] / max(samples, 1)))
@@ -175,13 +184,15 @@ class InputCovariance:
             with _rounding(quantizer):
                 rows = self._rows(quantizer(given))
         half = self._half(len(rows)).to(rows.device)
+        weight = 1.0 if self._weights is None else self._weights[self.row]
         for number, sums in enumerate(self._products):
             own, other = rows[half == number], exact[half == number]
             for place, block in enumerate(self._blocks):
                 part = own[:, :, block].transpose(0, 1)  # [G, R, b]
-                sums[place].baddbmm_(part.transpose(1, 2), part)
+                sums[place].baddbmm_(part.transpose(1, 2), part, alpha=weight)
                 if self._crossed:
-                    self._crossed[number][place].baddbmm_(other[:, :, block].transpose(0, 1).transpose(1, 2), part)
+                    exact_part = other[:, :, block].transpose(0, 1)
+                    self._crossed[number][place].baddbmm_(exact_part.transpose(1, 2), part, alpha=weight)
 
     def _rows(self, x: Tensor) -> Tensor:
         """[R, G, n] some rows of inputs, most of their means taken away; none if the call only stands in."""

@@ -194,10 +194,10 @@ class Trial:
         """On the ranges of the input, over all processes."""
         self.ranges.agree(self.layer.channels, self.layer.device)
 
-    def error(self) -> Tensor:
-        """[number of ways] relative to the output, summed over the times; over all processes."""
+    def error(self, weights: Tensor) -> Tensor:
+        """[number of ways] relative to the output, summed over the times by ``weights`` [K]; over all processes."""
         squares = all_reduce(self.squares, "sum")
-        return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30)).sum(0)
+        return (squares[:, :-1] / squares[:, -1:].clamp(min=1e-30) * weights.unsqueeze(1)).sum(0)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelopt_tdq.core.time_weights import squared_weights
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.reconstruction.cache import BlockCache, Chunk
@@ -58,12 +59,16 @@ def _squared_error(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def sample_errors(parts: BlockParts, cache: BlockCache) -> Tensor:
-    """[N] float64 mean squared error of the block's output for each sample, with its scales as in the tables."""
+def sample_errors(parts: BlockParts, cache: BlockCache, config: TdqReconstructConfig) -> Tensor:
+    """[N] float64 mean squared error of the block's output for each sample, with its scales as in the tables.
+
+    By the weight of the sample's time.
+    """
 
     def run(chunk: Chunk) -> Tensor:
         with parts.timestep.at(chunk.times):
-            return _squared_error(cache.io.run(parts.module, chunk.inputs), chunk.targets)
+            errors = _squared_error(cache.io.run(parts.module, chunk.inputs), chunk.targets)
+        return errors * squared_weights(config.time_weights, chunk.times).to(errors)
 
     return cache.errors(run)
 
@@ -151,13 +156,17 @@ def _loss(
     cache: BlockCache,
     batch: Chunk,
     config: TdqReconstructConfig,
+    weights: Tensor,
     unit: float,
     rounding: list[Tensor],
     step: int,
 ) -> Tensor:
-    """Error of a batch in units of the calibrated error, plus the weighted regularisation: a scalar."""
+    """Error of a batch in units of the calibrated error, plus the weighted regularisation: a scalar.
+
+    Samples count by ``weights`` [n].
+    """
     errors = _block_errors(parts, cache, batch, config.qdrop)
-    loss = errors.mean() / unit
+    loss = (errors * weights.to(errors)).mean() / unit
     beta = exponent(step / config.iterations, config.warm_up, config.beta_start, config.beta_end)
     if beta is not None:
         for v in rounding:
@@ -181,7 +190,7 @@ def learn(
         parts: The block; the model is in eval mode.
         cache: Its inputs and targets.
         config: Of the algorithm.
-        error: Mean squared error of the calibrated block, the unit of the loss.
+        error: Mean of :func:`sample_errors` of the calibrated block, the unit of the loss.
         seed: Of everything random.
         tick: Called after every step.
 
@@ -198,11 +207,13 @@ def learn(
             return
         for number, steps in _visits(len(cache.chunks), config.iterations):
             chunk = cache.chunk(number)
+            weights = squared_weights(config.time_weights, chunk.times)
             for step in steps:
                 rows = torch.randperm(len(chunk))[: config.batch_size].to(chunk.times.device)
-                optimizers.step(_loss(parts, cache, chunk.pick(rows), config, unit, rounding, step), step)
+                batch = chunk.pick(rows)
+                optimizers.step(_loss(parts, cache, batch, config, weights[rows], unit, rounding, step), step)
                 tick()
-            del chunk
+            del chunk, batch
     if parts.columns is not None:
         parts.columns.commit()
     for _, quantizer in parts.weights.values():

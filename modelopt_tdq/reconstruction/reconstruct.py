@@ -81,7 +81,7 @@ def reconstruction_report(model: nn.Module) -> list[BlockResult]:
     return report
 
 
-def _error_after(model: nn.Module, parts: BlockParts, cache: BlockCache) -> float:
+def _error_after(model: nn.Module, parts: BlockParts, cache: BlockCache, config: TdqReconstructConfig) -> float:
     """Of the block as it learned; infinite where its intervals became zero, which is as bad as it gets."""
     try:
         learned_intervals(model).materialize(model)
@@ -89,7 +89,7 @@ def _error_after(model: nn.Module, parts: BlockParts, cache: BlockCache) -> floa
         if error.field != "scale":
             raise
         return math.inf
-    return float(sample_errors(parts, cache).mean())
+    return float(sample_errors(parts, cache, config).mean())
 
 
 @contextmanager
@@ -205,9 +205,9 @@ class _Run:
         before_columns = {} if parts.columns is None else parts.columns.read()
         before_further = {name: value.detach().clone() for name, value in parts.further.items()}
         try:
-            before = float(sample_errors(parts, cache).mean())
+            before = float(sample_errors(parts, cache, config).mean())
             learn(parts, cache, config, before, config.seed * 1_000_003 + number, tick)
-            after = _error_after(model, parts, cache)
+            after = _error_after(model, parts, cache, config)
         finally:
             cache.close()
         kept = after < before

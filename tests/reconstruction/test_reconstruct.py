@@ -8,7 +8,7 @@ import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from small_runs import FAST, calibrated, held_out, last_block_error, reconstructed
-from support.models import SMALL_UNET, TinyDenoiser, calls, fast_config, loop
+from support.models import SMALL_UNET, TIMES, TinyDenoiser, calls, fast_config, loop
 from support.unchanged import converted
 from torch import Tensor, nn
 
@@ -209,3 +209,20 @@ def test_a_block_that_got_worse_stays_as_calibrated_bit_for_bit() -> None:
         assert not any(block.kept or block.note for block in tdq.reconstruction_report(model))
         assert torch.equal(tdq.scale_table(model).scale, tdq.scale_table(start).scale)
         assert all(torch.equal(model.get_parameter(name), value) for name, value in weights.items())
+
+
+def test_times_count_by_their_weights() -> None:
+    """The errors of each time alone add up to the error of all; what is learned follows the weights."""
+
+    def run(weights: dict[float, float] | None) -> tuple[float, dict[str, Tensor]]:
+        model = reconstructed(iterations=2, intervals="static", time_weights=weights)
+        return tdq.reconstruction_report(model)[0].error_before, model.state_dict()
+
+    plain, learned = run(None)
+    same, equal = run({20.0: 0.3, 900.0: 0.3})
+    assert same == plain
+    assert all(torch.equal(equal[name], value) for name, value in learned.items())
+    alone = [run({time: 1.0 if time == only else 1e-8 for time in TIMES}) for only in TIMES]
+    assert sum(error for error, _ in alone) == pytest.approx(plain)
+    assert len({error for error, _ in alone}) == len(TIMES)
+    assert not all(torch.equal(alone[0][1][name], value) for name, value in learned.items())
