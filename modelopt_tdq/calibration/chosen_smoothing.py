@@ -172,7 +172,7 @@ class _Judge:
         self._model, self._replay, self._times = model, replay, times
         self._layers, self._ranges = layers, ranges
         self._settings, self._method, self._corrected = settings, config.weights, corrected
-        self._weights_of_times = squared_weights(config.time_weights, times).tolist()
+        self._weights_of_times: list[float] = squared_weights(config.time_weights, times).tolist()
         self._activations = list(quantizers.values())
         inner = [part for q in weight_quantizers(model) for part in q.modules()]
         self._weights = [q for q in inner if isinstance(q, TensorQuantizer) and q.is_enabled]

@@ -113,15 +113,14 @@ def test_rows_of_their_own_do_not_change() -> None:
 
 
 def test_static_is_kept_by_what_it_loses_at_times_that_count() -> None:
-    """One scale suits rows 1 and 2, which are alike, and not row 0."""
-    rows = [noise(4096) * size for size in (0.05, 1.0, 1.0)]
-    known, config = evidence(rows, 4, False), TdqCalibConfig(smoothing=0.0, keep_static_below=1.0)
-    weights = squared_weights({0.0: ALONE, 1.0: 100.0}, [0.0, 1.0, 2.0])
-    small = squared_weights({0.0: 1.0, 1.0: ALONE}, [0.0, 1.0, 2.0])
-    kept = [columns(Evidence(known.statistics, 4, False, None, w), config, True)[0] for w in (weights, small)]
-    assert float(kept[0].min()) == float(kept[0].max())
-    own, _ = columns(known, TdqCalibConfig(smoothing=0.0), True)
-    assert float(kept[1][0]) == float(own[0])
+    """One scale for all suits rows 1 and 2, and loses 0.4 dB in all by what it does to row 0, which is small."""
+    known = evidence([noise(4096) * size for size in (0.05, 1.0, 1.0)], 4, False)
+    config = TdqCalibConfig(smoothing=0.0, keep_static_below=0.1)
+    weights = squared_weights({0.0: ALONE, 1.0: 1.0}, [0.0, 1.0, 2.0])
+    over_time, _ = columns(known, config, True)
+    static, _ = columns(Evidence(known.statistics, 4, False, None, weights), config, True)
+    assert float(over_time[0]) < 0.1 * float(over_time[1])
+    assert float(static[0]) == float(static[1])
 
 
 def test_offsets_are_taken_for_times_that_count() -> None:
