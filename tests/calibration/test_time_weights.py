@@ -142,6 +142,7 @@ def test_the_verdict_on_corrections_is_that_of_times_that_count() -> None:
 
 #: Everything that errors of several times decide.
 EVERYTHING: tuple[dict[str, Any], ...] = (
+    {"bins": 1, "statistic": "mse"},
     {"bins": 1, "statistic": "mse", "correction": "auto", "asymmetric": "auto"},
     {"bins": "optimal", "max_bins": 2, "statistic": "output", "keep_static_below": 0.5},
     {"rounding": "compensated"},
