@@ -80,7 +80,8 @@ class ObjectiveFields(RunFields):
         title="How much an error at each time counts, by time",
         description=(
             "Squared errors count by the square; a time that is not named has the weight of the nearest. None: all "
-            "alike. modelopt_tdq.image_weights(scheduler, steps) tells what errors do to the final sample. It acts "
+            "alike. modelopt_tdq.image_weights(scheduler, steps) tells what errors do to the final sample; with these, "
+            "static scales suit a few times and clip at the others: the bundled models fare better without. It acts "
             "where errors of several times are added or averaged: in one scale for several times (static, `bins`), the "
             "choice of bins, of offsets and of what channels are divided by, the codes of weights, corrections, and "
             "the loss of tdq_reconstruct; not where each time has a scale of its own."
