@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 import modelopt_tdq as tdq
 from modelopt_tdq.core.metrics import sqnr_db
 from modelopt_tdq.export.read import read_quantization
+from modelopt_tdq.reconstruction import learn
 from modelopt_tdq.reconstruction.blocks import find_blocks
+from modelopt_tdq.reconstruction.config import TdqReconstructConfig
 from modelopt_tdq.reconstruction.reconstruct import tdq_reconstruct
 from modelopt_tdq.training.learned import learned_intervals
 
@@ -226,3 +229,10 @@ def test_times_count_by_their_weights() -> None:
     assert sum(error for error, _ in alone) == pytest.approx(plain)
     assert len({error for error, _ in alone}) == len(TIMES)
     assert not all(torch.equal(alone[0][1][name], value) for name, value in learned.items())
+
+
+def test_the_loss_is_the_weighted_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learn, "_block_errors", lambda *_: torch.tensor([1.0, 2.0]))
+    nothing: Any = None
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    assert float(learn._loss(nothing, nothing, nothing, TdqReconstructConfig(), weights, 2.0, [], 0)) == 0.5
