@@ -210,10 +210,11 @@ def learn(
             weights = squared_weights(config.time_weights, chunk.times)
             for step in steps:
                 rows = torch.randperm(len(chunk))[: config.batch_size].to(chunk.times.device)
-                batch = chunk.pick(rows)
-                optimizers.step(_loss(parts, cache, batch, config, weights[rows], unit, rounding, step), step)
+                loss = _loss(parts, cache, chunk.pick(rows), config, weights[rows], unit, rounding, step)
+                optimizers.step(loss, step)
+                del loss  # its graph holds the batch
                 tick()
-            del chunk, batch
+            del chunk
     if parts.columns is not None:
         parts.columns.commit()
     for _, quantizer in parts.weights.values():
