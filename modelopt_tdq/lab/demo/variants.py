@@ -16,7 +16,7 @@ from modelopt_tdq.core.fake_quant import code_range
 from modelopt_tdq.lab.maintenance import with_maintenance
 from modelopt_tdq.lab.placement import Placement
 from modelopt_tdq.model.model_table import scale_table, temporal_quantizers
-from modelopt_tdq.model.output_correction import layer_correction
+from modelopt_tdq.model.output_correction import layer_correction, output_channels
 
 __all__ = ["VARIANTS", "quantized", "static_scales", "table_facts", "variant_config", "variant_label"]
 
@@ -79,9 +79,11 @@ def table_facts(model: nn.Module) -> dict[str, int]:
     """Rows, quantizers, those that follow time, and the size in bytes of what a deployment carries, as float32.
 
     A quantizer that does not follow time carries one scale; the times are carried once. Corrections of layers' outputs
-    count where they follow time; the others are part of the weights.
+    and shifts of channels, with what they add behind the product, count where they follow time; the others, and what
+    channels are divided by, are constants of the graph.
     """
-    if not temporal_quantizers(model):  # ModelOpt's own calibration
+    quantizers_over_time = temporal_quantizers(model)
+    if not quantizers_over_time:  # ModelOpt's own calibration
         quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled and m.axis is None]
         return {"rows": 1, "quantizers": len(quantizers), "temporal": 0, "bytes": 4 * len(quantizers)}
     table = scale_table(model)
@@ -96,5 +98,11 @@ def table_facts(model: nn.Module) -> dict[str, int]:
     correction = layer_correction(model)
     if correction is not None:
         numbers += sum(2 * gain.numel() for gain in correction.gain.values() if len(gain) > 1)
+    for name, quantizer in quantizers_over_time.items():
+        shift, layer = quantizer.channel_shift, name.rpartition(".")[0]
+        if shift is not None and len(shift) > 1:
+            numbers += shift.numel()
+            if correction is None or len(correction.gain.get(layer, ())) < 2:
+                numbers += len(shift) * output_channels(model.get_submodule(layer))
     times = len(table) if temporal else 1
     return {"rows": times, "quantizers": len(table.names), "temporal": temporal, "bytes": 4 * numbers}
