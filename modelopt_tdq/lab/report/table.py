@@ -46,8 +46,8 @@ COLUMNS = (
     ),
     (
         "table",
-        "Size of the scales that a deployment carries, as float32: one row, or one row per calibrated time. It is "
-        "read once per step.",
+        "Size of what a deployment carries as float32, one row or one per calibrated time: scales, shifts of channels, "
+        "corrections. One row of it is read per step.",
     ),
 )
 
