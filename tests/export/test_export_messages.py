@@ -66,7 +66,7 @@ def test_versions_that_are_too_old_are_named(model: nn.Module, tmp_path: Path, m
     found = installed.installed_version
     monkeypatch.setattr(installed, "installed_version", lambda name: "0.0.1" if name == "onnxscript" else found(name))
     error = _failure(model, tmp_path / "m.onnx")
-    assert "onnxscript 0.0.1 (it takes >=0.5)" in error.cure
+    assert "onnxscript 0.0.1 (it takes >=0.6)" in error.cure
 
 
 def test_an_operator_is_not_mistaken_for_one_whose_name_holds_its_own() -> None:
