@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import tomllib
@@ -73,6 +74,12 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
     print(f"{shown}: {found.stdout.strip().splitlines()[-1] if found.stdout.strip() else 'done'}", flush=True)
 
 
+def run_tests(python: str | Path, tests: Iterable[str], cwd: Path) -> None:
+    """In one process, and leaving nothing behind."""
+    plain = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=-q")
+    run(python, "-m", "pytest", *plain, *tests, cwd=cwd)
+
+
 def build(folder: Path) -> Path:
     """The wheel, built from the sdist, which is looked at and tried first."""
     run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT)
@@ -85,20 +92,7 @@ def build(folder: Path) -> Path:
         if not (source / path).is_file():
             sys.exit(f"the sdist lacks {path}")
     tests = ("tests/core", "tests/test_package.py", "tests/test_readme.py")
-    run(
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-o",
-        "addopts=-q",
-        *tests,
-        cwd=source,
-    )
+    run_tests(sys.executable, tests, source)
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=source)
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -143,20 +137,7 @@ def main() -> None:
             tools = [line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith(TOOLS)]
             run(python, "-m", "pip", "install", "--quiet", *lowest(*extras), *tools)
             first_hour(python, away, {"onnx"})
-            run(
-                python,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:xdist",
-                "-o",
-                "addopts=-q",
-                *LOWEST,
-                cwd=ROOT,
-            )
+            run_tests(python, LOWEST, ROOT)
 
 
 if __name__ == "__main__":

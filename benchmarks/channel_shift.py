@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import tempfile
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
-import numpy as np
 import torch
+from deployment import deployed
 from record import RESULTS, timed, write
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.lab.example_call import example_call
 from modelopt_tdq.lab.judge import judge, reference
 from modelopt_tdq.lab.reference_models import reference_model
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
-from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 #: What is compared: fields of `tdq`.
 KINDS: dict[str, dict[str, Any]] = {
@@ -75,28 +70,6 @@ def quantized(name: str, recipe: str, kind: str, held_out: int) -> tuple[Row, nn
     return row, model
 
 
-def deployed(models: dict[str, nn.Module], repetitions: int) -> dict[str, tuple[int, float]]:
-    """Kernels of the engine, and median milliseconds of OpenVINO with one thread, of each model."""
-    kernels, sessions = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, model in models.items():
-            path, inputs = Path(folder) / f"{kind}.onnx", example_call(model, samples=1)
-            report = tdq.export_onnx(model, path, inputs)
-            if report.skipped:
-                raise RuntimeError(f"not in low precision: {report.skipped}")
-            kernels[kind] = tdq.build_engine(path, path.with_suffix(".engine")).kernels
-            sessions[kind] = OpenVinoSession(path, num_threads=1)
-        times: dict[str, list[float]] = {kind: [] for kind in sessions}
-        arrays = [np.asarray(value) for value in inputs.values()]
-        for repetition in range(repetitions + 5):
-            for kind, session in sessions.items():
-                feed = dict(zip(session.inputs, arrays, strict=True))
-                seconds = timed(lambda s=session, f=feed: s(f))  # type: ignore[misc]
-                if repetition >= 5:
-                    times[kind].append(1e3 * seconds)
-    return {kind: (kernels[kind], statistics.median(values)) for kind, values in times.items()}
-
-
 def _table(rows: list[Row]) -> str:
     lines = [
         "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on. Both: shifts, and a "
@@ -140,10 +113,9 @@ def main() -> None:
             found: dict[str, Row] = {}
             for kind in arguments.kinds.split(","):
                 found[kind], models[kind] = quantized(name, recipe, kind, arguments.held_out)
-            costs = {} if arguments.no_deployment else deployed(models, arguments.repetitions)
+            kernels, times = ({}, {}) if arguments.no_deployment else deployed(models, arguments.repetitions)
             for kind, row in found.items():
-                kernels, milliseconds = costs.get(kind, (None, None))
-                rows[name, recipe, kind] = replace(row, kernels=kernels, milliseconds=milliseconds)
+                rows[name, recipe, kind] = replace(row, kernels=kernels.get(kind), milliseconds=times.get(kind))
             write("channel_shift", {"rows": [asdict(row) for row in rows.values()]}, _table(list(rows.values())))
 
 

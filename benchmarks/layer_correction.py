@@ -14,25 +14,20 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
-import numpy as np
 import torch
+from deployment import deployed
 from record import RESULTS, timed, write
 from torch import nn
 
 import modelopt_tdq as tdq
-from modelopt_tdq.lab.example_call import example_call
 from modelopt_tdq.lab.judge import judge, reference
 from modelopt_tdq.lab.reference_models import reference_model
 from modelopt_tdq.lab.trajectories import noise, sample, sample_shape
-from modelopt_tdq.runtime.sessions.openvino import OpenVinoSession
 
 KINDS = ("none", "static", "per_step", "auto")
 
@@ -117,29 +112,6 @@ def qualities(
         )
 
 
-def cost(name: str, recipe: str, models: dict[str, nn.Module], repetitions: int) -> Cost:
-    """Export, build and time models that differ in their corrections."""
-    inputs = example_call(models["none"], samples=1)
-    kernels, sessions = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, model in models.items():
-            path = Path(folder) / f"{kind}.onnx"
-            report = tdq.export_onnx(model, path, inputs)
-            if report.skipped:
-                raise RuntimeError(f"not in low precision: {report.skipped}")
-            kernels[kind] = tdq.build_engine(path, path.with_suffix(".engine")).kernels
-            sessions[kind] = OpenVinoSession(path, num_threads=1)
-    times: dict[str, list[float]] = {kind: [] for kind in sessions}
-    arrays = [np.asarray(value) for value in inputs.values()]
-    for repetition in range(repetitions + 5):
-        for kind, session in sessions.items():
-            feed = dict(zip(session.inputs, arrays, strict=True))
-            seconds = timed(lambda s=session, f=feed: s(f))  # type: ignore[misc]
-            if repetition >= 5:
-                times[kind].append(1e3 * seconds)
-    return Cost(name, recipe, kernels, {kind: statistics.median(values) for kind, values in times.items()})
-
-
 def _table(rows: list[Quality], costs: list[Cost]) -> str:
     lines = [
         "SQNR mean / worst step and PSNR in dB, on trajectories that were not calibrated on. Least: the change of the "
@@ -203,7 +175,7 @@ def main() -> None:
             if row.correction != "auto":
                 models[row.correction] = model
         if not arguments.no_deployment:
-            costs[name, recipe] = cost(name, recipe, models, arguments.repetitions)
+            costs[name, recipe] = Cost(name, recipe, *deployed(models, arguments.repetitions))
         found = list(rows.values()), list(costs.values())
         result = {"rows": [asdict(row) for row in found[0]], "costs": [asdict(one) for one in found[1]]}
         write("layer_correction", result, _table(*found))

@@ -6,13 +6,14 @@ See :mod:`modelopt_tdq.calibration.channel_smoothing`.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modelopt_tdq.core.distributed import all_reduce, union
 
-__all__ = ["ChannelRanges", "shared_ranges"]
+__all__ = ["ChannelRanges", "SharedRanges", "shared_ranges"]
 
 #: Times that have ranges of their own, at most: a thousand would take as much memory as the weights.
 _TIMES = 64
@@ -75,8 +76,22 @@ def _spanned(ranges: list[Tensor]) -> Tensor:
     return torch.stack([stacked[:, 0].amin(0), stacked[:, 1].amax(0)])
 
 
-def shared_ranges(ranges: list[ChannelRanges]) -> tuple[list[float], Tensor, Tensor]:
-    """Those of a tensor that several layers read: the times, [K] ascending, and [K, C] smallest and largest values.
+class SharedRanges(NamedTuple):
+    """Of a tensor that several layers read.
+
+    Attributes:
+        times: [K] ascending.
+        low: [K, C] float32, the smallest values.
+        high: [K, C] float32, the largest.
+    """
+
+    times: list[float]
+    low: Tensor
+    high: Tensor
+
+
+def shared_ranges(ranges: list[ChannelRanges]) -> SharedRanges:
+    """Those of a tensor that the layers with these ranges read.
 
     Neighbouring times share a row where there are too many: the middle one stands for them.
     """
@@ -88,4 +103,4 @@ def shared_ranges(ranges: list[ChannelRanges]) -> tuple[list[float], Tensor, Ten
         rows = [_spanned([rows[i] for i in part]) for part in parts]
         times = [times[part[len(part) // 2]] for part in parts]
     stacked = torch.stack(rows)
-    return times, stacked[:, 0], stacked[:, 1]
+    return SharedRanges(times, stacked[:, 0], stacked[:, 1])

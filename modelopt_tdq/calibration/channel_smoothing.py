@@ -36,13 +36,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from modelopt_tdq.calibration.channel_ranges import shared_ranges
 from modelopt_tdq.calibration.chosen_smoothing import chosen_maps, given_kind
-from modelopt_tdq.calibration.smoothed_layer import (
-    ChannelMap,
-    SmoothedLayer,
-    shared_map,
-    smooth,
-)
+from modelopt_tdq.calibration.smoothed_layer import ChannelMap, SmoothedLayer, shared_map, smooth
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import gather, union
 from modelopt_tdq.errors import TdqError
@@ -245,7 +241,8 @@ def smooth_channels(
     else:
         if automatic:
             _log.info("nothing is chosen for channels: the model's calls cannot be repeated")
-        maps = [shared_map(group, given_kind(config), [layer.ranges for layer in group]) for group in groups]
+        ranges = [shared_ranges([layer.ranges for layer in group]) for group in groups]
+        maps = [shared_map(group, given_kind(config), own) for group, own in zip(groups, ranges, strict=True)]
     smooth(groups, maps, timestep)
     pairs = zip(groups, maps, strict=True)
     return [f"{layer.name}.input_quantizer" for group, done in pairs if not done.is_identity for layer in group]

@@ -25,7 +25,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelopt_tdq.calibration.channel_ranges import ChannelRanges
+from modelopt_tdq.calibration.channel_ranges import ChannelRanges, shared_ranges
 from modelopt_tdq.calibration.correct import layers_to_correct, unfit
 from modelopt_tdq.calibration.correction_fit import corrected_prediction_error, last_layer
 from modelopt_tdq.calibration.output_error import run_probes
@@ -129,7 +129,7 @@ def _least_layer_error(
     trials: dict[int, Trial] = {}
     for group in groups:
         temporal = [not static(f"{layer.name}.input_quantizer") for layer in group]
-        ranges = [layer.ranges for layer in group]
+        ranges = shared_ranges([layer.ranges for layer in group])
         maps = [shared_map(group, kind, ranges, all(temporal)) for kind in _kinds(group, config)]
         for layer, own in zip(group, temporal, strict=True):
             trials[id(layer)] = Trial(layer, maps, settings, own, times, replay.turns)
@@ -274,7 +274,7 @@ def chosen_maps(
 
     def made(kinds: list[Kind], ranges_of: Callable[[SmoothedLayer], ChannelRanges]) -> list[ChannelMap]:
         temporal = [not any(static(f"{layer.name}.input_quantizer") for layer in group) for group in groups]
-        ranges = [[ranges_of(layer) for layer in group] for group in groups]
+        ranges = [shared_ranges([ranges_of(layer) for layer in group]) for group in groups]
         return [shared_map(*each) for each in zip(groups, kinds, ranges, temporal, strict=True)]
 
     times, halves = _spread(replay), _halves(replay)

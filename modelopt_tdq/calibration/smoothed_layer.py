@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from modelopt_tdq.calibration.channel_ranges import ChannelRanges, shared_ranges
+from modelopt_tdq.calibration.channel_ranges import ChannelRanges, SharedRanges
 from modelopt_tdq.core.schedule import row_index
 from modelopt_tdq.model.place import execution_device
 from modelopt_tdq.model.quantizer import TemporalQuantizer
@@ -283,18 +283,16 @@ def _largest(low: Tensor, high: Tensor) -> Tensor:
     return torch.where(low <= high, torch.maximum(-low, high), 0.0)
 
 
-def shared_map(
-    group: list[SmoothedLayer], kind: Kind, ranges: list[ChannelRanges], temporal: bool = True
-) -> ChannelMap:
+def shared_map(group: list[SmoothedLayer], kind: Kind, ranges: SharedRanges, temporal: bool = True) -> ChannelMap:
     """What is done to the channels of a tensor that several layers read.
 
     Args:
         group: These layers.
         kind: Of smoothing.
-        ranges: Of the input of each.
+        ranges: Of the tensor.
         temporal: Whether a shift follows the time.
     """
-    times, low, high = shared_ranges(ranges)
+    times, low, high = ranges
     shift = None
     if kind.shifts and not any(layer.pads for layer in group):
         if not temporal or len(times) < 2:

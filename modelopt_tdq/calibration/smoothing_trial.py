@@ -87,6 +87,13 @@ def _left(parts: list[_Moments]) -> Tensor:
     return (squares.sum(0) - taken.sum()).clamp(min=0.0) + _NOT_TAKEN * whole
 
 
+def _bound(layer: SmoothedLayer, channels: ChannelMap) -> Tensor:
+    """[] largest magnitude over all times of what is quantized, by a shift that does not depend on time."""
+    times, low, high = shared_ranges([layer.ranges])
+    shift = channels.shift_at(times[0])
+    return torch.maximum(-channels(low.amin(0), shift).min(), channels(high.amax(0), shift).max())
+
+
 class Trial:
     """Forward hook on one layer: the error of its output, quantized in each way, against what it is.
 
@@ -105,7 +112,8 @@ class Trial:
     ) -> None:
         self._of_all = OfAll(turns, layer.module)
         self.layer, self.maps, self.settings = layer, maps, settings
-        self.static, self.times = not temporal, times
+        self.times = times
+        self._bounds = [None if temporal else _bound(layer, channels) for channels in maps]
         self.squares = torch.zeros(len(times), len(maps) + 1, dtype=torch.float64)  # of the errors, and of the output
         self.ranges = ChannelRanges()
         self.row = 0
@@ -151,13 +159,8 @@ class Trial:
         layer, settings, num_bits = self.layer, self.settings, self.layer.quantizer.num_bits
         low, high = self._of_all.extent(*torch.aminmax(layer.by_channel(x), dim=1))
         options, errors = [], []
-        _, least, greatest = shared_ranges([layer.ranges])
-        for channels, shift in zip(self.maps, shifts, strict=True):
+        for channels, shift, bound in zip(self.maps, shifts, self._bounds, strict=True):
             extent = channels(low, shift).min(), channels(high, shift).max()
-            bound = None
-            if self.static:
-                ends = channels(least.amin(0), shift), channels(greatest.amax(0), shift)
-                bound = torch.maximum(-ends[0].min(), ends[1].max())
             options.append(settings.options(extent, num_bits, bound))
             if len(options[-1]) > 1:
                 part = self._of_all.part(self._mapped(x, channels, shift), _LOOKED_AT)

@@ -205,13 +205,11 @@ class Replay:
 
     def halves(self) -> tuple[Replay, Replay]:
         """Two disjoint halves of every time's samples, over all processes: to fit on one and to judge on the other."""
-        even, odd = self._divided(lambda place: place % 2)
-        return even, odd
+        return self._divided(lambda place: place % 2)
 
     def split(self, first: int) -> tuple[Replay, Replay]:
         """As many samples of every time, over all processes, and the others."""
-        few, rest = self._divided(lambda place: int(place >= first))
-        return few, rest
+        return self._divided(lambda place: int(place >= first))
 
     def _divided(self, part: Callable[[int], int]) -> tuple[Replay, Replay]:
         """By a sample's place among all of its time, whatever process it is in."""
