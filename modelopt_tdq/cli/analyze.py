@@ -83,11 +83,10 @@ def analyze(
     typer.echo(str(analysis.coverage))
     for line in proposal_lines(analysis.proposals):
         typer.echo(line)
+    found = json_numbers(analysis.to_dict())
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "analysis.json").write_text(
-            json.dumps(json_numbers(analysis.to_dict()), indent=1, allow_nan=False) + "\n"
-        )
+        (output / "analysis.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         for path in draw_analysis(analysis, output):
             console.print(f"Plot: {path}", highlight=False)
-    finish(json_numbers(analysis.to_dict()))
+    finish(found)

@@ -198,7 +198,7 @@ class Lookup:
         self.tokens = tokens
         self._divisors = {name: a.divisor for name, a in spec.activations.items() if a.divisor is not None}
         self._of_channels: dict[tuple[ir.Value | float, bytes, int], ir.Value] = {}
-        self._shifted: dict[tuple[ir.Value | None, ir.Value, bytes | None, int], ir.Value] = {}
+        self._shifted: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
         self.per_sample = times != 1
         columns: dict[str, _Array] = {}
         for name, activation in spec.activations.items():
@@ -256,42 +256,40 @@ class Lookup:
             layout: Likewise.
             shift: At the time, to broadcast against the activation.
         """
-        name, own = f"{quantizer}/{quantity}", None
+        name, found = f"{quantizer}/{quantity}", shift
         if name in self._constant or name in self._temporal:
-            own = self._value(quantizer, quantity, rank, layout)
+            key = self._value(quantizer, quantity, rank, layout), shift
+            if key not in self._shifted:
+                self._shifted[key] = self._editor.before(self.time.anchor, "Add", list(key), f"{name}_shifted")
+            found = self._shifted[key]
         divisor = self._divisors.get(quantizer) if quantity == "offset" else None
-        key = own, shift, None if divisor is None else divisor.tobytes(), rank
-        if key not in self._shifted:
-            found = shift
-            if own is not None:
-                found = self._editor.before(self.time.anchor, "Add", [own, shift], f"{name}_shifted")
-            if divisor is not None:
-                factors = divisor.reshape((1,) * (rank - divisor.ndim) + divisor.shape)
-                inputs = [found, self._editor.constant(f"{quantizer}/divisor", factors)]
-                found = self._editor.before(self.time.anchor, "Mul", inputs, f"{name}_of_channels")
-            self._shifted[key] = found
-        return self._shifted[key]
+        return found if divisor is None else self._multiplied(found, divisor, rank, quantizer, quantity)
 
     def _channels(self, quantizer: str, quantity: str, rank: int, layout: Layout, divisor: _Array) -> ir.Value:
         """A quantity times the divisor of the channels, a float32 product."""
         name = f"{quantizer}/{quantity}"
-        factors = divisor.reshape((1,) * (rank - divisor.ndim) + divisor.shape)  # not beyond its own rank
         if name in self._constant:
             number = np.float32(self._constant[name][0])
-            key: tuple[ir.Value | float, bytes, int] = (float(number), divisor.tobytes(), rank)
+            key = (float(number), divisor.tobytes(), rank)
             if key not in self._of_channels:
-                self._of_channels[key] = self._editor.constant(f"{name}_of_channels", number * factors)
+                product = number * _of_rank(divisor, rank)
+                self._of_channels[key] = self._editor.constant(f"{name}_of_channels", product)
             return self._of_channels[key]
-        value = self._value(quantizer, quantity, rank, layout)
+        value, shape = self._value(quantizer, quantity, rank, layout), None
+        if not layout.axis:
+            factors = _of_rank(divisor, rank)
+            shape = [self.time.size, *factors.shape[1:]] if rank > divisor.ndim else list(factors.shape)
+        return self._multiplied(value, divisor, rank, quantizer, quantity, shape)
+
+    def _multiplied(
+        self, value: ir.Value, divisor: _Array, rank: int, quantizer: str, quantity: str, shape: Any = None
+    ) -> ir.Value:
+        """A value of the graph times the divisor of the channels; one node for all that are the same."""
         key = (value, divisor.tobytes(), rank)
         if key not in self._of_channels:
-            inputs = [value, self._editor.constant(f"{quantizer}/divisor", factors)]
-            shape = None
-            if not layout.axis:
-                shape = [self.time.size, *factors.shape[1:]] if rank > divisor.ndim else list(factors.shape)
-            self._of_channels[key] = self._editor.before(
-                self.time.anchor, "Mul", inputs, f"{name}_of_channels", shape=shape
-            )
+            inputs = [value, self._editor.constant(f"{quantizer}/divisor", _of_rank(divisor, rank))]
+            name = f"{quantizer}/{quantity}_of_channels"
+            self._of_channels[key] = self._editor.before(self.time.anchor, "Mul", inputs, name, shape=shape)
         return self._of_channels[key]
 
     def _value(self, quantizer: str, quantity: str, rank: int, layout: Layout) -> ir.Value:
@@ -319,3 +317,8 @@ class Lookup:
         if layout.axis:
             shape[layout.axis] = self.tokens * layout.repeats
         return shape
+
+
+def _of_rank(divisor: _Array, rank: int) -> _Array:
+    """As it broadcasts against ``rank`` dimensions; not beyond its own."""
+    return divisor.reshape((1,) * (rank - divisor.ndim) + divisor.shape)

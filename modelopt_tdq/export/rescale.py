@@ -195,34 +195,12 @@ def rescale_product(
         for value in values[1:]:
             factor = editor.before(product, "Mul", [factor, value], f"{name}/ratio")
         y = editor.before(product, "Mul", [y, factor], f"{name}/scaled", shape=output.shape)
-    if planned.rows is None:
-        addend = _addend(context, product, parts.moving, bias, rank, name)
-    else:
-        addend = _planned_addend(context, product, planned, planned.rows, rank, layout, name)
+    addend = _addend(context, product, planned, bias, rank, layout, name)
     if addend is not None:
         y = editor.before(product, "Add", [y, addend], f"{name}/biased", shape=output.shape)
     if output.dtype is not None:
         y = editor.cast(product, y, output.dtype, f"{name}/result")
     editor.replace(parts.biased if corrected is None else corrected.outputs[0], y)
-
-
-def _planned_addend(
-    context: LoweringContext,
-    product: ir.Node,
-    planned: Plan,
-    rows: ChannelRows,
-    rank: int,
-    layout: Layout,
-    name: str,
-) -> ir.Value:
-    owner, moving = planned.corrected or product, planned.parts.moving
-    addend = rows.value(owner, "addend", layout)
-    if moving is None or planned.with_offset:
-        return addend
-    offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.layout)
-    moved = rows.value(owner, "moved", layout)
-    moved = context.editor.before(product, "Mul", [offset, moved], f"{name}/offset_sum")
-    return cast("ir.Value", context.editor.before(product, "Add", [addend, moved], f"{name}/offset_bias"))
 
 
 def _float32(context: LoweringContext, anchor: ir.Node, value: ir.Value, name: str) -> ir.Value:
@@ -263,23 +241,31 @@ def _weighted_sum(context: LoweringContext, product: ir.Node, shift: Any | None 
 def _addend(
     context: LoweringContext,
     product: ir.Node,
-    moving: ActivationEmitter | None,
+    planned: Plan,
     bias: Any | None,
     rank: int,
+    layout: Layout,
     name: str,
 ) -> ir.Value | None:
-    """The bias + o' * sum(w), to broadcast against the output of the product."""
+    """The bias + o' * sum(w), to broadcast against the output of the product: of the planned rows, or of constants."""
+    moving, rows, owner = planned.parts.moving, planned.rows, planned.corrected or product
     shape = [1, -1] + [1] * (rank - 2) if product.op_type in CONVOLUTIONS else [-1]
 
     def channels(suffix: str, values: Any) -> ir.Value:
         return context.editor.constant(f"{name}/{suffix}", values.astype(np.float32).reshape(shape))
 
-    constant = None if bias is None else channels("bias", bias)
-    if moving is None:
-        return constant
+    if rows is not None:
+        fixed: ir.Value | None = rows.value(owner, "addend", layout)
+    else:
+        fixed = None if bias is None else channels("bias", bias)
+    if moving is None or planned.with_offset:
+        return fixed
     offset = context.lookup.value(moving.spec.name, "dequant_offset", rank, moving.layout)
-    sums = channels("weight_sum", _weighted_sum(context, product)[0])
+    if rows is not None:
+        sums = rows.value(owner, "moved", layout)
+    else:
+        sums = channels("weight_sum", _weighted_sum(context, product)[0])
     moved: ir.Value = context.editor.before(product, "Mul", [offset, sums], f"{name}/offset_sum")
-    if constant is not None:
-        moved = context.editor.before(product, "Add", [moved, constant], f"{name}/offset_bias")
+    if fixed is not None:
+        moved = context.editor.before(product, "Add", [moved, fixed], f"{name}/offset_bias")
     return moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -10,8 +11,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from support.export import LOWERINGS, Lowered, codes_by_definition, layer_results, lowered, set_table, trace
-from support.models import at, fast_config, loop, noise
+from support.export import (
+    LOWERINGS,
+    Lowered,
+    calibrated_at,
+    codes_by_definition,
+    layer_results,
+    lowered,
+    set_table,
+    trace,
+)
+from support.models import at, noise
 from torch import Tensor, nn
 
 import modelopt_tdq as tdq
@@ -42,11 +52,7 @@ class Layers(nn.Module):
         return self.q(tokens) * torch.tanh(self.k(tokens))
 
 
-def calibrated(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    model = Layers().eval().to(dtype)
-    data = [(noise(4, 4, 8, 8, seed=int(t)).to(dtype), torch.tensor(t)) for t in TIMES]
-    return mtq.quantize(model, fast_config(**fields), loop(data))
+calibrated = partial(calibrated_at, Layers, TIMES)
 
 
 def smoothed(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:

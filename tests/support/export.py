@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -18,6 +20,7 @@ from modelopt_tdq.export.onnx_export import MarkerGraph, lower, marker_graph
 from modelopt_tdq.export.read import read_quantization
 from modelopt_tdq.runtime.sessions.onnxruntime import OnnxRuntimeSession, add_outputs
 from support import oracle
+from support.models import fast_config, loop, noise
 from support.tables import with_dequantization
 
 LOWERINGS = ("reference", "ratio")
@@ -32,6 +35,15 @@ class Lowered:
 
     proto: onnx.ModelProto
     context: LoweringContext
+
+
+def calibrated_at(
+    kind: type[nn.Module], times: Sequence[float], dtype: torch.dtype = torch.float32, **fields: Any
+) -> Any:
+    """A model of images of 4 x 8 x 8, quantized, and calibrated on four of them at each time."""
+    torch.manual_seed(0)
+    data = [(noise(4, 4, 8, 8, seed=int(time)).to(dtype), torch.tensor(time)) for time in times]
+    return mtq.quantize(kind().eval().to(dtype), fast_config(**fields), loop(data))
 
 
 def trace(model: nn.Module, inputs: dict[str, Any], dynamic_batch: bool = False) -> MarkerGraph:
