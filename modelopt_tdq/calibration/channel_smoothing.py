@@ -41,6 +41,7 @@ from modelopt_tdq.calibration.chosen_smoothing import chosen_maps, given_kind
 from modelopt_tdq.calibration.smoothed_layer import ChannelMap, SmoothedLayer, shared_map, smooth
 from modelopt_tdq.config import CalibrationFields
 from modelopt_tdq.core.distributed import gather, union
+from modelopt_tdq.core.joined import Joined
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.intact import writes
 from modelopt_tdq.model.quantizer import TemporalQuantizer
@@ -99,21 +100,11 @@ def _require_plain(model: nn.Module, config: CalibrationFields) -> None:
 
 
 class _Readers:
-    """Which layers read the same tensor, over all calls of the model: sets that grow together."""
+    """Which layers read the same tensor, over all calls of the model."""
 
     def __init__(self, layers: int) -> None:
-        self._parent = list(range(layers))
+        self._joined = Joined(layers)
         self._readers: dict[Any, tuple[StorageWeakRef, int]] = {}
-
-    def _root(self, number: int) -> int:
-        while self._parent[number] != number:
-            number = self._parent[number]
-        return number
-
-    def join(self, one: int, other: int) -> None:
-        """Layers ``one`` and ``other`` share a vector."""
-        one, other = self._root(one), self._root(other)
-        self._parent[max(one, other)] = min(one, other)
 
     def read(self, number: int, trailing: int, x: Tensor) -> None:
         """Layer ``number`` reads ``x``: the same as an earlier one, if the same memory has not been written since."""
@@ -121,7 +112,7 @@ class _Readers:
         storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
         key = storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, writes(x), trailing
         known = self._readers.setdefault(key, (storage, number))
-        self.join(known[1], number)
+        self._joined.join(known[1], number)
 
     def next_call(self) -> None:
         """A call of the model is over."""
@@ -129,13 +120,9 @@ class _Readers:
 
     def groups(self) -> list[list[int]]:
         """Numbers of the layers that share a vector; the same in all processes."""
-        for parents in gather(self._parent):
-            for number, parent in enumerate(parents):
-                self.join(number, parent)
-        found: dict[int, list[int]] = {}
-        for number in range(len(self._parent)):
-            found.setdefault(self._root(number), []).append(number)
-        return list(found.values())
+        for groups in gather(self._joined.groups()):
+            self._joined.join_all(groups)
+        return self._joined.groups()
 
 
 class Channels:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from modelopt_tdq.calibration.growth import LargestSamples, mean_growth
 from modelopt_tdq.core.distributed import all_reduce, gather
+from modelopt_tdq.core.joined import Joined
 from modelopt_tdq.errors import TdqError
 from modelopt_tdq.model.timestep import CurrentTimestep
 from modelopt_tdq.model.token_times import Reader, by_token, cannot_be_matched, find_layout
@@ -86,25 +86,6 @@ class _Row:
     low: float
     high: float
     samples: LargestSamples
-
-
-def _joined(groups: Iterable[Sequence[int]], rows: int) -> list[list[int]]:
-    """Rows 0 to ``rows`` - 1, together where any of the groups has them together; in order of the first of each."""
-    first = list(range(rows))
-
-    def root(row: int) -> int:
-        while first[row] != row:
-            row = first[row]
-        return row
-
-    for group in groups:
-        for row in group[1:]:
-            ends = sorted((root(group[0]), root(row)))
-            first[ends[1]] = ends[0]
-    together: dict[int, list[int]] = {}
-    for row in range(rows):
-        together.setdefault(root(row), []).append(row)
-    return list(together.values())
 
 
 @dataclass(frozen=True)
@@ -316,7 +297,7 @@ class StepStatistics(_Calibrator):  # type: ignore[misc]
             if row is not empty:
                 own.setdefault(row.histogram, []).append(number)
         # what any process has together is together in all
-        together = _joined((group for part in gather(list(own.values())) for group in part), len(times))
+        together = Joined(len(times), (group for part in gather(list(own.values())) for group in part)).groups()
         parts = [list(dict.fromkeys(rows[number].histogram for number in group)) for group in together]
         exponents = torch.tensor([max(part.exponent for part in of) for of in parts], device=device)
         exponents = all_reduce(exponents, "max")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from modelopt_tdq.calibration.candidates import histogram_error
-from modelopt_tdq.calibration.statistics import _FEWER, _MOST, BINS, ActivationStatistics, StepStatistics, _joined
+from modelopt_tdq.calibration.statistics import _FEWER, _MOST, BINS, ActivationStatistics, StepStatistics
+from modelopt_tdq.core.joined import Joined
 from modelopt_tdq.model.timestep import CurrentTimestep
 from tests.support.models import noise
 
@@ -85,5 +86,5 @@ def test_times_without_anything_take_their_neighbours() -> None:
 
 
 def test_what_any_process_has_together_is_together() -> None:
-    assert _joined([[0, 1], [2, 3], [1, 2], [5, 6]], 8) == [[0, 1, 2, 3], [4], [5, 6], [7]]
-    assert _joined([], 3) == [[0], [1], [2]]
+    assert Joined(8, [[0, 1], [2, 3], [1, 2], [5, 6]]).groups() == [[0, 1, 2, 3], [4], [5, 6], [7]]
+    assert Joined(3).groups() == [[0], [1], [2]]
