@@ -11,6 +11,8 @@ import pytest
 
 from modelopt_tdq import TdqError
 from modelopt_tdq.core.files import require_writable
+from modelopt_tdq.lab.reference_models import REFERENCE_MODELS
+from modelopt_tdq.lab.sources import REFERENCE_NAMES
 
 _RUN = """
 import json, os, sys
@@ -76,6 +78,10 @@ def test_every_command_looks_before_it_imports_anything_heavy(tmp_path: Path) ->
         assert message in " ".join(output.split()), (arguments, output)
         assert not heavy, (arguments, heavy)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_reference_models_are_known_by_name_before_they_are_imported() -> None:
+    assert tuple(REFERENCE_MODELS) == REFERENCE_NAMES
 
 
 def test_what_may_be_written(tmp_path: Path) -> None:
